@@ -1,0 +1,279 @@
+"""Infers a policy's architecture from a checkpoint: its cfg and the shapes of its tensors.
+
+Shapes are believed first; the cfg supplies what shapes cannot say (head counts, sampling steps,
+dropout), and where both speak they must agree. What UVA decides by task name becomes fields here,
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+
+from uva_jax.errors import UserError
+from uva_jax.models import policy_config as pc
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Heads per block by `model_size` (upstream's presets); everything else can be read from shapes.
+_PRESET_HEADS = {
+    "mar_tiny": (6, 768),
+    "mar_small": (6, 768),
+    "mar_base": (12, 768),
+    "mar_large": (16, 1024),
+    "mar_huge": (16, 1280),
+}
+_UMI_STATE = (
+    "robot0_eef_pos",
+    "robot0_eef_rot_axis_angle",
+    "robot0_gripper_width",
+    "robot0_eef_rot_axis_angle_wrt_start",
+)
+_ROBOMIMIC_STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+
+
+def _get(cfg: Mapping, dotted: str, default=None):
+    value = cfg
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return default if value is None else value
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """1 + the largest index that the pattern's group takes."""
+    found = [int(m.group(1)) for name in shapes if (m := re.match(pattern, name))]
+    return 1 + max(found, default=-1)
+
+
+class _Reader:
+    """Shapes with sentences for what is missing."""
+
+    def __init__(self, shapes: Shapes, source: str):
+        self.shapes, self.source = shapes, source
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise UserError(
+                f"{self.source} has no tensor {name!r}, so it is not a whole UVA policy; "
+                "give a checkpoint that UVA's training wrote."
+            )
+        return tuple(self.shapes[name])
+
+
+def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
+    """The architecture of a UVA checkpoint.
+
+    Args:
+      shapes: tensor name (without "module.") -> shape.
+      cfg: the checkpoint's configuration, interpolations resolved.
+      source: the file, for error sentences.
+
+    Raises:
+      UserError: tensors are missing, or cfg and shapes contradict each other.
+    """
+    get = _Reader(shapes, source)
+    if not any(name.startswith("model.diffactloss.") for name in shapes):
+        raise UserError(
+            f"{source} has no action head (no tensor model.diffactloss.*): there is nothing to "
+            "graft; give a checkpoint trained with predict_action."
+        )
+    policy = _get(cfg, "model.policy", {})
+    ar = _get(policy, "autoregressive_model_params", {})
+    task = str(_get(cfg, "task.name", "unknown"))
+    vae = _vae(get)
+    patch = int(_get(ar, "patch_size", 1))
+    side = math.isqrt(get["model.spatial_pos_embed"][1])
+    if side * side != get["model.spatial_pos_embed"][1]:
+        raise UserError(
+            f"{source} has {get['model.spatial_pos_embed'][1]} tokens a frame, not a square grid."
+        )
+    image_size = side * patch * vae.stride
+    said = _get(ar, "img_size")
+    if said is not None and int(said) != image_size:
+        raise UserError(
+            f"{source}: its cfg says img_size {said}, but its tensors hold a {side}x{side} grid, "
+            f"which is {image_size} px; one of them is damaged."
+        )
+    mar, proprio_keys = _mar(get, policy, ar, task, (side, side), cfg)
+    steps = str(_get(ar, "num_sampling_steps", "100"))
+    act_steps = str(_get(ar, "act_diff_testing_steps", "100"))
+    act_train = int(_get(ar, "act_diff_training_steps", 1000))
+    common = {"n_frames": mar.n_frames, "grid": mar.grid}
+    action = {**common, "train_steps": act_train}
+    heads = {
+        "video_head": _head(get, "model.diffloss", steps, clip=False, **common),
+        "wrist_head": _head(get, "model.diffloss_wrist", steps, clip=False, **common),
+        "proprio_head": _head(get, "model.diffproploss", act_steps, clip=True, **action),
+        "action_head": _head(get, "model.diffactloss", act_steps, clip=True, **action),
+    }
+    said = _get(policy, "action_model_params.act_model_type")
+    found = heads["action_head"] and heads["action_head"].aggregator
+    if said is not None and found is not None and said != found:
+        raise UserError(
+            f"{source}: its cfg says act_model_type {said!r}, but its tensors are a {found!r} head."
+        )
+    fields = sorted(
+        (m.group(1), (tuple(shape) or (1,))[0])
+        for name, shape in shapes.items()
+        if (m := re.fullmatch(r"normalizer\.params_dict\.([^.]+)\.scale", name))
+    )
+    modes = _get(policy, "selected_training_mode")
+    if modes == "policy_model_full_dynamics_model":
+        modes = ("policy_model", "full_dynamic_model")
+    elif modes:
+        modes = (str(modes),)
+    else:
+        modes = tuple(_get(cfg, "task.task_modes") or pc.TASK_MODES)
+    return pc.PolicyConfig(
+        task=task,
+        image_size=image_size,
+        patch_size=patch,
+        vae=vae,
+        mar=mar,
+        **heads,
+        normalizer_type=str(_get(cfg, "task.dataset.normalizer_type", "all" if fields else "none")),
+        normalizer_fields=tuple(fields),
+        proprio_keys=proprio_keys,
+        n_obs_steps=int(_get(cfg, "task.env_runner.n_obs_steps", 16)),
+        n_action_steps=int(_get(policy, "n_action_steps", 8)),
+        shift_action=bool(_get(policy, "shift_action", True)),
+        different_history_freq=bool(_get(policy, "different_history_freq", False)),
+        temperature=float(_get(ar, "temperature", 1.0)),
+        num_iter=int(_get(ar, "num_iter", 1)),
+        cfg=float(_get(ar, "cfg", 1.0)),
+        cfg_schedule=str(_get(ar, "cfg_schedule", "linear")),
+        language_model=_get(cfg, "task.dataset.language_emb_model"),
+        task_modes=modes,
+    )
+
+
+def _vae(get: _Reader) -> pc.VAEConfig:
+    ch = get["vae_model.encoder.conv_in.weight"][0]
+    levels = _count(get.shapes, r"vae_model\.encoder\.down\.(\d+)\.")
+    widths = [get[f"vae_model.encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    return pc.VAEConfig(
+        ch=ch,
+        ch_mult=tuple(w // ch for w in widths),
+        num_res_blocks=_count(get.shapes, r"vae_model\.encoder\.down\.0\.block\.(\d+)\."),
+        attn_levels=tuple(
+            i for i in range(levels) if f"vae_model.encoder.down.{i}.attn.0.q.weight" in get
+        ),
+        z_channels=get["vae_model.post_quant_conv.weight"][0],
+    )
+
+
+def _heads(get: _Reader, ar: Mapping, cfg: Mapping, side: str, width: int) -> int:
+    fixture = _get(cfg, f"fixture.{side}_num_heads")
+    if fixture is not None:
+        return int(fixture)
+    size = str(_get(ar, "model_size", ""))
+    heads, preset_width = _PRESET_HEADS.get(size, (None, None))
+    if heads is None or preset_width != width:
+        raise UserError(
+            f"{get.source}: model_size {size!r} at width {width} is not one of UVA's sizes "
+            f"({', '.join(_PRESET_HEADS)}), and the number of attention heads cannot be read from "
+            f"shapes; add cfg.fixture.{side}_num_heads to the checkpoint."
+        )
+    return heads
+
+
+def _mar(
+    get: _Reader, policy: Mapping, ar: Mapping, task: str, grid: tuple[int, int], cfg: Mapping
+) -> tuple[pc.MARConfig, tuple[str, ...]]:
+    dim, token_dim = get["model.z_proj.weight"]
+    dec = get["model.decoder_embed.weight"][0]
+    history = "model.fake_latent_history_action" in get
+    wrist = "model.z_proj_wrist.weight" in get
+    proprio_dim, proprio_image, proprio_keys = 0, False, ()
+    streams = 3 + history + wrist
+    fused = get["model.proj_cond_x_layer.weight"][1] / dim
+    if "model.proprioception_proj_cond.weight" in get:
+        proprio_dim = get["model.proprioception_proj_cond.weight"][1]
+        proprio_image = fused == streams + 2
+        streams += 1 + proprio_image
+        proprio_keys = _UMI_STATE if "umi" in task else _ROBOMIMIC_STATE
+        if "pusht" in task:
+            proprio_keys = ("agent_pos",)
+    if fused != streams:
+        raise UserError(
+            f"{get.source}: its fusing layer takes {fused:g} streams, but its other tensors make "
+            f"{streams}; the file mixes two models."
+        )
+    return pc.MARConfig(
+        encoder_embed_dim=dim,
+        encoder_depth=_count(get.shapes, r"model\.encoder_blocks\.(\d+)\."),
+        encoder_num_heads=_heads(get, ar, cfg, "encoder", dim),
+        decoder_embed_dim=dec,
+        decoder_depth=_count(get.shapes, r"model\.decoder_blocks\.(\d+)\."),
+        decoder_num_heads=_heads(get, ar, cfg, "decoder", dec),
+        mlp_ratio=get["model.encoder_blocks.0.mlp.fc1.weight"][0] / dim,
+        n_frames=get["model.temporal_pos_embed"][1],
+        grid=grid,
+        token_dim=token_dim,
+        action_dim=get["model.action_proj_cond.weight"][1],
+        history_action=history,
+        proprio_dim=proprio_dim,
+        proprio_steps=4 if _get(policy, "different_history_freq", False) else 16,
+        proprio_image=proprio_image,
+        wrist=wrist,
+        text_dim=get["model.text_proj_cond.weight"][1]
+        if "model.text_proj_cond.weight" in get
+        else 0,
+        text_tokens=get["model.text_pos_embed"][1] if "model.text_pos_embed" in get else 64,
+        attn_dropout=float(_get(ar, "attn_dropout", 0.1)),
+        proj_dropout=float(_get(ar, "proj_dropout", 0.1)),
+        mask_ratio_min=float(_get(ar, "mask_ratio_min", 0.7)),
+        label_drop_prob=float(_get(ar, "label_drop_prob", 0.1)),
+        action_mask_ratio=float(_get(policy, "action_mask_ratio", 0.5)),
+    ), proprio_keys
+
+
+def _aggregator(get: _Reader, prefix: str) -> tuple[str | None, int]:
+    """The aggregator's name and how many actions it gives, by its tensors."""
+    if f"{prefix}.interpolate.weight" in get:
+        return "conv_fc", get[f"{prefix}.interpolate.weight"][0]
+    if f"{prefix}.conv_transpose3d.weight" in get:
+        kernel = get[f"{prefix}.conv_transpose3d.weight"][2]
+        return "conv_ori", kernel * get["model.temporal_pos_embed"][1]
+    if f"{prefix}.conv.2.weight" in get:
+        return "conv2", get[f"{prefix}.conv.2.weight"][0]
+    if f"{prefix}.fc.2.weight" in get:
+        return "fc2", get[f"{prefix}.fc.2.weight"][0]
+    return None, 16
+
+
+def _head(get: _Reader, prefix: str, steps: str, **fields) -> pc.MLPHeadConfig | None:
+    if not any(name.startswith(f"{prefix}.") for name in get.shapes):
+        return None
+    if f"{prefix}.blocks.0.mlp.fc1.weight" in get:
+        return None  # a grafted head: `grafted_config` describes it
+    width, channels = get[f"{prefix}.net.input_proj.weight"]
+    aggregator, n_actions = _aggregator(get, prefix)
+    return pc.MLPHeadConfig(
+        channels=channels,
+        z_channels=get[f"{prefix}.net.cond_embed.weight"][1],
+        width=width,
+        depth=_count(get.shapes, rf"{re.escape(prefix)}\.net\.res_blocks\.(\d+)\."),
+        aggregator=aggregator,
+        n_actions=n_actions,
+        sampling_steps=steps,
+        **fields,
+    )
+
+
+def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
+    """The architecture that an export of this project carries in the file, or None."""
+    text = payload.get("uva_jax") if isinstance(payload, Mapping) else None
+    if text is None:
+        return None
+    try:
+        return pc.from_dict(json.loads(text)["policy"])
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r}).") from error

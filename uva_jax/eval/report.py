@@ -1,0 +1,384 @@
+"""The report of a run: one HTML page that holds everything it shows and asks the network nothing.
+
+The caller passes plain dictionaries; a section without data is left out. The look (`_STYLE`) is at
+the end of the file, the plots are in `uva_jax/eval/plots.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from uva_jax.eval.plots import Plot, curves_plot, paired_plot
+from uva_jax.metrics import read_metrics
+
+MAX_VIDEO_BYTES = 20 * 2**20  # all videos of one page together
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report shows. Rows are dictionaries; a key that is missing or None shows as a dash.
+
+    Attributes:
+      title: heading of the page.
+      config: what the run was, name to value, a dozen entries or so.
+      stages: rows of `name`, `seconds`, `done` (bool), optionally `note`.
+      architecture: rows of `part`, `teacher`, `graft` (numbers of parameters).
+      operators: rows of `operator`, `block`, `raw`, `scaled`, `shuffled` (the scaled loss when the
+        operator is given other samples' inputs), `fvu`.
+      curves: rows of `title`, `series` (label to (steps, values)), optionally `ylabel`, `log`.
+      scores: rows of `policy`, `score`, `ci` (low, high), `success` (share), `episodes`.
+      paired: `difference` (graft - teacher), `ci` (low, high).
+      per_seed: `seeds`, `teacher`, `graft`, lists of one length.
+      videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
+      notes: sentences shown below the heading.
+    """
+
+    title: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[Mapping[str, Any]] = ()
+    architecture: Sequence[Mapping[str, Any]] = ()
+    operators: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    scores: Sequence[Mapping[str, Any]] = ()
+    paired: Mapping[str, Any] = field(default_factory=dict)
+    per_seed: Mapping[str, Any] = field(default_factory=dict)
+    videos: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+
+def stage_rows(folders: Mapping[str, str | os.PathLike]) -> list[dict[str, Any]]:
+    """Returns the rows of the stage table from the done.json of each stage's folder."""
+    rows = []
+    for name, folder in folders.items():
+        path = Path(folder) / "done.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        note = "resumed; time of the last run" if done.get("resumed") else ""
+        row = {"name": name, "done": bool(done), "seconds": done.get("seconds"), "note": note}
+        rows.append(row)
+    return rows
+
+
+def curve_series(
+    workdir: str | os.PathLike, stage: str, names: Sequence[str]
+) -> dict[str, tuple[list[int], list[float | None]]]:
+    """Returns (steps, values) of scalars that a stage logged; the ones it never logged are absent.
+
+    Args:
+      names: scalars to take from metrics.jsonl, which also label the series.
+    """
+    records = read_metrics(workdir, stage)
+    series = {}
+    for name in names:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            series[name] = ([step for step, _ in points], [value for _, value in points])
+    return series
+
+
+def write_report(path: str | os.PathLike, data: ReportData) -> Path:
+    """Writes the page, atomically, and returns its path.
+
+    Videos beyond MAX_VIDEO_BYTES, and missing ones, are named in the page instead of embedded.
+    """
+    sections = [
+        _headline(data),
+        _section("Scores", _scores(data)),
+        _section("Rollouts", _videos(data.videos)),
+        _section("Stage 1: operators", _operators(data.operators)),
+        _section("Training", _curves(data.curves)),
+        _section("Architecture", _architecture(data.architecture)),
+        _section("Stages", _stages(data.stages)),
+        _section("Configuration", _config(data.config)),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(data.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _headline(data: ReportData) -> str:
+    cards = [
+        (row["policy"], _score(row["score"]), _interval(row.get("ci")), "")
+        for row in data.scores
+        if row.get("score") is not None
+    ]
+    if data.paired:
+        interval, verdict = _interval(data.paired.get("ci")), _verdict(data.paired)
+        cards.append(("graft − teacher", _signed(data.paired["difference"]), interval, verdict))
+    html = "".join(
+        f'<div class="card {tone}"><span>{escape(str(name))}</span><strong>{value}</strong>'
+        f"<small>{interval}</small></div>"
+        for name, value, interval, tone in cards
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
+    cards_html = f'<div class="cards">{html}</div>' if html else ""
+    return f"<header><h1>{escape(data.title)}</h1>{notes}{cards_html}</header>"
+
+
+def _scores(data: ReportData) -> str:
+    columns = [
+        _Column("Policy", "policy"),
+        _Column("Test mean score", "score", _score),
+        _Column("95 % interval", "ci", _interval),
+        _Column("", "ci", _track),
+        _Column("Success", "success", _percent),
+        _Column("Episodes", "episodes", _integer),
+    ]
+    html = _table(columns, data.scores)
+    if data.paired:
+        html += (
+            "<p>Paired on the same seeds and noise, graft − teacher: "
+            f"<strong>{_signed(data.paired['difference'])}</strong>, 95 % interval "
+            f"{_interval(data.paired.get('ci'))}.</p>"
+        )
+    if data.per_seed:
+        plot = paired_plot(**{key: data.per_seed[key] for key in ("seeds", "teacher", "graft")})
+        html += (
+            f'<div class="wide">{_figure(plot, "Score of teacher and graft on every seed")}</div>'
+        )
+    return html
+
+
+def _operators(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = [
+        _Column("Operator", "operator"),
+        _Column("Block", "block", _integer),
+        _Column("Raw loss", "raw", _loss),
+        _Column("Scaled loss", "scaled", _loss),
+        _Column("Shuffled input", "shuffled", _loss),
+        _Column("Unexplained variance", "fvu", _percent),
+    ]
+    if not rows:
+        return ""
+    return _table(columns, rows) + (
+        '<p class="note">On held-out samples. The scaled loss is over the target’s own scale. '
+        "The shuffled loss is the scaled loss when the operator sees the input of another sample: "
+        "an operator that uses its input does far worse there.</p>"
+    )
+
+
+def _curves(curves: Sequence[Mapping[str, Any]]) -> str:
+    figures = [
+        _figure(
+            curves_plot(c["series"], c.get("ylabel", "loss"), c.get("log", True)), str(c["title"])
+        )
+        for c in curves
+        if c["series"]
+    ]
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+
+
+def _architecture(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = [
+        _Column("Part", "part"),
+        _Column("Teacher parameters", "teacher", _integer),
+        _Column("Graft parameters", "graft", _integer),
+    ]
+    if not rows:
+        return ""
+    total = {key: sum(row.get(key) or 0 for row in rows) for key in ("teacher", "graft")}
+    return _table(columns, [*rows, {"part": "Total", **total}], last_is_total=True)
+
+
+def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = [
+        _Column("Stage", "name"),
+        _Column("State", "done", lambda done: "done" if done else "not finished", number=False),
+        _Column("Time", "seconds", _seconds),
+    ]
+    if any(row.get("note") for row in rows):
+        columns.append(_Column("", "note"))
+    if not rows:
+        return ""
+    total = {"name": "Total", "done": None, "seconds": sum(r.get("seconds") or 0 for r in rows)}
+    return _table(columns, [*rows, total], last_is_total=True)
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    rows = [{"name": name, "value": _plain_text(value)} for name, value in config.items()]
+    return _table([_Column("Name", "name"), _Column("Value", "value")], rows)
+
+
+def _videos(videos: Sequence[Mapping[str, Any]]) -> str:
+    figures, left_out, spent = [], [], 0
+    for video in videos:
+        path, caption = Path(video["path"]), escape(str(video.get("caption", "")))
+        size = path.stat().st_size if path.exists() else None
+        if size is None or spent + size > MAX_VIDEO_BYTES:
+            why = "missing" if size is None else f"{size / 2**20:.1f} MB, not embedded"
+            left_out.append(f"<li>{caption}: <code>{escape(str(path))}</code> ({why})</li>")
+            continue
+        spent += size
+        source = base64.b64encode(path.read_bytes()).decode()
+        figures.append(
+            '<figure><video controls loop muted playsinline preload="auto" '
+            f'src="data:video/mp4;base64,{source}"></video><figcaption>{caption}</figcaption>'
+            "</figure>"
+        )
+    html = f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+    if left_out:
+        limit = f"{MAX_VIDEO_BYTES / 2**20:.0f} MB"
+        html += f"<p>Not in this page, which holds at most {limit} of videos:</p>"
+        html += f"<ul>{''.join(left_out)}</ul>"
+    return html
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Heading, key of the row, and how a value becomes HTML (escaped text where not given)."""
+
+    heading: str
+    key: str
+    show: Callable[[Any], str] | None = None
+    number: bool = True  # right-aligned; only where `show` is given
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        value = row.get(self.key)
+        if value is None:
+            return "–" if self.heading else ""
+        return self.show(value) if self.show else escape(str(value))
+
+    @property
+    def css(self) -> str:
+        return ' class="n"' if self.show and self.number else ""
+
+
+def _table(
+    columns: Sequence[_Column], rows: Sequence[Mapping[str, Any]], last_is_total: bool = False
+) -> str:
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col"{c.css}>{escape(c.heading)}</th>' for c in columns)
+    body = []
+    for index, row in enumerate(rows):
+        total = ' class="total"' if last_is_total and index == len(rows) - 1 else ""
+        cells = "".join(f"<td{c.css}>{c.cell(row)}</td>" for c in columns)
+        body.append(f"<tr{total}>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _section(title: str, html: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{html}</section>" if html else ""
+
+
+def _figure(plot: Plot, caption: str) -> str:
+    light, dark = (base64.b64encode(png).decode() for png in (plot.light, plot.dark))
+    return (
+        '<figure><picture><source media="(prefers-color-scheme: dark)" '
+        f'srcset="data:image/png;base64,{dark}"><img alt="{escape(caption)}" '
+        f'src="data:image/png;base64,{light}"></picture>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}".replace("-", "−")
+
+
+def _verdict(paired: Mapping[str, Any]) -> str:
+    low, high = paired.get("ci") or (-1.0, 1.0)
+    return "better" if low > 0 else "worse" if high < 0 else "even"
+
+
+def _track(bounds: Sequence[float]) -> str:
+    """Draws an interval of a score on a line from 0 to 1."""
+    low, high = (100 * min(max(bound, 0.0), 1.0) for bound in bounds)
+    return f'<span class="track"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i></span>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _integer(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.2e}"
+
+
+def _seconds(value: float) -> str:
+    minutes, seconds = divmod(value, 60)
+    return f"{minutes:.0f} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+def _plain_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0;
+  --card: #f8fafc; --blue: #2563eb; --good: #047857; --bad: #b91c1c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f172a; --ink: #e2e8f0; --soft: #94a3b8;
+  --line: #334155; --card: #1e293b; --blue: #60a5fa; --good: #34d399; --bad: #f87171; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui,
+  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 0 0 .9rem; }
+section { margin-top: 2.25rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
+p { margin: .6rem 0; max-width: 46rem; }
+.note, figcaption, small { color: var(--soft); font-size: .875rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem;
+  margin-top: 1.25rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
+  padding: .85rem 1rem; }
+.card span, .card small { display: block; color: var(--soft); font-size: .875rem; }
+.card strong { display: block; font-size: 1.75rem; line-height: 1.3; }
+.card.better strong { color: var(--good); } .card.worse strong { color: var(--bad); }
+strong, td { font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; min-width: 60%; }
+th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap;
+  vertical-align: bottom; }
+th, td { padding: .42rem 1.5rem .42rem 0; border-bottom: 1px solid var(--line); }
+td:first-child { white-space: nowrap; } td.n { white-space: nowrap; }
+th:last-child, td:last-child { padding-right: .25rem; }
+.n { text-align: right; } .total td { font-weight: 600; border-bottom: 0; }
+.track { position: relative; display: inline-block; width: 9rem; height: .5rem;
+  border-radius: .25rem; background: var(--line); }
+.track i { position: absolute; top: 0; bottom: 0; min-width: 3px; border-radius: .25rem;
+  background: var(--blue); }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr));
+  gap: 1.5rem; }
+figure { margin: .5rem 0 0; min-width: 0; }
+img, video { display: block; width: 100%; height: auto; border-radius: .4rem; }
+.wide { overflow-x: auto; } .wide figure { min-width: 42rem; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+"""

@@ -1,0 +1,173 @@
+"""Rollout videos: tiling, mp4 files that browsers play, and the frame measures PSNR and SSIM.
+
+Frames are uint8 RGB arrays (t, h, w, 3) throughout.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER = 255  # the value of gaps and of label strips
+_INK = (40, 40, 40)
+
+
+def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) -> Path:
+    """Writes frames (t, h, w, 3) uint8 as H.264 in an mp4 file, atomically.
+
+    Odd heights and widths gain one repeated row or column: 4:2:0 colour wants even sizes.
+
+    Raises:
+      ValueError: no frames, or not uint8 RGB.
+    """
+    frames = _checked(frames)
+    path = Path(path)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
+    try:
+        with imageio.get_writer(
+            temporary,
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            quality=None,
+            macro_block_size=1,
+            output_params=["-crf", "20", "-movflags", "+faststart", "-threads", "1"],
+        ) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def tile(
+    clips: Sequence[np.ndarray],
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: int = 1,
+    gap: int = 8,
+) -> np.ndarray:
+    """Puts clips beside each other, row by row, as one clip.
+
+    Shorter clips hold their last frame until the longest has ended.
+
+    Args:
+      clips: arrays (t_i, h, w, 3) uint8 of one frame size.
+      labels: a line of text above each clip.
+      columns: clips a row; all in one row by default.
+      scale: whole-number enlargement, pixels repeated.
+      gap: pixels between clips.
+
+    Returns:
+      (max t_i, height, width, 3) uint8.
+    """
+    clips = [_checked(clip) for clip in clips]
+    sizes = {clip.shape[1:] for clip in clips}
+    if len(sizes) != 1:
+        raise ValueError(f"tile wants clips of one frame size, got {sorted(sizes)}")
+    if labels is not None and len(labels) != len(clips):
+        raise ValueError(f"tile got {len(clips)} clips and {len(labels)} labels")
+    length = max(len(clip) for clip in clips)
+    tiles = []
+    for index, clip in enumerate(clips):
+        held = clip[np.minimum(np.arange(length), len(clip) - 1)]
+        held = held.repeat(scale, axis=1).repeat(scale, axis=2)
+        if labels is not None:
+            strip = _label_strip(labels[index], held.shape[2])
+            held = np.concatenate([np.repeat(strip[None], length, axis=0), held], axis=1)
+        tiles.append(held)
+    columns = columns or len(tiles)
+    rows = -(-len(tiles) // columns)
+    blank = np.full_like(tiles[0], _PAPER)
+    tiles += [blank] * (rows * columns - len(tiles))
+    padded = np.pad(
+        np.stack(tiles), ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=_PAPER
+    )
+    sheet = rearrange(padded, "(r c) t h w d -> t (r h) (c w) d", c=columns)
+    return sheet[:, : sheet.shape[1] - gap, : sheet.shape[2] - gap]
+
+
+def psnr(x: np.ndarray, y: np.ndarray, data_range: float = 255.0) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each frame.
+
+    Args:
+      x, y: (..., h, w, c), values spanning `data_range`.
+
+    Returns:
+      (...), infinite where the frames are equal.
+    """
+    x, y = _pair(x, y)
+    error = np.mean((x - y) ** 2, axis=(-3, -2, -1))
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(data_range**2 / error)
+
+
+def ssim(x: np.ndarray, y: np.ndarray, data_range: float = 255.0) -> np.ndarray:
+    """Structural similarity of each frame, at most 1, mean over pixels and channels.
+
+    Wang et al. 2004: an 11 x 11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03, only
+    where the window fits.
+
+    Args:
+      x, y: (..., h, w, c) with h, w >= 11, values spanning `data_range`.
+
+    Returns:
+      (...).
+    """
+    x, y = _pair(x, y)
+    if min(x.shape[-3:-1]) < 11:
+        raise ValueError(f"ssim wants frames of at least 11 x 11 pixels, got {x.shape[-3:-1]}")
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x = _blur(x * x) - mean_x**2
+    var_y = _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return np.mean(luminance * structure, axis=(-3, -2, -1))
+
+
+def _blur(images: np.ndarray) -> np.ndarray:
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window /= window.sum()
+    for axis in (-3, -2):
+        views = np.lib.stride_tricks.sliding_window_view(images, 11, axis=axis)
+        images = views @ window
+    return images
+
+
+def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if x.shape != y.shape:
+        raise ValueError(f"frames to compare differ in shape: {x.shape} and {y.shape}")
+    return x.astype(np.float64), y.astype(np.float64)
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(
+            f"a clip is a uint8 array (t, h, w, 3) with t >= 1, got {frames.dtype} {frames.shape}"
+        )
+    return frames
+
+
+def _label_strip(text: str, width: int) -> np.ndarray:
+    """Returns (height, width, 3) uint8 with the text on paper, left aligned."""
+    size = max(10, min(18, width // 12))
+    strip = Image.new("RGB", (width, size + 8), (_PAPER,) * 3)
+    draw = ImageDraw.Draw(strip)
+    draw.text((3, 2), text, fill=_INK, font=ImageFont.load_default(size))
+    return np.asarray(strip)

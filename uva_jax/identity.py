@@ -1,0 +1,174 @@
+"""What a stage's result depends on: the configuration it reads and the content of its inputs.
+
+Also the small JSON records in which that is kept, written atomically.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_REST_SECONDS = 2.0  # a file changed this recently may change again within one tick of its mtime
+_SHOWN_CHANGES = 8
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What shapes a stage's result, and the hashes of it.
+
+    Attributes:
+      config: the leaves of the configuration that shape it, by dotted name.
+      inputs: hashes of the stages and external files it reads, by label.
+    """
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @cached_property
+    def config_hash(self) -> str:
+        return _hash_json(self.config)
+
+    @cached_property
+    def inputs_hash(self) -> str:
+        return _hash_json(self.inputs)
+
+    @property
+    def hash(self) -> str:
+        return _hash_json([self.config_hash, self.inputs_hash])
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a JSON record keeps, enough for `matches` and `changes`."""
+        hashes = {"config_hash": self.config_hash, "inputs_hash": self.inputs_hash}
+        return {**hashes, "config": self.config, "inputs": self.inputs}
+
+    def matches(self, record: Mapping[str, Any] | None) -> bool:
+        """Says whether a record was written under the same configuration and inputs."""
+        return (
+            record is not None
+            and record.get("config_hash") == self.config_hash
+            and record.get("inputs_hash") == self.inputs_hash
+        )
+
+    def changes(self, record: Mapping[str, Any]) -> str:
+        """Names what differs from a record: `head.depth: 3 -> 4; input convert`."""
+        old, new = record.get("config", {}), self.config
+        said = [
+            f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
+            for key in sorted(old.keys() | new.keys())
+            if _shown(old, key) != _shown(new, key)
+        ]
+        old, new = record.get("inputs", {}), self.inputs
+        said += [f"input {k}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        more = len(said) - _SHOWN_CHANGES
+        return "; ".join(said[:_SHOWN_CHANGES] + ([f"and {more} more"] if more > 0 else []))
+
+
+def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Returns the leaves at or below dotted keys, by dotted name, as JSON holds them.
+
+    Raises:
+      ValueError: the configuration lacks one of the keys.
+    """
+    leaves: dict[str, Any] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key in value:
+                collect(f"{name}.{key}", value[key])
+        else:
+            leaves[name] = _plain(value)
+
+    for dotted in keys:
+        value: Any = config
+        for part in dotted.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise ValueError(f"a stage is shaped by {dotted!r}, which the configuration lacks")
+            value = value[part]
+        collect(dotted, value)
+    return leaves
+
+
+def external_hash(path: str | os.PathLike, workdir: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's content, or of the names and contents of a folder's files.
+
+    What was hashed is remembered in `workdir/.hashes.json` by size and modification time, so that
+    large checkpoints are read once and not on every run.
+    """
+    path, cache_path = Path(path), Path(workdir) / ".hashes.json"
+    cache = read_json(cache_path) or {}
+    known = len(cache)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    hashes = {str(p.relative_to(path)): _file_hash(p, cache) for p in files}
+    if len(cache) != known:
+        write_json(cache_path, cache)
+    return _hash_json(hashes) if path.is_dir() else hashes["."]
+
+
+def _file_hash(path: Path, cache: dict[str, str]) -> str:
+    stat = path.stat()
+    key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    if key in cache:
+        return cache[key]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - stat.st_mtime > _REST_SECONDS:
+        cache[key] = digest
+    return digest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically: the file holds the old text or the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(_plain(value), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object; None where there is no such file or it holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON can hold: arrays as lists, paths as text, non-finite numbers as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be stored as JSON")
+
+
+def _hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "absent"

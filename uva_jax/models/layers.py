@@ -1,0 +1,175 @@
+"""Layers that several models share, exact to their PyTorch originals.
+
+Linear, convolution and norm factories carry the initialisation and precision conventions of the
+project: parameters float32, products in `dtype`, norms and softmax float32. Randomness comes as
+keys in calls; modules hold no random state.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+_XAVIER = nnx.initializers.xavier_uniform()
+
+
+def linear(
+    in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype=None, kernel_init=_XAVIER
+) -> nnx.Linear:
+    """Linear layer with MAR's initialisation: Xavier-uniform kernel, zero bias."""
+    return nnx.Linear(in_features, out_features, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+def layer_norm(features: int, *, eps: float = 1e-6, affine: bool = True, rngs: nnx.Rngs):
+    """LayerNorm in float32 with the two-pass variance that PyTorch uses."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=eps,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    kernel: tuple[int, ...],
+    *,
+    padding,
+    strides: int | tuple[int, ...] = 1,
+    rngs: nnx.Rngs,
+    dtype=None,
+) -> nnx.Conv:
+    """Convolution over channels-last maps with explicit padding, one pair a spatial axis."""
+    return nnx.Conv(
+        in_features, out_features, kernel, strides, padding=padding, dtype=dtype, rngs=rngs
+    )
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, as timm's; `jax.nn.gelu` defaults to the tanh form."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Adaptive layer-norm modulation of DiT, `x * (1 + scale) + shift`."""
+    return x * (1 + scale) + shift
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity without a key (inference) or at rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def sub_key(key: jax.Array | None, index: int) -> jax.Array | None:
+    """The key of part `index`, or None when there is no key (inference)."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with float32 softmax.
+
+    Args:
+      q: (b, n, heads, head_dim) queries.
+      k: (b, m, heads, head_dim) keys.
+      v: (b, m, heads, value_dim) values.
+      dropout_rate: share of attention weights dropped when `key` is given.
+      key: random key, or None for inference.
+
+    Returns:
+      (b, n, heads, value_dim), in q's dtype.
+    """
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    weights = dropout(weights, dropout_rate, key).astype(v.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention of timm's ViT: packed qkv with bias, order q, k, v."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.attn_dropout, self.proj_dropout = attn_dropout, proj_dropout
+        self.qkv = linear(dim, 3 * dim, rngs=rngs, dtype=dtype)
+        self.proj = linear(dim, dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """(b, n, c) -> (b, n, c)."""
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
+        out = attend(*qkv, dropout_rate=self.attn_dropout, key=sub_key(key, 0))
+        out = self.proj(rearrange(out, "b n h d -> b n (h d)"))
+        return dropout(out, self.proj_dropout, sub_key(key, 1))
+
+
+class Mlp(nnx.Module):
+    """timm's two-layer MLP with exact GELU and dropout after both layers."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, dropout_rate: float = 0.0, dtype=None, rngs: nnx.Rngs
+    ):
+        self.dropout_rate = dropout_rate
+        self.fc1 = linear(dim, hidden, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(hidden, dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """(..., c) -> (..., c)."""
+        x = dropout(gelu(self.fc1(x)), self.dropout_rate, sub_key(key, 0))
+        return dropout(self.fc2(x), self.dropout_rate, sub_key(key, 1))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block of timm's ViT: no q/k norm, no layer scale, no drop path."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        eps: float,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        dtype=None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(dim, eps=eps, rngs=rngs)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            attn_dropout=attn_dropout,
+            proj_dropout=proj_dropout,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = layer_norm(dim, eps=eps, rngs=rngs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout_rate=proj_dropout, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """(b, n, c) -> (b, n, c)."""
+        x = x + self.attn(self.norm1(x), key=sub_key(key, 0))
+        return x + self.mlp(self.norm2(x), key=sub_key(key, 1))

@@ -1,0 +1,169 @@
+"""UVA's training losses on a policy: every task mode, with every random draw injectable.
+
+Kept apart from `Policy` because acting needs none of it. Upstream: `forward`, `forward_loss` of
+`mar_con_unified.py`, `compute_loss` of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from uva_jax.errors import UserError
+from uva_jax.models import mar
+from uva_jax.models.layers import sub_key
+from uva_jax.models.policy import Policy
+
+VIDEO_MODES = ("video_model", "dynamic_model", "full_dynamic_model")
+ACTION_MODES = ("policy_model", "inverse_model", "full_dynamic_model")
+
+
+def train_frame_indices(n_steps: int, n_frames: int = 4) -> tuple[int, ...]:
+    """The history and future frames of a training window: 32 -> (3, 7, ..., 31).
+
+    Raises:
+      UserError: the window length does not fit UVA's rule.
+    """
+    stride = max(1, n_steps // (2 * n_frames))
+    picks = tuple(i + n_frames - 1 for i in range(0, n_steps, stride))
+    if picks[-1] >= n_steps or len(picks) != 2 * n_frames:
+        raise UserError(
+            f"a window of {n_steps} steps cannot give {2 * n_frames} frames by UVA's rule "
+            f"(it would pick {picks}); use horizon=32."
+        )
+    return picks
+
+
+def latent_loss(
+    policy: Policy,
+    target: jax.Array,
+    cond: jax.Array,
+    nactions: jax.Array,
+    *,
+    task_mode: str,
+    key: jax.Array | None = None,
+    draws: Mapping[str, jax.Array] | None = None,
+    streams: Mapping[str, jax.Array] | None = None,
+    wrist_target: jax.Array | None = None,
+    proprio_target: jax.Array | None = None,
+    train: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss from latents on.
+
+    Args:
+      policy: the model.
+      target: (b, t, h', w', z) future latents; cond: the same of the history.
+      nactions: (b, n_actions, action_dim) normalised.
+      task_mode: one of TASK_MODES.
+      key: draws what is not given.
+      draws: given draws: "mask" (b, t, s); "t/<head>", "noise/<head>" for head in video, wrist,
+        act, prop, shaped as `DiffusionHead.loss` takes them; "text", "history" uniforms.
+      streams: further inputs of `MAR.embed`.
+      wrist_target: (b, t, h', w', z) future wrist latents, where the policy predicts them.
+      proprio_target: (b, n_actions, k), where the policy predicts proprioception.
+      train: dropout and random replacement on.
+
+    Returns:
+      The scalar loss and the parts: "video_loss", "act_loss", "z" (b, t * s, c), "mask", and
+      "rows/<head>" with per-row mse, vb and loss.
+    """
+    draws = dict(draws or {})
+    patch = policy.config.patch_size
+    tokens = mar.patchify(target, patch)
+    mask = draws.get("mask")
+    if mask is None:
+        mask = mar.random_mask(policy.config.mar, len(target), sub_key(key, 0))
+    streams = dict(streams or {})
+    if policy.config.mar.wrist:
+        streams["wrist_tokens"] = mar.patchify(wrist_target, patch)
+    z = policy.mar(
+        tokens,
+        mask,
+        mar.patchify(cond, patch),
+        task_mode=task_mode,
+        nactions=nactions,
+        uniforms=draws,
+        key=sub_key(key, 1) if train else None,
+        **streams,
+    )
+    parts = {"z": z, "mask": mask, "video_loss": jnp.zeros(()), "act_loss": jnp.zeros(())}
+    weights = rearrange(mask, "b t s -> b (t s)")
+
+    def rows(name, head, values, index):
+        out = head.loss(
+            values,
+            z,
+            key=sub_key(key, index),
+            t=draws.get(f"t/{name}"),
+            noise=draws.get(f"noise/{name}"),
+        )
+        parts[f"rows/{name}"] = out
+        return out["loss"]
+
+    if task_mode in VIDEO_MODES:
+        flat = rearrange(tokens, "b t s c -> b (t s) c")
+        video = rows("video", policy.video_head, flat, 2)
+        parts["video_loss"] = jnp.sum(video * weights) / jnp.sum(weights)
+        if policy.config.mar.wrist:
+            flat = rearrange(streams["wrist_tokens"], "b t s c -> b (t s) c")
+            wrist = rows("wrist", policy.wrist_head, flat, 3)
+            parts["video_loss"] += jnp.sum(wrist * weights) / jnp.sum(weights)
+    if task_mode in ACTION_MODES:
+        parts["act_loss"] = jnp.mean(rows("act", policy.action_head, nactions, 4))
+    loss = parts["video_loss"] + parts["act_loss"]
+    if policy.proprio_head is not None:
+        if proprio_target is None:
+            raise UserError("this policy predicts proprioception, but the batch has no target.")
+        parts["prop_loss"] = jnp.mean(rows("prop", policy.proprio_head, proprio_target, 5))
+        loss = loss + parts["prop_loss"]
+    return loss, parts
+
+
+def batch_loss(
+    policy: Policy,
+    batch: Mapping[str, jax.Array],
+    *,
+    task_mode: str,
+    key: jax.Array | None = None,
+    draws: Mapping[str, jax.Array] | None = None,
+    train: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss from a window of raw data.
+
+    Args:
+      policy: the model.
+      batch: "image" (b, T, h, w, 3) with T the horizon, or the 2 * n_frames frames already
+        selected; "action" (b, T, action_dim) raw.
+      task_mode: one of TASK_MODES.
+      key: draws what is not given.
+      draws: as in `latent_loss`, and "eps_target", "eps_cond" (b, t, h', w', z).
+      train: dropout and random replacement on.
+    """
+    draws = dict(draws or {})
+    n_frames, horizon = policy.config.mar.n_frames, batch["action"].shape[1]
+    images = batch["image"]
+    if images.shape[1] != 2 * n_frames:
+        images = images[:, jnp.array(train_frame_indices(images.shape[1], n_frames))]
+    frames = policy.preprocess(images)
+    shape = policy.latent_shape(len(frames))
+
+    def encode(part, name, index):
+        eps = draws.get(name)
+        if eps is None:
+            eps = jax.random.normal(sub_key(key, index), shape)
+        return jax.lax.stop_gradient(policy.encode_frames(part, eps))
+
+    target = encode(frames[:, n_frames:], "eps_target", 10)
+    cond = encode(frames[:, :n_frames], "eps_cond", 11)
+    nactions = policy.normalize("action", batch["action"])
+    nactions = (
+        nactions[:, horizon // 2 - 1 : -1]
+        if policy.config.shift_action
+        else nactions[:, horizon // 2 :]
+    )
+    return latent_loss(
+        policy, target, cond, nactions, task_mode=task_mode, key=key, draws=draws, train=train
+    )

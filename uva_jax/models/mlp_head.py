@@ -1,0 +1,329 @@
+"""UVA's diffusion heads: the residual MLP with adaptive layer norm, and the action aggregators.
+
+One class serves both uses: without an aggregator it denoises video tokens one by one, conditioned
+on the decoder's output; with one it denoises action steps, conditioned on what the aggregator
+makes of all tokens. Upstream: `diffusion_loss.py` and `diffusion_action_loss.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from flax import nnx
+
+from uva_jax import diffusion
+from uva_jax.errors import UserError
+from uva_jax.models.layers import conv, layer_norm, linear, modulate
+from uva_jax.models.policy_config import MLPHeadConfig
+
+_SMALL = nnx.initializers.normal(0.02)
+_ZERO = nnx.initializers.zeros
+
+
+def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
+    """Sinusoidal features of original timesteps: (...,) -> (..., dim), cosines first."""
+    half = dim // 2
+    freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t[..., None].astype(jnp.float32) * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nnx.Module):
+    """Sinusoid -> Linear -> SiLU -> Linear."""
+
+    def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
+        self.fc1 = linear(256, width, rngs=rngs, dtype=dtype, kernel_init=_SMALL)
+        self.fc2 = linear(width, width, rngs=rngs, dtype=dtype, kernel_init=_SMALL)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """(...,) integer timesteps -> (..., width)."""
+        return self.fc2(jax.nn.silu(self.fc1(timestep_features(t))))
+
+
+class ResBlock(nnx.Module):
+    """Gated residual MLP, modulated by y; `residual` is what it adds."""
+
+    def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
+        self.in_ln = layer_norm(width, rngs=rngs)
+        self.fc1 = linear(width, width, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(width, width, rngs=rngs, dtype=dtype)
+        self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
+
+    def residual(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x, y (..., width) -> what the block adds to x."""
+        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+        h = modulate(self.in_ln(x), shift, scale)
+        return gate * self.fc2(jax.nn.silu(self.fc1(h)))
+
+
+class FinalLayer(nnx.Module):
+    """DiT's output layer: norm without affine, modulation, Linear to eps and variance."""
+
+    def __init__(self, width: int, out_features: int, *, dtype=None, rngs: nnx.Rngs):
+        self.norm_final = layer_norm(width, affine=False, rngs=rngs)
+        self.linear = linear(width, out_features, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
+        self.adaLN_modulation = linear(width, 2 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x, y (..., width) -> (..., out_features)."""
+        shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 2, axis=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SimpleMLPAdaLN(nnx.Module):
+    """The denoising network of MAR's diffusion loss."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        width = config.width
+        self.time_embed = TimestepEmbedder(width, dtype=dtype, rngs=rngs)
+        self.cond_embed = linear(config.z_channels, width, rngs=rngs, dtype=dtype)
+        self.input_proj = linear(config.channels, width, rngs=rngs, dtype=dtype)
+        self.res_blocks = nnx.List(
+            [ResBlock(width, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
+        )
+        self.final_layer = FinalLayer(width, 2 * config.channels, dtype=dtype, rngs=rngs)
+
+    def activations(self, x: jax.Array, t: jax.Array, e_c: jax.Array) -> dict[str, jax.Array]:
+        """Everything on the way, given the embedded condition.
+
+        Args:
+          x: (..., channels) noisy rows.
+          t: original timesteps on leading axes of x.
+          e_c: (..., width), `cond_embed` of the condition.
+
+        Returns:
+          "time_embed" e_t, "h" [depth + 1, ..., width] (block inputs, then the last output),
+          "residuals" [depth, ..., width] and "out" (..., 2 channels).
+        """
+        e_t = self.time_embed(t)
+        y = e_t.reshape(e_t.shape[:-1] + (1,) * (e_c.ndim - e_t.ndim) + e_t.shape[-1:]) + e_c
+        hidden, residuals = [self.input_proj(x)], []
+        for block in self.res_blocks:
+            residuals.append(block.residual(hidden[-1], y))
+            hidden.append(hidden[-1] + residuals[-1])
+        return {
+            "time_embed": e_t,
+            "h": hidden,
+            "residuals": residuals,
+            "out": self.final_layer(hidden[-1], y),
+        }
+
+    def __call__(self, x: jax.Array, t: jax.Array, c: jax.Array) -> jax.Array:
+        """x (..., channels), t leading axes, c (..., z_channels) -> (..., 2 channels)."""
+        return self.activations(x, t, self.cond_embed(c))["out"]
+
+
+class ConvFC(nnx.Module):
+    """conv_fc: 3x3 convolution per frame, pooling to 4x4, two Linears, then frames -> actions."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        c = config.z_channels
+        self.grid, self.n_frames = config.grid, config.n_frames
+        if config.grid[0] % 4 or config.grid[1] % 4:
+            raise UserError(f"conv_fc pools to 4x4, which a token grid of {config.grid} denies.")
+        self.conv = conv(c, c, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs)
+        self.fc1 = linear(16 * c, c, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(c, c, rngs=rngs, dtype=dtype)
+        self.interpolate = linear(config.n_frames, config.n_actions, rngs=rngs, dtype=dtype)
+        self.refine1 = linear(c, c, rngs=rngs, dtype=dtype)
+        self.refine2 = linear(c, c, rngs=rngs, dtype=dtype)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = rearrange(z, "b (t h w) c -> (b t) h w c", t=self.n_frames, h=self.grid[0])
+        x = jax.nn.relu(self.conv(x))
+        x = reduce(x, "n (h i) (w j) c -> n c h w", "mean", h=4, w=4)  # flattened channel-major
+        x = self.fc2(jax.nn.relu(self.fc1(rearrange(x, "n c h w -> n (c h w)"))))
+        x = rearrange(x, "(b t) c -> b c t", t=self.n_frames)
+        x = rearrange(self.interpolate(x), "b c a -> b a c")
+        return self.refine2(jax.nn.relu(self.refine1(x)))
+
+
+class ConvOri(nnx.Module):
+    """conv_ori: transposed convolution over time (each frame gives its actions), then a mean."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        c = config.z_channels
+        self.n_frames = config.n_frames
+        self.steps = config.n_actions // config.n_frames
+        # Kernel and stride agree, so the transposed convolution is one matrix per output offset.
+        self.kernel = nnx.Param(
+            nnx.initializers.xavier_uniform()(rngs.params(), (self.steps, c, c))
+        )
+        self.bias = nnx.Param(jnp.zeros(c))
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        frames = reduce(z, "b (t s) c -> b t c", "mean", t=self.n_frames)
+        kernel = self.kernel[...].astype(frames.dtype)
+        steps = jnp.einsum("btc,kcd->btkd", frames, kernel) + self.bias[...]
+        return rearrange(steps, "b t k d -> b (t k) d")
+
+
+class Conv2(nnx.Module):
+    """conv2: two 1-d convolutions with tokens as channels and features as length."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        tokens = config.n_frames * config.grid[0] * config.grid[1]
+        self.conv = conv(tokens, 256, (7,), padding=((3, 3),), dtype=dtype, rngs=rngs)
+        self.conv_out = conv(256, config.n_actions, (7,), padding=((3, 3),), dtype=dtype, rngs=rngs)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.conv_out(jax.nn.relu(self.conv(rearrange(z, "b n c -> b c n"))))
+        return rearrange(x, "b c a -> b a c")
+
+
+class FC2(nnx.Module):
+    """fc2: two Linears over the token axis."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        tokens = config.n_frames * config.grid[0] * config.grid[1]
+        self.fc1 = linear(tokens, 256, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(256, config.n_actions, rngs=rngs, dtype=dtype)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.fc2(jax.nn.relu(self.fc1(rearrange(z, "b n c -> b c n"))))
+        return rearrange(x, "b c a -> b a c")
+
+
+_AGGREGATORS = {"conv_fc": ConvFC, "conv_ori": ConvOri, "conv2": Conv2, "fc2": FC2}
+
+
+def make_aggregator(kind: str, config, *, dtype=None, rngs: nnx.Rngs) -> nnx.Module:
+    """The aggregator by UVA's name: (b, tokens, c) -> (b, n_actions, c).
+
+    Raises:
+      UserError: the name is unknown.
+    """
+    if kind not in _AGGREGATORS:
+        raise UserError(f"aggregator {kind!r} is unknown; known are {', '.join(_AGGREGATORS)}.")
+    return _AGGREGATORS[kind](config, dtype=dtype, rngs=rngs)
+
+
+class DiffusionHead(nnx.Module):
+    """What every diffusion head does alike: training loss and sampling, given its network.
+
+    A subclass gives `condition(z)` (once per observation) and `denoise(x, t, condition)`.
+    `config` has `channels, train_steps, sampling_steps, clip`.
+    """
+
+    shared_timestep = False  # one timestep for all rows of a sample, or one a row
+
+    def loss(
+        self,
+        target: jax.Array,
+        z: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        t: jax.Array | None = None,
+        noise: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Diffusion loss per row.
+
+        Args:
+          target: (b, n, channels) in [-1, 1].
+          z: (b, tokens, z_channels) decoder output.
+          key: draws what is not given.
+          t: (b,) or (b, n) timesteps.
+          noise: (b, n, channels).
+
+        Returns:
+          {"mse", "vb", "loss"}, each (b, n).
+        """
+        schedule = diffusion.make_schedule("", self.config.train_steps)
+        if t is None:
+            shape = target.shape[:1] if self.shared_timestep else target.shape[:2]
+            t = jax.random.randint(jax.random.fold_in(key, 0), shape, 0, len(schedule))
+        if noise is None:
+            noise = jax.random.normal(jax.random.fold_in(key, 1), target.shape)
+        x_t = diffusion.q_sample(schedule, target, t, noise)
+        output = self.denoise(x_t, t, self.condition(z))
+        return diffusion.training_losses(schedule, output, target, x_t, t, noise)
+
+    def sample(
+        self,
+        z: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        temperature: float = 1.0,
+        cfg: float | jax.Array = 1.0,
+        guided: bool = False,
+        eta: float | None = None,
+        sampling_steps: str | None = None,
+        return_steps: bool = False,
+    ):
+        """Samples rows given tokens.
+
+        Args:
+          z: (b, tokens, z_channels); with `guided` the first half of the batch is conditional,
+            the second unconditional.
+          key: draws the noise when it is not given.
+          noise: (K + 1, b, n, channels) loop noise, b halved with `guided`.
+          temperature: factor on each step's noise.
+          cfg: guidance scale, used with `guided`.
+          eta: None for ancestral sampling, a number for DDIM.
+          sampling_steps: respacing in place of the config's.
+          return_steps: see `diffusion.sample_loop`.
+
+        Returns:
+          (b, n, channels); with `guided` both halves hold the guided result of their rows.
+        """
+        # Sampling is respaced from 1000 steps whatever the training length, as in the original.
+        schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps, 1000)
+        condition = self.condition(z)
+        if noise is None:
+            rows = (z.shape[0] // (2 if guided else 1), self.rows(z), self.config.channels)
+            noise = jax.random.normal(key, (len(schedule) + 1, *rows))
+        if guided:
+            noise = jnp.concatenate([noise, noise], axis=1)
+
+        def denoise(x, t):
+            if not guided:
+                return self.denoise(x, jnp.full(x.shape[:1], t), condition)
+            x = jnp.concatenate([x[: x.shape[0] // 2]] * 2, axis=0)
+            output = self.denoise(x, jnp.full(x.shape[:1], t), condition)
+            eps, rest = jnp.split(output, 2, axis=-1)
+            cond_eps, uncond_eps = jnp.split(eps, 2, axis=0)
+            half = uncond_eps + cfg * (cond_eps - uncond_eps)
+            return jnp.concatenate([jnp.concatenate([half, half], axis=0), rest], axis=-1)
+
+        return diffusion.sample_loop(
+            schedule,
+            denoise,
+            noise,
+            temperature=temperature,
+            clip=self.config.clip,
+            eta=eta,
+            return_steps=return_steps,
+        )
+
+
+class MLPHead(DiffusionHead):
+    """The head UVA trains: every row is denoised on its own, given t and its condition."""
+
+    def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
+        self.config = config
+        self.aggregator = (
+            make_aggregator(config.aggregator, config, dtype=dtype, rngs=rngs)
+            if config.aggregator
+            else None
+        )
+        self.net = SimpleMLPAdaLN(config, dtype=dtype, rngs=rngs)
+
+    def rows(self, z: jax.Array) -> int:
+        """Rows that are denoised for tokens z: action steps, or the tokens themselves."""
+        return z.shape[1] if self.aggregator is None else self.config.n_actions
+
+    def aggregate(self, z: jax.Array) -> jax.Array:
+        """(b, tokens, c) -> (b, rows, c): what each row is conditioned on."""
+        return z if self.aggregator is None else self.aggregator(z)
+
+    def condition(self, z: jax.Array) -> jax.Array:
+        """(b, tokens, c) -> the condition activation e_c (b, rows, width)."""
+        return self.net.cond_embed(self.aggregate(z))
+
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """x (b, rows, channels), t (b,) or (b, rows), e_c -> (b, rows, 2 channels)."""
+        return self.net.activations(x, t, condition)["out"]

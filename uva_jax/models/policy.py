@@ -1,0 +1,243 @@
+"""The whole UVA policy: images in, actions (and video) out.
+
+`Policy` holds the parts as attributes - `vae`, `mar`, `video_head`, `action_head` - so that a graft
+is an assignment: `policy.action_head = GraftedHead(...)`. Every random draw comes from a key or is
+given, so that two implementations can be compared number by number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from uva_jax.errors import UserError
+from uva_jax.models import mar
+from uva_jax.models.grafted_head import GraftedHead
+from uva_jax.models.mlp_head import DiffusionHead, MLPHead
+from uva_jax.models.policy_config import HeadConfig, PolicyConfig
+from uva_jax.models.vae import VAE
+
+
+class Stat(nnx.Variable):
+    """A constant of the policy (normaliser): stored and sharded, never trained."""
+
+
+def make_head(config: HeadConfig | None, *, dtype=None, rngs: nnx.Rngs) -> DiffusionHead | None:
+    """The head a config describes, or None."""
+    if config is None:
+        return None
+    kind = MLPHead if config.kind == "mlp" else GraftedHead
+    return kind(config, dtype=dtype, rngs=rngs)
+
+
+def eval_frame_indices(n_steps: int, n_frames: int = 4) -> tuple[int, ...]:
+    """The frames of an observation window that the policy looks at: 16 -> (3, 7, 11, 15).
+
+    Raises:
+      UserError: the last index falls outside the window (upstream's rule cannot handle it).
+    """
+    picks = tuple(range(n_frames - 1, n_steps + n_frames - 1, max(1, n_steps // n_frames)))
+    if picks[-1] >= n_steps or len(picks) != n_frames:
+        raise UserError(
+            f"a window of {n_steps} observations cannot give {n_frames} frames by UVA's rule "
+            f"(it would pick {picks}); use n_obs_steps=16."
+        )
+    return picks
+
+
+def _divide(x: jax.Array, divisor: float) -> jax.Array:
+    """x / divisor, rounded as a division; XLA would multiply by the constant's reciprocal."""
+    return x / jax.lax.optimization_barrier(jnp.float32(divisor))
+
+
+def _axis_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices and float32 weight of the two samples that each resized position mixes."""
+    source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
+    low = np.minimum(source.astype(np.int32), length - 1)
+    return low, np.minimum(low + 1, length - 1), (source - low).astype(np.float32)
+
+
+def resize_bilinear(x: jax.Array, size: int) -> jax.Array:
+    """(..., h, w, c) -> (..., size, size, c), half-pixel centres, no antialiasing.
+
+    In PyTorch's order of operations, because the VAE's group norms magnify the last bit of flat
+    image regions.
+    """
+    top, bottom, down = _axis_taps(x.shape[-3], size)
+    left, right, across = _axis_taps(x.shape[-2], size)
+    result = None
+    for rows, row_weight in ((top, 1 - down), (bottom, down)):
+        picked = jnp.take(x, rows, axis=-3)
+        for cols, col_weight in ((left, 1 - across), (right, across)):
+            weight = (row_weight[:, None] * col_weight[None])[..., None]
+            part = jnp.take(picked, cols, axis=-2) * weight
+            result = part if result is None else result + part
+    return result
+
+
+class Policy(nnx.Module):
+    """A UVA policy. See `PolicyConfig` for every size and switch."""
+
+    def __init__(self, config: PolicyConfig, *, dtype=None, rngs: nnx.Rngs):
+        self.config = config
+        self.vae = VAE(config.vae, dtype=dtype, rngs=rngs)
+        self.mar = mar.MAR(config.mar, dtype=dtype, rngs=rngs)
+        self.video_head = make_head(config.video_head, dtype=dtype, rngs=rngs)
+        self.wrist_head = make_head(config.wrist_head, dtype=dtype, rngs=rngs)
+        self.action_head = make_head(config.action_head, dtype=dtype, rngs=rngs)
+        self.proprio_head = make_head(config.proprio_head, dtype=dtype, rngs=rngs)
+        self.normalizer = nnx.Dict(
+            {
+                name: nnx.Dict(
+                    scale=Stat(jnp.ones(width)),
+                    offset=Stat(jnp.zeros(width)),
+                    input_stats=nnx.Dict(
+                        {k: Stat(jnp.zeros(width)) for k in ("min", "max", "mean", "std")}
+                    ),
+                )
+                for name, width in config.normalizer_fields
+            }
+        )
+
+    # ---- borders: pixels, latents, normalisation ----
+
+    def preprocess(self, images: jax.Array) -> jax.Array:
+        """(..., h, w, 3) uint8, or float in [0, 1] -> (..., size, size, 3) float32 in [-1, 1].
+
+        Resizing is bilinear with half-pixel centres and no antialiasing, as upstream's.
+        """
+        if images.dtype == jnp.uint8:
+            x = jnp.asarray(np.arange(256, dtype=np.float32) / np.float32(255))[images]
+        else:
+            x = images.astype(jnp.float32)
+        size = self.config.image_size
+        if x.shape[-3:-1] != (size, size):
+            x = resize_bilinear(x, size)
+        return _divide(x * 255.0, 127.5) - 1.0
+
+    def encode_frames(self, frames: jax.Array, eps: jax.Array) -> jax.Array:
+        """Frames (b, t, h, w, 3) in [-1, 1] and eps (b, t, h', w', z) -> latents, like eps."""
+        mean, logvar = self.vae.encode(rearrange(frames, "b t h w c -> (b t) h w c"))
+        mean, logvar = (
+            rearrange(x, "(b t) h w c -> b t h w c", b=len(eps)) for x in (mean, logvar)
+        )
+        return self.vae.sample(mean, logvar, eps)
+
+    def latent_shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of a window's latents: (b, t, h', w', z)."""
+        side = self.config.image_size // self.config.vae.stride
+        return (batch, self.config.mar.n_frames, side, side, self.config.vae.z_channels)
+
+    def decode_frames(self, latents: jax.Array) -> jax.Array:
+        """Latents (b, t, h', w', z) -> frames (b, t, h, w, 3) in [-1, 1]."""
+        frames = self.vae.decode(rearrange(latents, "b t h w c -> (b t) h w c"))
+        return jnp.clip(rearrange(frames, "(b t) h w c -> b t h w c", b=len(latents)), -1.0, 1.0)
+
+    def normalize(self, field: str, values: jax.Array) -> jax.Array:
+        """Raw units -> about [-1, 1]; the identity where the policy has no normaliser."""
+        if self.config.normalizer_type == "none":
+            return values
+        return values * self.normalizer[field]["scale"][...] + self.normalizer[field]["offset"][...]
+
+    def unnormalize(self, field: str, values: jax.Array) -> jax.Array:
+        """The inverse of `normalize`."""
+        if self.config.normalizer_type == "none":
+            return values
+        params = self.normalizer[field]
+        return (values - params["offset"][...]) / params["scale"][...]
+
+    # ---- acting ----
+
+    def video_tokens(
+        self, cond: jax.Array, streams: Mapping[str, jax.Array] | None = None
+    ) -> jax.Array:
+        """The decoder's tokens z in policy mode.
+
+        Args:
+          cond: (b, t, h', w', z) history latents.
+          streams: further inputs of `MAR.embed` (language, proprioception, past actions).
+
+        Returns:
+          (b, t * s, decoder_embed_dim).
+        """
+        tokens = mar.patchify(cond, self.config.patch_size)
+        return self.mar(None, None, tokens, task_mode="policy_model", **(streams or {}))
+
+    def streams(self, obs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The inputs beside the images that this policy's transformer takes, from `obs`."""
+        streams = {}
+        if self.config.mar.text_dim:
+            if "text_latents" not in obs:
+                raise UserError("this policy needs obs['text_latents'], one vector per sample.")
+            streams["text_latents"] = obs["text_latents"]
+        if self.config.mar.history_action and "past_action" in obs:
+            streams["history_nactions"] = self.normalize("action", obs["past_action"])
+        if self.config.mar.proprio_dim:
+            parts = [self.normalize(k, obs[k]) for k in self.config.proprio_keys]
+            state = jnp.concatenate(parts, axis=-1)
+            steps = self.config.mar.proprio_steps
+            if state.shape[1] != steps:
+                state = state[:, np.array(eval_frame_indices(state.shape[1], steps))]
+            streams["proprio"] = state
+        return streams
+
+    def encode_observation(
+        self, images: jax.Array, *, key: jax.Array | None = None, eps: jax.Array | None = None
+    ) -> jax.Array:
+        """Observation images (b, n_obs, h, w, 3), or (b, n_frames, ...) -> latents (b, t, ...).
+
+        A window of `n_frames` images is taken as already selected.
+        """
+        n_frames = self.config.mar.n_frames
+        if images.shape[1] != n_frames:
+            images = images[:, np.array(eval_frame_indices(images.shape[1], n_frames))]
+        if eps is None:
+            eps = jax.random.normal(key, self.latent_shape(images.shape[0]))
+        return self.encode_frames(self.preprocess(images), eps)
+
+    def predict_action(
+        self,
+        obs: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        vae_eps: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        sampling_steps: str | None = None,
+        eta: float | None = None,
+    ) -> dict[str, jax.Array]:
+        """Acts on observations.
+
+        Args:
+          obs: "image" (b, n_obs_steps, h, w, 3), uint8 or float in [0, 1] (or the n_frames that
+            UVA would pick), and whatever else the policy takes (see `streams`).
+          key: draws what is not given.
+          vae_eps: (b, n_frames, h', w', z) the VAE's sampling noise.
+          noise: (K + 1, b, n_actions, action_dim) the action loop's noise.
+          sampling_steps: respacing in place of the head's own, such as "10".
+          eta: None for ancestral sampling, a number for DDIM.
+
+        Returns:
+          "action" (b, n_action_steps, action_dim) to execute and "action_pred"
+          (b, n_actions, action_dim), both in raw units.
+        """
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        streams = self.streams(obs)
+        if self.config.mar.proprio_image:
+            wrist = self.encode_observation(obs["wrist_image"], key=keys[2])
+            streams["proprio_tokens"] = mar.patchify(wrist, self.config.patch_size)
+        cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
+        nactions = self.action_head.sample(
+            self.video_tokens(cond, streams),
+            key=keys[1],
+            noise=noise,
+            temperature=self.config.temperature,
+            sampling_steps=sampling_steps,
+            eta=eta,
+        )
+        actions = self.unnormalize("action", nactions)
+        return {"action": actions[:, : self.config.n_action_steps], "action_pred": actions}
