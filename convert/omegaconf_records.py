@@ -14,7 +14,8 @@ from uva_jax.errors import UserError
 # A configuration of UVA has about 300 values and 20 thousand characters.
 MAX_VALUES = 200_000
 MAX_CHARACTERS = 20_000_000
-_PATH = re.compile(r"(\.*)([^.\[\]:${}\s'\"]+(?:\.[^.\[\]:${}\s'\"]+|\[[^.\[\]:${}\s'\"]+\])*)")
+_KEY = r"[^.\[\]:${}\s'\"]+"
+_PATH = re.compile(rf"(\.*)((?:{_KEY}|\[{_KEY}\])(?:\.{_KEY}|\[{_KEY}\])*)")
 _DICT = Global("omegaconf.dictconfig", "DictConfig")
 _LIST = Global("omegaconf.listconfig", "ListConfig")
 _LEAF = Global("omegaconf.nodes", "AnyNode")
@@ -86,15 +87,13 @@ def _expand(value: object, chain: tuple, active: frozenset, budget: _Budget) -> 
 def _interpolate(text: str, chain: tuple, active: frozenset, budget: _Budget) -> object:
     if not chain or (text, id(chain[-1])) in active:
         return text
+    budget.spend(text)
     active = active | {(text, id(chain[-1]))}
     pieces = _split(text)
     out = []
-    for piece in pieces:
-        value = piece
-        if piece.startswith("${"):
-            target = _target(piece, chain, active, budget)
-            if target is not None:
-                value = _expand(*target, active, budget)
+    for piece, is_reference in pieces:
+        target = _target(piece, chain, active, budget) if is_reference else None
+        value = piece if target is None else _expand(*target, active, budget)
         if len(pieces) == 1:
             return value
         # Inside a longer text only a scalar has a place.
@@ -104,8 +103,8 @@ def _interpolate(text: str, chain: tuple, active: frozenset, budget: _Budget) ->
     return result
 
 
-def _split(text: str) -> list[str]:
-    """`text` cut into literal parts and whole `${...}` parts, brackets balanced."""
+def _split(text: str) -> list[tuple[str, bool]]:
+    """`text` cut into whole `${...}` parts (True), brackets balanced, and what is between."""
     pieces, literal, position = [], 0, 0
     while (start := text.find("${", position)) >= 0:
         depth, end = 1, start + 2
@@ -117,9 +116,9 @@ def _split(text: str) -> list[str]:
         position = end
         if start and text[start - 1] == "\\":  # escaped: not an interpolation
             continue
-        pieces += [text[literal:start], text[start:end]]
+        pieces += [(text[literal:start], False), (text[start:end], True)]
         literal = end
-    return [piece for piece in (*pieces, text[literal:]) if piece]
+    return [piece for piece in (*pieces, (text[literal:], False)) if piece[0]]
 
 
 def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tuple | None:
@@ -132,10 +131,10 @@ def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tup
         return None
     chain = chain[: len(chain) - len(match[1]) + 1] if match[1] else chain[:1]
     node, chain = chain[-1], chain[:-1]
-    for key in re.split(r"[.\[]", match[2].replace("]", "")):
+    for key in re.findall(_KEY, match[2]):
         if isinstance(node, str) and "${" in node:
             # A step of the path is itself a reference to a container.
-            reference = (node, id(chain[-1])) not in active and _split(node) == [node]
+            reference = (node, id(chain[-1])) not in active and _split(node) == [(node, True)]
             active = active | {(node, id(chain[-1]))}
             found = _target(node, chain, active, budget) if reference else None
             if found is None:

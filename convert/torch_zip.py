@@ -4,6 +4,7 @@ torch.save stores every entry uncompressed, so a tensor's bytes can be read stra
 place in the file, and an archive that says it will unpack to more than it holds is refused.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -203,7 +204,8 @@ def write_archive(path: str | os.PathLike, members: Iterable[Member], total: int
             "are needed; make room or choose another folder."
         ) from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def _write_member(archive: zipfile.ZipFile, member: Member) -> None:

@@ -35,7 +35,9 @@ class EventFile:
         # readers take the files of a folder in the order of their names, oldest first; the number
         # and the process id keep two writers of one second apart
         name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
-        self._file = open(folder / f"{name}.{os.getpid()}.{next(_file_number)}", "xb", buffering=0)
+        self._file = open(
+            folder / f"{name}.{os.getpid()}.{next(_file_number):05d}", "xb", buffering=0
+        )
         self._write(_double(1, now) + _bytes(3, b"brain.Event:2"))
         session_start = _varint(1, 1)
         self._write(_double(1, now) + _varint(2, first_step) + _bytes(7, session_start))

@@ -229,10 +229,11 @@ class ReplayBufferWriter:
         about = {
             "arrays": {k: [list(s), np.dtype(d).str] for k, (s, d) in arrays.items()},
             "episodes": hashlib.sha256(episode_ends.tobytes()).hexdigest(),
-            **(attributes or {}),
+            **json.loads(json.dumps(attributes or {})),
         }
         found = own_attributes(path)
-        if found is None and path.exists() and any(path.iterdir()):
+        path.mkdir(parents=True, exist_ok=True)
+        if found is None and any(p.suffix != ".tmp" for p in path.iterdir()):
             raise UserError(
                 f"{path} exists and was not written by uva_jax: choose another path or delete it"
             )
@@ -241,14 +242,12 @@ class ReplayBufferWriter:
                 f"{path} holds a different replay buffer: choose another path or delete it"
             )
         if found is None:
-            path.mkdir(parents=True, exist_ok=True)
             _mark(path, about, complete=False)  # first of all: from now on the folder is ours
-            for group in ("data", "meta"):
-                (path / group).mkdir(exist_ok=True)
-                write_atomically(path / group / ".zattrs", b"{}")
         for group in ("", "data", "meta"):
-            if not (path / group / ".zgroup").exists():
-                write_atomically(path / group / ".zgroup", b'{"zarr_format": 2}')
+            (path / group).mkdir(exist_ok=True)
+            for name, content in ((".zattrs", b"{}"), (".zgroup", b'{"zarr_format": 2}')):
+                if not (path / group / name).exists():
+                    write_atomically(path / group / name, content)
         return cls(path, arrays, episode_ends)
 
     @property
@@ -269,8 +268,10 @@ class ReplayBufferWriter:
     def write_unit(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
         """Writes every array's steps `unit_range(unit)`; returns once they are on the disk."""
         start, stop = self.unit_range(unit)
-        if set(values) != set(self._stores):
-            raise ValueError(f"unit {unit} needs {sorted(self._stores)}, got {sorted(values)}")
+        wanted = {key: (stop - start, *s.shape[1:]) for key, s in self._stores.items()}
+        given = {key: np.shape(value) for key, value in values.items()}
+        if given != wanted:
+            raise ValueError(f"{self.path}: unit {unit} needs arrays {wanted}, got {given}")
         for group in (self._frames, self._small[:-1], self._small[-1:]):
             pending = [self._stores[k][start:stop].write(np.asarray(values[k])) for k in group]
             for future in pending:

@@ -68,10 +68,11 @@ class PushT:
     def set_state(self, state: np.ndarray) -> None:
         """Puts agent and block at rest exactly at `state` (5,), as `state` reports it.
 
-        Velocities are no part of a state: to go on in the middle of an episode, replay it.
+        Velocities are no part of a state (to go on in the middle of an episode, replay it), nor
+        are contacts, which the renderer marks by red dots: they come back with the first step.
         """
-        self.reset_to(state)
         env = self._env
+        env._setup()  # without the physics step of a reset, whose contacts would be drawn
         env.block.angle = float(state[4])
         env.block.position = (float(state[2]), float(state[3]))
         env.agent.position = (float(state[0]), float(state[1]))

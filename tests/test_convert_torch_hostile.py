@@ -1,0 +1,302 @@
+"""Hostile and damaged checkpoints run nothing and end in one sentence that names the file."""
+
+import codecs
+import pickle
+import random
+import struct
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+
+from convert import torch_file
+from convert.pickle_records import Global, Record
+from uva_jax.errors import UserError
+
+RUNNING = "os.system os.exec os.posix_spawn os.fork subprocess.Popen exec compile".split()
+_WATCH: dict[str, list] = {}
+
+
+def _audit(event: str, args: tuple) -> None:
+    if "events" in _WATCH and event in RUNNING:
+        _WATCH["events"].append((event, args))
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.fixture
+def nothing_runs(tmp_path):
+    """Fails the test if a process, exec or compile was started, or the marker file appeared."""
+    for codec in ("cp437", "raw_unicode_escape", "unicode_escape"):
+        codecs.lookup(codec)  # zipfile and pickletools import these modules when they need them
+    _WATCH["events"] = []
+    yield
+    assert _WATCH.pop("events") == [] and not (tmp_path / "marker").exists()
+
+
+def archive(path, pickled: bytes, entries=(), byteorder=b"little", **options):
+    with zipfile.ZipFile(path, "w", **options) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of duplicate names
+        for name, content in (("data.pkl", pickled), ("byteorder", byteorder), *entries):
+            out.writestr(f"archive/{name}" if not name.startswith("!") else name[1:], content)
+    return path
+
+
+def refused(path) -> str:
+    """The one sentence with which `path` is refused."""
+    with pytest.raises(UserError) as caught:
+        torch_file.read(path)
+    message = str(caught.value)
+    assert str(path) in message and message.isprintable() and message.endswith(".")
+    return message
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def gadgets(marker: str) -> dict[str, bytes]:
+    """Pickles that would create the file `marker`, or fork, if anything in them were run."""
+    shell = text(f"touch {marker}")
+    python = text(f"open({marker!r}, 'w')")
+    system = b"cos\nsystem\n" + shell + b"\x85R"
+    stacked = text("os") + text("system") + b"\x93" + shell
+    dotted = text("pathlib") + text("os.system") + b"\x93" + shell
+    ordered = b"ccollections\nOrderedDict\n"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + system + b"K\x00))\x89}tR"
+    setstate = b"cos\n_wrap_close\n)\x81}" + text("__setstate__") + b"cos\nsystem\nsb" + shell
+    bodies = {
+        "os.system": system,
+        "posix.system": b"cposix\nsystem\n" + shell + b"\x85R",
+        "exec": b"cbuiltins\nexec\n" + python + b"\x85R",
+        "eval in python 2 spelling": b"c__builtin__\neval\n" + python + b"\x85R",
+        "stack global": stacked + b"\x85R",
+        "dotted name": dotted + b"\x85R",
+        "inst": b"(" + shell + b"ios\nsystem\n",
+        "obj": b"(cos\nsystem\n" + shell + b"o",
+        "newobj": b"cos\nsystem\n" + shell + b"\x85\x81",
+        "newobj_ex": stacked + b"\x85}\x92",
+        "nested in arguments": ordered + b"(](" + text("k") + system + b"tatR",
+        "nested in a tensor": tensor,
+        "second state": setstate + b"b",
+        "state of a dictionary": ordered + b")R}" + text("_metadata") + system + b"sb",
+        "persistent id": system + b"Q",
+        "dictionary key": b"}" + system + b"Ns",
+        "called result": b"cbuiltins\ngetattr\n(cos\nfork\n" + text("__call__") + b"tR)R",
+        "dill loader": b"cdill._dill\n_load_type\n" + text("CodeType") + b"\x85R)R",
+        "extension registry": b"\x82\x01",
+    }
+    protocol = {"stack global": 4, "dotted name": 4, "newobj_ex": 4, "inst": 1, "obj": 1}
+    return {k: bytes((0x80, protocol.get(k, 2))) + body + b"." for k, body in bodies.items()}
+
+
+@pytest.mark.parametrize("kind", list(gadgets("x")))
+def test_no_gadget_runs(kind, tmp_path, nothing_runs):
+    path = archive(tmp_path / "bad.ckpt", gadgets(str(tmp_path / "marker"))[kind])
+    try:
+        checkpoint = torch_file.read(path)
+        torch_file.write(tmp_path / "again.ckpt", {"payload": checkpoint.payload})
+        torch_file.dump_records(checkpoint.payload)
+    except UserError as error:
+        assert "bad.ckpt" in str(error)
+        return
+    with pytest.raises(UserError, match=r"bad\.ckpt"):
+        _ = checkpoint.cfg
+    assert kind not in ("persistent id", "extension registry", "second state")
+
+
+def test_a_reduce_method_becomes_a_record_and_stays_one(tmp_path, nothing_runs):
+    class Bad:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'marker')!r}, 'w')",), {"state": 1}
+
+    path = archive(tmp_path / "bad.ckpt", pickle.dumps({"a": [Bad()]}, 2))
+    record = torch_file.read(path).payload["a"][0]
+    assert isinstance(record, Record) and record.function == Global("builtins", "exec")
+    assert record.state == {"state": 1}
+    again = torch_file.load_records(torch_file.dump_records(record))
+    assert (again.function, again.args, again.state) == (record.function, record.args, record.state)
+
+
+def sample(path):
+    """A small checkpoint with everything in it: tensors, records, nested values."""
+    payload = {
+        "cfg": torch_file.records_from_dict({"a": 1, "b": {"c": "${a}", "d": [1, "x${b.c}"]}}),
+        "state_dicts": {"model": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}},
+        "pickles": {"epoch": b"\x80\x02K\x05."},
+        "size": torch_file.Size((3, 4)),
+    }
+    torch_file.write(path, payload)
+    return path.read_bytes()
+
+
+def tensors(value):
+    if isinstance(value, torch_file.LazyTensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def read_all(path) -> bool:
+    """True if the damaged file is still read to the end; only a UserError may come instead."""
+    try:
+        checkpoint = torch_file.read(path)
+        for tensor in tensors(checkpoint.payload):
+            tensor.numpy()
+        _ = checkpoint.cfg
+    except UserError as error:
+        assert str(path) in str(error) and str(error).isprintable()
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_flipped_bytes_are_read_or_refused_but_never_run(tmp_path, nothing_runs):
+    whole = sample(tmp_path / "good.ckpt")
+    entry = torch_file.read(tmp_path / "good.ckpt").archive.entries["data.pkl"]
+    path, rng = tmp_path / "bad.ckpt", random.Random(0)
+    outcomes = set()
+    for number in range(1500):
+        data = bytearray(whole)
+        start, size = (entry.offset, entry.size) if number % 3 else (0, len(data))
+        for _ in range(rng.choice((1, 1, 3))):
+            data[start + rng.randrange(size)] = rng.randrange(256)
+        path.write_bytes(data)
+        outcomes.add(read_all(path))
+    assert outcomes == {True, False}
+
+
+def test_every_truncation_is_refused(tmp_path):
+    whole = sample(tmp_path / "good.ckpt")
+    path = tmp_path / "cut.ckpt"
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        message = refused(path)
+        if size > 4:
+            assert "cut short" in message, size
+
+
+def test_a_file_cut_while_open_is_one_sentence(tmp_path):
+    whole = sample(tmp_path / "good.ckpt")
+    checkpoint = torch_file.read(tmp_path / "good.ckpt")
+    with open(tmp_path / "good.ckpt", "r+b") as file:
+        file.truncate(len(whole) // 3)
+    with pytest.raises(UserError, match=r"good\.ckpt ends in the middle"):
+        checkpoint.payload["state_dicts"]["model"]["w"].numpy()
+    with pytest.raises(UserError, match=r"good\.ckpt ends in the middle"):
+        torch_file.write(tmp_path / "b.ckpt", checkpoint.payload)
+    assert not (tmp_path / "b.ckpt").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "old PyTorch format"),
+        (b"storages".ljust(257, b"\0") + b"ustar\x00".ljust(255), "old PyTorch format"),
+        (pickle.dumps({"a": 1}, 2), "bare pickle"),
+        (struct.pack("<Q", 2) + b"{}" + bytes(8), "safetensors"),
+        (b"PK\x03\x04" + bytes(100), "cut short or damaged"),
+        (b"hello", "is not a PyTorch checkpoint"),
+    ],
+)
+def test_other_formats_are_named(head, says, tmp_path):
+    path = tmp_path / "file.ckpt"
+    path.write_bytes(head)
+    assert says in refused(path)
+
+
+def test_paths_that_are_no_file_are_named(tmp_path):
+    assert "does not exist" in refused(tmp_path / "none.ckpt")
+    assert "folder" in refused(tmp_path)
+
+
+def test_zip_tricks_are_refused(tmp_path):
+    good, path = pickle.dumps({}, 2), tmp_path / "bad.ckpt"
+    assert "two entries named" in refused(archive(path, good, [("data.pkl", good)]))
+    assert "outside its own folder" in refused(archive(path, good, [("!../evil", b"")]))
+    assert "outside its own folder" in refused(archive(path, good, [("data/../../evil", b"")]))
+    assert "outside its own folder" in refused(archive(path, good, [("!/etc/passwd", b"")]))
+    assert "no single data.pkl" in refused(archive(path, good, [("!other/data.pkl", good)]))
+    assert "TorchScript" in refused(archive(path, good, [("constants.pkl", good)]))
+    bomb = archive(path, bytes(50 << 20), compression=zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 100_000 and "compressed" in refused(bomb)
+    assert "big-endian" in refused(archive(path, good, byteorder=b"big"))
+
+
+def test_an_oversized_pickle_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1000)
+    assert "more than 1000 is refused" in refused(archive(tmp_path / "a.ckpt", bytes(2000)))
+
+
+def tensor_pickle(shape, strides, offset=0, numel=4, kind="FloatStorage", key="0") -> bytes:
+    """The pickle of one tensor, spelled by hand so that it can lie."""
+    storage = pickle.dumps(("storage", None, key, "cpu", numel), 2)[2:-1]
+    storage = storage.replace(b"N", b"ctorch\n" + kind.encode() + b"\n", 1)
+    rest = b"".join(pickle.dumps(v, 2)[2:-1] for v in (offset, shape, strides, False, {}))
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"Q" + rest + b"tR."
+
+
+def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path):
+    path, bytes_16 = tmp_path / "a.ckpt", [("data/0", bytes(16))]
+    archive(path, tensor_pickle((2, 2), (2, 1)), bytes_16)
+    assert torch_file.read(path).payload.numpy().shape == (2, 2)
+    lies = {
+        "beyond": ((2, 3), (3, 1)),
+        "reaches": ((2, 2), (3, 1)),
+        "reaches beyond": ((2,), (1,), 3),
+        "no counts": ((2,), (-1,), 3),
+        "are no counts": ((-2,), (1,)),
+        "strides or offset": ((2,), (1,), -1),
+        "do not belong together": ((2, 2), (1,)),
+        "no counts ": ((1 << 70,), (0,)),
+        "is expanded": ((1 << 40,), (0,)),
+        "needs 32 bytes": ((2,), (1,), 0, 8),
+        "needs -4 bytes": ((2,), (1,), 0, -1),
+        "no bytes": ((2,), (1,), 0, 4, "FloatStorage", "../0"),
+        "not supported": ((2,), (1,), 0, 4, "QInt8Storage"),
+    }
+    for says, arguments in lies.items():
+        archive(path, tensor_pickle(*arguments), bytes_16)
+        assert says.strip() in refused(path), says
+    assert "needs 16 bytes" in refused(
+        archive(path, tensor_pickle((2, 2), (2, 1)), [("data/0", bytes(15))])
+    )
+
+
+def test_pickle_bombs_are_refused(tmp_path):
+    megabyte = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)
+    copies = b"c_codecs\nencode\nq\x00" + megabyte + text("latin1") + b"\x86q\x01]"
+    path = tmp_path / "a.ckpt"
+    archive(path, b"\x80\x02" + copies + b"h\x00h\x01Ra" * 5000 + b".")
+    assert "expand far beyond" in refused(path)
+    deep_key = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."
+    assert "too deeply nested" in refused(archive(path, deep_key))
+    doubled_key = b"\x80\x02})" + b"q\x00h\x00\x86" * 64 + b"Ns."
+    assert "too deeply nested" in refused(archive(path, doubled_key))
+
+
+def test_endless_nesting_ends_in_a_sentence(tmp_path):
+    wrap = b"]q\x00h\x01ah\x00q\x010"  # a new list around the last one
+    path = archive(tmp_path / "a.ckpt", b"\x80\x02]q\x01" + wrap * 9000 + b"h\x01.")
+    payload = torch_file.read(path).payload
+    with pytest.raises(UserError, match="nested too deeply"):
+        torch_file.write(tmp_path / "b.ckpt", payload)
+    loop: dict = {}
+    loop["again"] = loop
+    checkpoint = torch_file.read(archive(path, pickle.dumps({"cfg": loop}, 2)))
+    with pytest.raises(UserError, match=r"a\.ckpt.*nested without end"):
+        _ = checkpoint.cfg
+
+
+def test_records_hold_no_tensor_data():
+    with pytest.raises(UserError, match=r"policy\.json cannot be read.*tensor data"):
+        torch_file.load_records(b"\x80\x02" + text("0") + b"Q.", "policy.json")
+    with pytest.raises(UserError, match="numpy.ndarray"):
+        torch_file.dump_records({"x": np.ones(2)})

@@ -1,0 +1,50 @@
+"""Hashes of external files and the JSON records of a stage."""
+
+import os
+
+import pytest
+
+from uva_jax.identity import external_hash, read_json, write_json
+
+
+def test_external_hash_reads_an_unchanged_file_once(tmp_path, monkeypatch):
+    path = tmp_path / "big.ckpt"
+    path.write_bytes(b"weights")
+    os.utime(path, (1e9, 1e9))
+    first = external_hash(path, tmp_path)
+    path.write_bytes(b"WEIGHTS")  # same size; with the time put back nobody can tell
+    os.utime(path, (1e9, 1e9))
+    assert external_hash(path, tmp_path) == first
+    os.utime(path, (2e9, 1e9 + 1))
+    assert external_hash(path, tmp_path) != first
+
+
+def test_external_hash_of_a_file_just_written_is_not_trusted_by_its_time(tmp_path):
+    path = tmp_path / "fresh"
+    path.write_bytes(b"a")
+    stat = path.stat()
+    first = external_hash(path, tmp_path)
+    path.write_bytes(b"b")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert external_hash(path, tmp_path) != first
+
+
+def test_external_hash_of_a_folder_depends_on_names_and_contents(tmp_path):
+    folder = tmp_path / "data.zarr"
+    (folder / "img").mkdir(parents=True)
+    (folder / "img" / "0").write_bytes(b"a")
+    hashes = {external_hash(folder, tmp_path)}
+    (folder / "img" / "0").rename(folder / "img" / "1")
+    hashes.add(external_hash(folder, tmp_path))
+    (folder / "img" / "1").write_bytes(b"b")
+    hashes.add(external_hash(folder, tmp_path))
+    assert len(hashes) == 3
+
+
+def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError, match="cannot be stored as JSON"):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
