@@ -1,0 +1,240 @@
+"""Policies as folders, and modules as flat dictionaries of arrays.
+
+A policy folder holds `policy.json` (architecture and origin), `params/` (orbax: every variable,
+normaliser included) and, for policies that came from PyTorch, `source.records` (what an export
+needs and the model does not). Flax's own update functions accept wrong shapes and missing keys in
+silence, so everything that is put into a module goes through `replace`, which does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from uva_jax.errors import UserError
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
+
+FORMAT = 1
+_JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(map(str, keys))
+
+
+def flatten(module: nnx.Module | nnx.State) -> dict[str, jax.Array]:
+    """Every variable of a module or state as {"mar/encoder_blocks/0/norm1/scale": array}."""
+    state = module if isinstance(module, nnx.State) else nnx.state(module)
+    return {_path(keys): variable[...] for keys, variable in nnx.to_flat_state(state)}
+
+
+def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
+    """Like `flatten`, for modules that may be abstract (`nnx.eval_shape`)."""
+    state = module if isinstance(module, nnx.State) else nnx.state(module)
+    return {
+        _path(keys): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        for keys, variable in nnx.to_flat_state(state)
+    }
+
+
+def abstract_policy(config: PolicyConfig, *, dtype=None) -> Policy:
+    """A policy of that architecture without arrays; `dtype` is what products are computed in."""
+    return nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def mismatches(expected: Mapping, found: Mapping) -> list[str]:
+    """Sentences on every path that is missing, unknown, or of another shape or dtype."""
+    problems = [f"{path} is missing" for path in expected if path not in found]
+    problems += [f"{path} is unknown to the architecture" for path in found if path not in expected]
+    for path in expected:
+        if path not in found:
+            continue
+        want, got = expected[path], found[path]
+        if tuple(got.shape) != tuple(want.shape):
+            problems.append(f"{path} has shape {tuple(got.shape)}, not {tuple(want.shape)}")
+        elif np.dtype(got.dtype) != np.dtype(want.dtype):
+            problems.append(f"{path} has dtype {got.dtype}, not {want.dtype}")
+    return problems
+
+
+def replace(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+    """A copy of a (possibly abstract) module whose variables are exactly `arrays`.
+
+    Raises:
+      UserError: a path is missing or unknown, or a shape or dtype differs; all are listed.
+    """
+    if problems := mismatches(shapes(module), arrays):
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+    graph, state = nnx.split(module)
+    leaves = [
+        (keys, variable.replace(arrays[_path(keys)]))
+        for keys, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _nested(flat: Mapping[str, object]) -> dict:
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict:
+    result = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}/")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def save_policy(
+    folder: str | os.PathLike,
+    policy: Policy,
+    *,
+    source: Mapping,
+    records: bytes | None = None,
+) -> None:
+    """Writes a policy folder; it appears under its name only once it is complete.
+
+    With several processes, all of them call this, with the same folder.
+
+    Args:
+      folder: where; an older policy there is replaced.
+      policy: the policy; its parameters may be sharded.
+      source: where the weights come from, plain JSON values (checkpoint name, sha256, ...).
+      records: `convert.torch_file.dump_records` of what an export needs.
+
+    Raises:
+      UserError: the folder holds something that is not a policy.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give the name of a folder to write the policy to.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).exists():
+        raise UserError(
+            f"{folder} holds files that are not a policy (it has no {_JSON}); give another folder."
+        )
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    chief = jax.process_index() == 0
+    if chief:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        described = {"format": FORMAT, "policy": to_dict(policy.config), "source": dict(source)}
+        _write(partial / _JSON, (json.dumps(described, indent=1) + "\n").encode())
+        if records is not None:
+            _write(partial / _RECORDS, records)
+    _wait("policy folder opened")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / _PARAMS, _nested(flatten(policy)))
+    _wait("policy folder written")
+    if chief:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    _wait("policy folder named")
+
+
+def _wait(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
+    """The architecture and the source of a policy folder.
+
+    Raises:
+      UserError: there is no policy, or its description is damaged or of a newer format.
+    """
+    path = Path(folder) / _JSON
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a policy folder (it has no {_JSON}); make one with "
+            "'python -m convert from_torch CKPT OUT'."
+        )
+    try:
+        described = json.loads(path.read_text())
+        version, policy, source = (described[k] for k in ("format", "policy", "source"))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
+    try:
+        return from_dict(policy), source
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_records(folder: str | os.PathLike) -> bytes | None:
+    """What `save_policy` was given as `records`, or None."""
+    path = Path(folder) / _RECORDS
+    return path.read_bytes() if path.exists() else None
+
+
+def load_policy(
+    folder: str | os.PathLike,
+    *,
+    dtype=None,
+    shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
+) -> Policy:
+    """Restores a policy from its folder, straight into its shardings.
+
+    Args:
+      folder: what `save_policy` wrote.
+      dtype: what products are computed in (None: float32, as the parameters).
+      shardings: the sharding of a path (as in `flatten`) of the given shape and dtype; without it
+        everything lies on the first device.
+
+    Raises:
+      UserError: the folder is no policy, or its arrays do not fit its architecture.
+    """
+    config, _ = read_description(folder)
+    policy = abstract_policy(config, dtype=dtype)
+    expected = shapes(policy)
+    params = Path(folder).absolute() / _PARAMS
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=alone if shardings is None else shardings(path, leaf)
+        )
+        for path, leaf in expected.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = _flat(checkpointer.metadata(params).item_metadata.tree)
+            if problems := mismatches(expected, found):
+                raise UserError(
+                    f"the arrays in {params} do not fit the architecture in "
+                    f"{Path(folder) / _JSON}: {'; '.join(problems)}."
+                )
+            arrays = _flat(checkpointer.restore(params, _nested(target)))
+    except (FileNotFoundError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{params} is missing or damaged ({error}); make the policy folder anew."
+        ) from error
+    return replace(policy, arrays)
