@@ -154,6 +154,11 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     )
 
 
+def infer_vae(shapes: Shapes, source: str) -> pc.VAEConfig:
+    """The VAE's architecture from the shapes of its tensors (`vae_model.*`)."""
+    return _vae(_Reader(shapes, source))
+
+
 def _vae(get: _Reader) -> pc.VAEConfig:
     ch = get["vae_model.encoder.conv_in.weight"][0]
     levels = _count(get.shapes, r"vae_model\.encoder\.down\.(\d+)\.")
@@ -275,5 +280,7 @@ def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
         return None
     try:
         return pc.from_dict(json.loads(text)["policy"])
+    except UserError as error:
+        raise UserError(f"{source}: its 'uva_jax' entry does not fit: {error}") from error
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r}).") from error

@@ -160,17 +160,21 @@ def _grafted_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
             f"{flax}/final_layer/adaLN_modulation",
             "linear",
         ),
-        (f"{torch}.queries", f"{flax}/queries", "param"),
+    ]
+    lines += [
+        (f"{torch}.{n}", f"{flax}/{n}", "param")
+        for n in ("queries", "condition_scale", "condition_shift")
     ]
     t, f = f"{torch}.memory", f"{flax}/memory"
-    lines += [(f"{t}.{n}", f"{f}/{n}", "param") for n in ("position", "aggregate_position")]
-    lines += [(f"{t}.{n}", f"{f}/{n}", "linear") for n in ("hidden", "proj", "aggregate_proj")]
-    lines += [(f"{t}.conv", f"{f}/conv", "conv"), (f"{t}.norm", f"{f}/norm", "norm")]
+    lines += [(f"{t}.{n}", f"{f}/{n}", "linear") for n in ("proj", "aggregate_proj")]
+    lines += [(f"{t}.{n}", f"{f}/{n}", "norm") for n in ("norm", "aggregate_norm")]
+    lines += [(f"{t}.conv", f"{f}/conv", "conv")]
     lines += _aggregator(f"{t}.aggregator", f"{f}/aggregator")
     layers = {
         "cross_attn": {
-            "linear": "q kv proj fc1 fc2 adaLN_modulation",
+            "linear": "q k v proj fc1 fc2 adaLN_modulation",
             "norm": "norm norm_ff",
+            "param": "query_position key_position",
         },
         "self_attn": {"linear": "qkv proj adaLN_modulation", "norm": "norm", "param": "position"},
         "mlp": {"linear": "fc1 fc2 adaLN_modulation", "norm": "in_ln"},

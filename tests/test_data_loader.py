@@ -5,13 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from uva_jax.data.loader import (
-    BatchLoader,
-    WindowReader,
-    to_uint8_cache,
-    write_replay_buffer,
-)
+from uva_jax.data.loader import BatchLoader, WindowReader
 from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.replay_writer import to_uint8_cache, write_replay_buffer
 from uva_jax.data.sequences import create_indices, select_frames, window_rows
 from uva_jax.errors import UserError
 

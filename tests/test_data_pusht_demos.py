@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from uva_jax.data.pusht_demos import RenderWorker, load_demos, render_demos
-from uva_jax.data.replay_buffer import UNIT_STEPS, ReplayBuffer
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.replay_writer import UNIT_STEPS
 from uva_jax.envs.pusht import PushT
 from uva_jax.errors import UserError
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from uva_jax.data.loader import write_replay_buffer
-from uva_jax.data.replay_buffer import UNIT_STEPS, ReplayBuffer, ReplayBufferWriter
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.replay_writer import UNIT_STEPS, ReplayBufferWriter, write_replay_buffer
 from uva_jax.errors import UserError
 
 ENDS = np.array([40, 65, 125])

@@ -11,7 +11,8 @@ import pytest
 from gym_pusht.envs.pusht import PushTEnv
 
 from uva_jax.data.pusht_demos import load_demos
-from uva_jax.envs.pusht import PushT, WorkerError, WorkerProcess, initial_state
+from uva_jax.envs.pusht import PushT, initial_state
+from uva_jax.envs.workers import WorkerError, WorkerProcess
 
 # First rows of `data/state` of episodes 0, 1 and 2 of the human demonstrations: recorded by the
 # original environment under seeds 0, 1 and 2.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from uva_jax.data.pusht_demos import load_demos
-from uva_jax.envs.pusht import PushT, WorkerError, initial_state
+from uva_jax.envs.pusht import PushT, initial_state
+from uva_jax.envs.workers import WorkerError
 from uva_jax.eval.rollout import RolloutPool, bootstrap_ci, paired_difference, run_rollouts
 
 FRAMES = (3, 7, 11, 15)

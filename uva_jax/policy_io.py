@@ -77,15 +77,15 @@ def replace(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
         raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
     graph, state = nnx.split(module)
     leaves = [
-        (keys, variable.replace(arrays[_path(keys)]))
-        for keys, variable in nnx.to_flat_state(state)
+        (keys, variable.replace(arrays[_path(keys)])) for keys, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def _nested(flat: Mapping[str, object]) -> dict:
+def nested(arrays: Mapping[str, object]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
     tree: dict = {}
-    for path, value in flat.items():
+    for path, value in arrays.items():
         *parents, last = path.split("/")
         node = tree
         for key in parents:
@@ -94,11 +94,12 @@ def _nested(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict:
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """The inverse of `nested`."""
     result = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{key}/")
+            result |= flat(value, f"{prefix}{key}/")
         else:
             result[f"{prefix}{key}"] = value
     return result
@@ -143,7 +144,7 @@ def save_policy(
             _write(partial / _RECORDS, records)
     _wait("policy folder opened")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / _PARAMS, _nested(flatten(policy)))
+        checkpointer.save(partial / _PARAMS, nested(flatten(policy)))
     _wait("policy folder written")
     if chief:
         if folder.exists():
@@ -226,14 +227,16 @@ def load_policy(
     }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = _flat(checkpointer.metadata(params).item_metadata.tree)
+            found = flat(checkpointer.metadata(params).item_metadata.tree)
             if problems := mismatches(expected, found):
                 raise UserError(
                     f"the arrays in {params} do not fit the architecture in "
                     f"{Path(folder) / _JSON}: {'; '.join(problems)}."
                 )
-            arrays = _flat(checkpointer.restore(params, _nested(target)))
-    except (FileNotFoundError, KeyError, AttributeError) as error:
+            arrays = flat(checkpointer.restore(params, nested(target)))
+    except UserError:
+        raise
+    except (FileNotFoundError, KeyError, AttributeError, ValueError) as error:
         raise UserError(
             f"{params} is missing or damaged ({error}); make the policy folder anew."
         ) from error

@@ -4,25 +4,19 @@ The order is a pure function of seed and epoch and the position is one integer, 
 its step continues with the very batches that it would have seen.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from uva_jax.data.replay_buffer import (
-    FRAME_CHUNK,
-    Progress,
-    ReplayBuffer,
-    ReplayBufferWriter,
-)
+from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import window_rows
 from uva_jax.errors import UserError
 
 # The batch's name -> (the buffer's key, how many leading columns, all if None).
 PUSHT_FIELDS = {"image": ("img", None), "agent_pos": ("state", 2), "action": ("action", None)}
-_LOAD_STEPS = 8 * FRAME_CHUNK  # steps read at a time when a buffer is loaded whole
+_LOAD_STEPS = 256  # steps read at a time when a buffer is loaded whole
 
 
 class WindowReader:
@@ -159,67 +153,6 @@ class BatchLoader:
             finally:
                 for future in ahead:
                     future.cancel()
-
-
-def write_replay_buffer(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], episode_ends: np.ndarray
-) -> ReplayBuffer:
-    """Writes arrays that are in memory, each (n_steps, *item), as one replay buffer."""
-    described = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
-    for key, value in arrays.items():
-        if len(value) != episode_ends[-1]:
-            raise ValueError(f"{key} has {len(value)} steps, episode_ends says {episode_ends[-1]}")
-    writer = ReplayBufferWriter.create(path, described, episode_ends)
-    for unit in writer.missing_units():
-        start, stop = writer.unit_range(unit)
-        writer.write_unit(unit, {key: value[start:stop] for key, value in arrays.items()})
-    return writer.finish()
-
-
-def to_uint8_cache(
-    source: ReplayBuffer,
-    path: str | os.PathLike,
-    *,
-    keys: Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> ReplayBuffer:
-    """Copies a buffer with its image arrays cast to uint8, so that windows read 30 times faster.
-
-    An interrupted copy resumes; a finished one is opened as it is. Raises UserError when an image
-    array does not hold values in 0..255, or something else is at `path`.
-    """
-    keys = source.keys if keys is None else tuple(keys)
-    frames = [key for key in keys if source.is_frame(key)]
-    described = {
-        key: (source.shape(key)[1:], np.uint8 if key in frames else source.dtype(key))
-        for key in keys
-    }
-    attributes = {"cast_from": source.fingerprint()}
-    writer = ReplayBufferWriter.create(path, described, source.episode_ends, attributes=attributes)
-    if writer.complete:
-        return ReplayBuffer.open(path)
-    for unit in writer.missing_units():
-        start, stop = writer.unit_range(unit)
-        values = {key: source.read(key, start, stop) for key in keys}
-        for key in frames:
-            values[key] = to_uint8(values[key], f"{source.path}: data/{key}")
-        writer.write_unit(unit, values)
-        if progress is not None:
-            progress(stop, source.n_steps)
-    return writer.finish()
-
-
-def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
-    """Frames of any numeric dtype with values in 0..255 as uint8, rounded."""
-    if frames.dtype == np.uint8 or frames.size == 0:
-        return frames.astype(np.uint8, copy=False)
-    low, high = float(frames.min()), float(frames.max())
-    if not (low >= 0 and 1 < high <= 255):  # also false for NaN
-        raise UserError(
-            f"{name} should hold pixel values in 0..255, but some of its frames range from "
-            f"{low:g} to {high:g}: scale them first"
-        )
-    return np.rint(frames).astype(np.uint8)
 
 
 def _load_frames(buffer: ReplayBuffer, key: str) -> np.ndarray:

@@ -16,13 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uva_jax.data.replay_buffer import (
-    Progress,
-    ReplayBuffer,
-    ReplayBufferWriter,
-    own_attributes,
-)
-from uva_jax.envs.pusht import IMAGE_SIZE, PushT, WorkerProcess, usable_cores
+from uva_jax.data.replay_buffer import Progress, ReplayBuffer
+from uva_jax.data.replay_writer import ReplayBufferWriter, own_attributes
+from uva_jax.envs.pusht import IMAGE_SIZE, PushT
+from uva_jax.envs.workers import WorkerProcess, usable_cores
 from uva_jax.errors import UserError
 
 _ARRAYS = {

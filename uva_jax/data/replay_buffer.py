@@ -1,8 +1,7 @@
 """Diffusion-policy replay buffers: zarr v2, `data/<key>`, `meta/episode_ends`.
 
 A buffer is opened lazily with tensorstore, from a `.zarr` folder or from the zip in which such
-folders are published. The writer makes the same layout, in resumable units, so that a killed run
-goes on where it stopped and leaves nothing that looks finished.
+folders are published. `replay_writer` makes the same layout.
 """
 
 import hashlib
@@ -18,12 +17,8 @@ import tensorstore as ts
 
 from uva_jax.errors import UserError
 
-FRAME_CHUNK = 32  # steps a chunk of images: a 32-step window touches two
-UNIT_STEPS = 1024  # steps that are written, and resumed, together
 FRAME_BYTES = 1024  # a step of at least this size is an image
-_OWN = "uva_jax"  # our block among the root attributes
-# Flat renderings compress best without shuffling: 0.3 kB a 96x96 frame, read as fast as lz4.
-_CODEC = {"id": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 0}
+OWN_ATTRIBUTES = "uva_jax"  # the writer's block among the root attributes
 
 Progress = Callable[[int, int], None]  # (done, total), called as work advances
 
@@ -45,7 +40,7 @@ class ReplayBuffer:
         self._stores: dict[str, ts.TensorStore] = {}
         ends = self._finish("meta/episode_ends", self._store("meta/episode_ends").read())
         self.episode_ends = np.asarray(ends, np.int64)
-        _check_episode_ends(self.episode_ends, str(path))
+        check_episode_ends(self.episode_ends, str(path))
         for key in self.keys:
             if not self.shape(key) or self.shape(key)[0] != self.n_steps:
                 raise UserError(
@@ -65,7 +60,7 @@ class ReplayBuffer:
         if not path.exists():
             raise UserError(f"there is no replay buffer at {path}: check the path")
         kvstore, arrays, attributes = _open_zip(path) if path.is_file() else _open_folder(path)
-        own = attributes.get(_OWN)
+        own = attributes.get(OWN_ATTRIBUTES)
         if isinstance(own, dict) and own.get("complete") is False:
             raise UserError(
                 f"{path} was never finished: run the command that writes it again (it resumes), "
@@ -100,7 +95,7 @@ class ReplayBuffer:
 
     def is_frame(self, key: str) -> bool:
         """Whether a step of this array is an image, judged by its size."""
-        return _is_frame(self.shape(key)[1:], self.dtype(key))
+        return is_frame(self.shape(key)[1:], self.dtype(key))
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Steps [start, stop) of one array, in its stored dtype."""
@@ -183,153 +178,24 @@ class ReplayBuffer:
             ) from error
 
 
-class ReplayBufferWriter:
-    """Writes a replay buffer in units of `UNIT_STEPS` steps, in any order and from any process.
-
-    A unit counts as written when its chunk of the last small array exists, because that chunk is
-    written after all the others. The root's attributes say whether the whole is complete.
-    """
-
-    def __init__(self, path: Path, arrays: Mapping[str, tuple], episode_ends: np.ndarray):
-        self.path = path
-        self.n_steps = int(episode_ends[-1])
-        self.n_units = math.ceil(self.n_steps / UNIT_STEPS)
-        self._frames = [k for k, (shape, dtype) in arrays.items() if _is_frame(shape, dtype)]
-        self._small = [k for k in arrays if k not in self._frames]
-        if not self._small:
-            raise ValueError("a replay buffer needs at least one array besides its images")
-        self._stores = {
-            key: _create_array(path, f"data/{key}", (self.n_steps, *shape), dtype)
-            for key, (shape, dtype) in arrays.items()
-        }
-        ends = _create_array(path, "meta/episode_ends", episode_ends.shape, np.int64)
-        ends[...].write(episode_ends).result()
-
-    @classmethod
-    def create(
-        cls,
-        path: str | os.PathLike,
-        arrays: Mapping[str, tuple[tuple[int, ...], np.dtype | str]],
-        episode_ends: np.ndarray,
-        *,
-        attributes: Mapping | None = None,
-    ) -> "ReplayBufferWriter":
-        """Starts a buffer at `path`, or goes on with a half-written one of the same description.
-
-        Args:
-          arrays: key -> (shape of one step, dtype), for instance ("img": ((96, 96, 3), "uint8")).
-          episode_ends: (n_episodes,) cumulative lengths.
-          attributes: JSON-able facts kept in the root's attributes; part of the description.
-
-        Raises UserError when something else is at `path`.
-        """
-        path = Path(path)
-        episode_ends = np.asarray(episode_ends, np.int64)
-        _check_episode_ends(episode_ends, str(path))
-        about = {
-            "arrays": {k: [list(s), np.dtype(d).str] for k, (s, d) in arrays.items()},
-            "episodes": hashlib.sha256(episode_ends.tobytes()).hexdigest(),
-            **json.loads(json.dumps(attributes or {})),
-        }
-        found = own_attributes(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if found is None and any(p.suffix != ".tmp" for p in path.iterdir()):
-            raise UserError(
-                f"{path} exists and was not written by uva_jax: choose another path or delete it"
-            )
-        if found is not None and {**found, "complete": None} != {**about, "complete": None}:
-            raise UserError(
-                f"{path} holds a different replay buffer: choose another path or delete it"
-            )
-        if found is None:
-            _mark(path, about, complete=False)  # first of all: from now on the folder is ours
-        for group in ("", "data", "meta"):
-            (path / group).mkdir(exist_ok=True)
-            for name, content in ((".zattrs", b"{}"), (".zgroup", b'{"zarr_format": 2}')):
-                if not (path / group / name).exists():
-                    write_atomically(path / group / name, content)
-        return cls(path, arrays, episode_ends)
-
-    @property
-    def complete(self) -> bool:
-        return bool((own_attributes(self.path) or {}).get("complete"))
-
-    def unit_range(self, unit: int) -> tuple[int, int]:
-        """The steps [start, stop) of a unit."""
-        return unit * UNIT_STEPS, min((unit + 1) * UNIT_STEPS, self.n_steps)
-
-    def missing_units(self) -> list[int]:
-        """The units that are still to be written."""
-        key = self._small[-1]
-        tail = ".0" * (self._stores[key].rank - 1)
-        folder = self.path / "data" / key
-        return [u for u in range(self.n_units) if not (folder / f"{u}{tail}").exists()]
-
-    def write_unit(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
-        """Writes every array's steps `unit_range(unit)`; returns once they are on the disk."""
-        start, stop = self.unit_range(unit)
-        wanted = {key: (stop - start, *s.shape[1:]) for key, s in self._stores.items()}
-        given = {key: np.shape(value) for key, value in values.items()}
-        if given != wanted:
-            raise ValueError(f"{self.path}: unit {unit} needs arrays {wanted}, got {given}")
-        for group in (self._frames, self._small[:-1], self._small[-1:]):
-            pending = [self._stores[k][start:stop].write(np.asarray(values[k])) for k in group]
-            for future in pending:
-                future.result()
-
-    def finish(self) -> ReplayBuffer:
-        """Marks the buffer complete and opens it."""
-        missing = self.missing_units()
-        if missing:
-            raise ValueError(f"{self.path}: units {missing} of {self.n_units} are not written yet")
-        _mark(self.path, own_attributes(self.path), complete=True)
-        return ReplayBuffer.open(self.path)
-
-
-def own_attributes(path: Path) -> dict | None:
-    """What `ReplayBufferWriter` noted at `path`, or None where it never wrote."""
-    return _read_json(path / ".zattrs").get(_OWN)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _mark(path: Path, about: Mapping, *, complete: bool) -> None:
-    block = {_OWN: {**about, "complete": complete}}
-    write_atomically(path / ".zattrs", json.dumps(block, indent=2).encode())
-
-
-def _create_array(path: Path, name: str, shape: tuple, dtype) -> ts.TensorStore:
-    step = FRAME_CHUNK if _is_frame(shape[1:], dtype) else UNIT_STEPS
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{path}/{name}/"},
-        "metadata": {
-            "shape": list(shape),
-            "chunks": [step, *shape[1:]],
-            "dtype": np.dtype(dtype).str,
-            "compressor": _CODEC,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-        },
-        # Even a chunk of zeros is written: chunks that exist are what says that work is done.
-        "store_data_equal_to_fill_value": True,
-    }
-    return ts.open(spec, open=True, create=True).result()
-
-
-def _is_frame(item: Sequence[int], dtype) -> bool:
+def is_frame(item: Sequence[int], dtype) -> bool:
     return math.prod(item) * np.dtype(dtype).itemsize >= FRAME_BYTES
 
 
-def _check_episode_ends(ends: np.ndarray, name: str) -> None:
+def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
+    """Frames of any numeric dtype with values in 0..255 as uint8, rounded."""
+    if frames.dtype == np.uint8 or frames.size == 0:
+        return frames.astype(np.uint8, copy=False)
+    low, high = float(frames.min()), float(frames.max())
+    if not (low >= 0 and 1 < high <= 255):  # also false for NaN
+        raise UserError(
+            f"{name} should hold pixel values in 0..255, but some of its frames range from "
+            f"{low:g} to {high:g}: scale them first"
+        )
+    return np.rint(frames).astype(np.uint8)
+
+
+def check_episode_ends(ends: np.ndarray, name: str) -> None:
     if ends.ndim != 1 or not len(ends) or ends[0] < 1 or (np.diff(ends) < 1).any():
         raise UserError(
             f"{name}: meta/episode_ends must be increasing cumulative lengths of at least one "
@@ -341,7 +207,7 @@ def _listing(arrays: Mapping) -> str:
     return ", ".join(sorted(arrays)) or "no arrays"
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     return _parse(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
@@ -365,9 +231,9 @@ def _open_folder(path: Path) -> tuple[dict, dict, dict]:
             f"found {names}{hint}"
         )
     files = [f for group in ("data", "meta") for f in (path / group).glob("*/.zarray")]
-    arrays = {f.parent.relative_to(path).as_posix(): _read_json(f) for f in files}
+    arrays = {f.parent.relative_to(path).as_posix(): read_json(f) for f in files}
     kvstore = {"driver": "file", "path": f"{path.resolve()}/"}
-    return kvstore, arrays, _read_json(path / ".zattrs")
+    return kvstore, arrays, read_json(path / ".zattrs")
 
 
 def _open_zip(path: Path) -> tuple[dict, dict, dict]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from uva_jax.data.replay_buffer import Progress
-from uva_jax.envs.pusht import IMAGE_SIZE, SUCCESS_COVERAGE, WorkerProcess, usable_cores
+from uva_jax.envs.pusht import IMAGE_SIZE, SUCCESS_COVERAGE
+from uva_jax.envs.workers import WorkerProcess, usable_cores
 
 # predict(obs, seed_index, call_index) -> actions, see `RolloutPool.run`
 Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]

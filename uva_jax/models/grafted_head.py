@@ -2,8 +2,9 @@
 
 `input_proj`, `time_embed` and `final_layer` are the teacher's; aggregator and residual MLP blocks
 become blocks of three operators (cross-attention, self-attention, MLP). In the "condition" form
-the cross-attentions build the condition of every action step from the video tokens. That does not
-depend on the diffusion time, so it runs once per observation and not once per sampling step.
+the cross-attentions build the condition of every action step from the memory. That does not
+depend on the diffusion time, so it runs once per observation and not once per sampling step. In
+the "residual" form they work on the noisy action tokens, at every step.
 """
 
 from __future__ import annotations
@@ -25,52 +26,52 @@ class Memory(nnx.Module):
     """What the cross-attentions look at, made from the video tokens once per observation.
 
     `adapter="conv"`: the aggregator's first convolution (a copy of the teacher's) and its pooling,
-    so that a full-size grid of 4 x 256 tokens becomes 4 x 16. `"linear"`: every token, with a
-    hidden layer beside it. `memory="video+aggregate"` appends the teacher's aggregated tokens.
+    so that a full-size grid of 4 x 256 tokens becomes 4 x 16. `"linear"`: every token as it is.
+    `memory="video+aggregate"` appends the teacher's aggregated tokens, one per action step.
     """
 
     def __init__(self, config: GraftedHeadConfig, *, dtype=None, rngs: nnx.Rngs):
-        c, width = config.z_channels, config.stream_width
+        c, width = config.z_channels, config.memory_width
         self.config = config
-        rows, cols = config.pool if config.adapter == "conv" else config.grid
         self.norm = layer_norm(c, rngs=rngs)
         if config.adapter == "conv":
             self.conv = conv(c, c, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs)
-        else:
-            self.hidden = linear(c, c, rngs=rngs, dtype=dtype)
-        self.proj = linear(2 * c, width, rngs=rngs, dtype=dtype)
-        self.position = nnx.Param(_NORMAL(rngs.params(), (1, config.n_frames * rows * cols, width)))
+        self.proj = linear(c, width, rngs=rngs, dtype=dtype)
         if config.memory == "video+aggregate":
             self.aggregator = make_aggregator(config.aggregator, config, dtype=dtype, rngs=rngs)
+            self.aggregate_norm = layer_norm(c, rngs=rngs)
             self.aggregate_proj = linear(c, width, rngs=rngs, dtype=dtype)
-            self.aggregate_position = nnx.Param(
-                _NORMAL(rngs.params(), (1, config.n_actions, width))
+
+    def features(self, z: jax.Array) -> tuple[jax.Array, ...]:
+        """The part that is a copy of the teacher's: z (b, t * s, c) -> video features (b, m, c)
+        and, with the aggregate, its tokens (b, n_actions, c)."""
+        config, video = self.config, z
+        if config.adapter == "conv":
+            x = rearrange(z, "b (t h w) c -> (b t) h w c", t=config.n_frames, h=config.grid[0])
+            rows, cols = config.pool
+            video = reduce(
+                jax.nn.relu(self.conv(x)),
+                "(b t) (h i) (w j) c -> b (t h w) c",
+                "mean",
+                t=config.n_frames,
+                h=rows,
+                w=cols,
             )
+        if config.memory == "video+aggregate":
+            return video, self.aggregator(z)
+        return (video,)
+
+    def project(self, video: jax.Array, aggregate: jax.Array | None = None) -> jax.Array:
+        """The learnt part: features -> memory (b, m, memory_width)."""
+        memory = self.proj(self.norm(video))
+        if aggregate is None:
+            return memory
+        extra = self.aggregate_proj(self.aggregate_norm(aggregate))
+        return jnp.concatenate([memory, extra], axis=1)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """(b, t * s, z_channels) -> (b, m, stream_width)."""
-        config = self.config
-        if config.adapter == "conv":
-            maps = rearrange(z, "b (t h w) c -> (b t) h w c", t=config.n_frames, h=config.grid[0])
-            pooled = [
-                reduce(
-                    x,
-                    "(b t) (h i) (w j) c -> b (t h w) c",
-                    "mean",
-                    t=config.n_frames,
-                    h=config.pool[0],
-                    w=config.pool[1],
-                )
-                for x in (maps, jax.nn.relu(self.conv(maps)))
-            ]
-            tokens = jnp.concatenate([self.norm(pooled[0]), pooled[1]], axis=-1)
-        else:
-            tokens = jnp.concatenate([self.norm(z), jax.nn.silu(self.hidden(z))], axis=-1)
-        memory = self.proj(tokens) + self.position[...]
-        if config.memory == "video+aggregate":
-            extra = self.aggregate_proj(self.aggregator(z)) + self.aggregate_position[...]
-            memory = jnp.concatenate([memory, extra], axis=1)
-        return memory
+        """(b, t * s, z_channels) -> (b, m, memory_width)."""
+        return self.project(*self.features(z))
 
 
 class GraftedBlock(nnx.Module):
@@ -98,6 +99,9 @@ class GraftedHead(DiffusionHead):
         self.final_layer = FinalLayer(width, 2 * config.channels, dtype=dtype, rngs=rngs)
         self.memory = Memory(config, dtype=dtype, rngs=rngs)
         self.queries = nnx.Param(_NORMAL(rngs.params(), (1, config.n_actions, width)))
+        # The stream runs at unit scale; these bring it to the teacher's condition activation.
+        self.condition_scale = nnx.Param(jnp.ones(width))
+        self.condition_shift = nnx.Param(jnp.zeros(width))
         names = config.operators or (FAMILIES,) * config.depth
         self.blocks = nnx.List(
             [GraftedBlock(config, triple, dtype=dtype, rngs=rngs) for triple in names]
@@ -107,20 +111,33 @@ class GraftedHead(DiffusionHead):
         """Rows that are denoised: the action steps."""
         return self.config.n_actions
 
-    def condition(self, z: jax.Array) -> jax.Array:
-        """(b, t * s, c) -> the condition stream s_L (b, n_actions, width)."""
-        memory = self.memory(z)
-        s = jnp.broadcast_to(
-            self.queries[...], (z.shape[0], self.config.n_actions, self.config.width)
-        )
+    def stream(self, memory: jax.Array) -> list[jax.Array]:
+        """The condition after every block's cross-attention: depth arrays (b, n, width)."""
+        s = jnp.broadcast_to(self.queries[...], (len(memory), *self.queries.shape[1:]))
+        conditions = []
         for block in self.blocks:
-            s = s + block.cross_attn(s, memory, self.queries[...])
-        return s
+            s = s + block.cross_attn(s, memory)
+            conditions.append(self.condition_shift[...] + self.condition_scale[...] * s)
+        return conditions
+
+    def condition(self, z: jax.Array) -> jax.Array:
+        """(b, t * s, c) -> the condition (b, n, width), or the memory in the "residual" form."""
+        memory = self.memory(z)
+        if self.config.cross_attention == "residual":
+            return memory
+        return self.stream(memory)[-1]
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """x (b, n, channels), t (b,), s_L (b, n, width) -> (b, n, 2 channels)."""
-        h, y = self.input_proj(x), self.time_embed(t)[:, None] + condition
+        """x (b, n, channels), t (b,), `condition(z)` -> (b, n, 2 channels)."""
+        h, y = self.input_proj(x), self.time_embed(t)[:, None]
+        residual = self.config.cross_attention == "residual"
+        if residual:
+            y = jnp.broadcast_to(y, h.shape)
+        else:
+            y = y + condition
         for block in self.blocks:
+            if residual:
+                h = h + block.cross_attn(h, condition, y)
             h = h + block.self_attn(h, y)
             h = h + block.mlp(h, y)
         return self.final_layer(h, y)

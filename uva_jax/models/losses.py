@@ -122,25 +122,16 @@ def latent_loss(
     return loss, parts
 
 
-def batch_loss(
+def encode_batch(
     policy: Policy,
     batch: Mapping[str, jax.Array],
     *,
-    task_mode: str,
     key: jax.Array | None = None,
     draws: Mapping[str, jax.Array] | None = None,
-    train: bool = True,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss from a window of raw data.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A window of raw data as what `latent_loss` takes: target, cond and normalised actions.
 
-    Args:
-      policy: the model.
-      batch: "image" (b, T, h, w, 3) with T the horizon, or the 2 * n_frames frames already
-        selected; "action" (b, T, action_dim) raw.
-      task_mode: one of TASK_MODES.
-      key: draws what is not given.
-      draws: as in `latent_loss`, and "eps_target", "eps_cond" (b, t, h', w', z).
-      train: dropout and random replacement on.
+    Args are those of `batch_loss`; no gradient flows into the VAE.
     """
     draws = dict(draws or {})
     n_frames, horizon = policy.config.mar.n_frames, batch["action"].shape[1]
@@ -164,6 +155,30 @@ def batch_loss(
         if policy.config.shift_action
         else nactions[:, horizon // 2 :]
     )
+    return target, cond, nactions
+
+
+def batch_loss(
+    policy: Policy,
+    batch: Mapping[str, jax.Array],
+    *,
+    task_mode: str,
+    key: jax.Array | None = None,
+    draws: Mapping[str, jax.Array] | None = None,
+    train: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss from a window of raw data.
+
+    Args:
+      policy: the model.
+      batch: "image" (b, T, h, w, 3) with T the horizon, or the 2 * n_frames frames already
+        selected; "action" (b, T, action_dim) raw.
+      task_mode: one of TASK_MODES.
+      key: draws what is not given.
+      draws: as in `latent_loss`, and "eps_target", "eps_cond" (b, t, h', w', z).
+      train: dropout and random replacement on.
+    """
+    target, cond, nactions = encode_batch(policy, batch, key=key, draws=draws)
     return latent_loss(
         policy, target, cond, nactions, task_mode=task_mode, key=key, draws=draws, train=train
     )

@@ -35,6 +35,13 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
     )
 
 
+def ordered_mask(orders: jax.Array, rate: jax.Array, n_frames: int) -> jax.Array:
+    """(b, n_frames, s), 1 is masked: the first ceil(s * rate) tokens of each order (b, s)."""
+    count = jnp.ceil(orders.shape[-1] * rate)
+    mask = (jnp.argsort(orders, axis=-1) < count).astype(jnp.float32)
+    return repeat(mask, "b s -> b t s", t=n_frames)
+
+
 def random_mask(config: MARConfig, batch: int, key: jax.Array) -> jax.Array:
     """A training mask (b, t, s), 1 is masked: one rate a batch, one pattern for all frames.
 
@@ -44,11 +51,8 @@ def random_mask(config: MARConfig, batch: int, key: jax.Array) -> jax.Array:
     rate_key, order_key = jax.random.split(key)
     low = (config.mask_ratio_min - 1.0) / 0.25
     rate = 1.0 + 0.25 * jax.random.truncated_normal(rate_key, low, 0.0)
-    tokens = config.tokens_per_frame
-    count = jnp.ceil(tokens * rate)
-    rank = jnp.argsort(jax.random.uniform(order_key, (batch, tokens)), axis=-1)
-    mask = (jnp.argsort(rank, axis=-1) < count).astype(jnp.float32)
-    return repeat(mask, "b s -> b t s", t=config.n_frames)
+    orders = jnp.argsort(jax.random.uniform(order_key, (batch, config.tokens_per_frame)), axis=-1)
+    return ordered_mask(orders, rate, config.n_frames)
 
 
 class MAR(nnx.Module):
@@ -235,12 +239,16 @@ class MAR(nnx.Module):
             x = block(x, key=sub_key(key, 100 + i))
         return self.encoder_norm(x)
 
-    def decode(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """(b, [text +] t * s, c) -> video tokens z (b, t * s, decoder_embed_dim)."""
+    def decoder_input(self, x: jax.Array) -> jax.Array:
+        """The encoder's output, projected and with the decoder's positions: what its blocks see."""
         position = _grid_embedding(self.decoder_temporal_pos_embed, self.decoder_spatial_pos_embed)
         if self.config.text_dim:
             position = jnp.concatenate([self.decoder_text_pos_embed[...], position], axis=1)
-        x = self.decoder_embed(x) + position
+        return self.decoder_embed(x) + position
+
+    def decode(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """(b, [text +] t * s, c) -> video tokens z (b, t * s, decoder_embed_dim)."""
+        x = self.decoder_input(x)
         for i, block in enumerate(self.decoder_blocks):
             x = block(x, key=sub_key(key, 200 + i))
         x = self.decoder_norm(x)

@@ -241,6 +241,17 @@ class DiffusionHead(nnx.Module):
         output = self.denoise(x_t, t, self.condition(z))
         return diffusion.training_losses(schedule, output, target, x_t, t, noise)
 
+    def guided(self, x: jax.Array, t: jax.Array, condition, cfg: float | jax.Array) -> jax.Array:
+        """`denoise` with guidance: the first half of the batch is conditional, and its x counts.
+
+        eps is guided in both halves; the variance stays each half's own, as in the original.
+        """
+        x = jnp.concatenate([x[: x.shape[0] // 2]] * 2, axis=0)
+        eps, rest = jnp.split(self.denoise(x, t, condition), 2, axis=-1)
+        cond_eps, free_eps = jnp.split(eps, 2, axis=0)
+        half = free_eps + cfg * (cond_eps - free_eps)
+        return jnp.concatenate([jnp.concatenate([half, half], axis=0), rest], axis=-1)
+
     def sample(
         self,
         z: jax.Array,
@@ -280,14 +291,10 @@ class DiffusionHead(nnx.Module):
             noise = jnp.concatenate([noise, noise], axis=1)
 
         def denoise(x, t):
-            if not guided:
-                return self.denoise(x, jnp.full(x.shape[:1], t), condition)
-            x = jnp.concatenate([x[: x.shape[0] // 2]] * 2, axis=0)
-            output = self.denoise(x, jnp.full(x.shape[:1], t), condition)
-            eps, rest = jnp.split(output, 2, axis=-1)
-            cond_eps, uncond_eps = jnp.split(eps, 2, axis=0)
-            half = uncond_eps + cfg * (cond_eps - uncond_eps)
-            return jnp.concatenate([jnp.concatenate([half, half], axis=0), rest], axis=-1)
+            t = jnp.full(x.shape[:1], t)
+            if guided:
+                return self.guided(x, t, condition, cfg)
+            return self.denoise(x, t, condition)
 
         return diffusion.sample_loop(
             schedule,

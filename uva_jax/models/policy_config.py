@@ -111,14 +111,13 @@ class GraftedHeadConfig:
     width: int
     depth: int
     cross_attention: typing.Literal["condition", "residual"] = "condition"
-    memory: typing.Literal["video", "video+aggregate"] = "video"
-    adapter: typing.Literal["linear", "conv"] = "conv"
+    memory: typing.Literal["video", "video+aggregate"] = "video+aggregate"
+    adapter: typing.Literal["conv", "linear"] = "conv"
     operators: tuple[tuple[str, str, str], ...] = ()
     num_heads: int = 16
     self_attn_heads: int = 8
-    stream_width: int = 256
-    cross_depth: int = 3
-    queries_per_action: int = 1
+    memory_width: int = 128
+    cross_mlp_ratio: int = 2
     mlp_ratio: int = 4
     n_actions: int = 16
     n_frames: int = 4

@@ -1,0 +1,128 @@
+"""Every setting and its default, said once. The other files in this folder change a few of them.
+
+Override any of them on the command line: `--config.finetune.steps=1000`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: the published schedule (8k samples, 200 epochs; 10% of the data, 50k steps)."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # Compute dtype of matrix products: float32, bfloat16, or auto (bfloat16 on GPU and TPU).
+            "precision": "auto",
+            "teacher": {
+                # A UVA .ckpt, or "embedded": the small PushT policy that ships with the package.
+                "checkpoint": "embedded",
+                "weights": "ema",  # which weights of the checkpoint: ema or model
+            },
+            "data": {
+                # A diffusion-policy zarr (folder or .zip), or "embedded": the demonstrations that
+                # ship with the package, rendered on first use.
+                "path": "embedded",
+                "max_episodes": 0,  # embedded only: render the first so many (0: all 1,200)
+                "cache": "",  # where rendered frames are kept ("": the user's cache folder)
+                "image_key": "img",
+                "action_key": "action",
+                "horizon": 32,  # steps of a training window (upstream: 32, current step in the middle)
+                "pad_after": 7,  # steps a window may reach past the episode's end (upstream: 7)
+                "val_ratio": 0.02,  # episodes held out (upstream: 0.02)
+                "split_seed": 42,  # of the held-out episodes (upstream: 42)
+                # Symmetry of the task used to double the data: "" or "pusht".
+                "mirror": "",
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all remaining devices
+            "distributed": {  # several hosts; TPU pods and SLURM are found by themselves
+                "enabled": False,
+                "coordinator_address": "",
+                "num_processes": 0,
+                "process_id": -1,
+            },
+            "head": {
+                # "condition": cross-attention builds each action step's condition, once per
+                # observation. "residual": it works on the noisy action tokens, at every step.
+                "cross_attention": "condition",
+                # "video+aggregate": the teacher's aggregator stays and its tokens join the memory
+                # (the safest graft); "video": the cross-attention has to learn the aggregation.
+                "memory": "video+aggregate",
+                # "conv": the aggregator's first convolution, pooled to 4x4 a frame; or "linear".
+                "adapter": "conv",
+                "num_heads": 16,  # of the cross-attention
+                "self_attn_heads": 8,
+                "cross_mlp_ratio": 2,  # hidden width of the cross-attention's own feed-forward
+                "mlp_ratio": 4,  # hidden width of the MLP operators over the head's width
+                "depth": 0,  # blocks (0: as many as the teacher's head has)
+                # "preserve": MLP operators start as exact copies of the teacher's blocks, widened,
+                # with the self-attention's gate closed. "random": all operators start fresh.
+                "start": "preserve",
+                # Operators by name, "cross,self,mlp" a block; (): the standard ones in every block.
+                "operators": (),
+                # Operator folders to load; one left out comes from this run's distillation, or
+                # starts fresh (with a line that says so) where that did not run.
+                "init_paths": {"cross_attn": "", "self_attn": "", "mlp": ""},
+            },
+            "capture": {
+                "num_samples": 8192,  # windows cached (8k to 16k)
+                "held_out": 512,  # further windows, from held-out episodes, to judge by
+                # Neighbouring windows of a strip share encoded frames; 1: every window on its own.
+                "strip": 1,
+                "batch": 16,  # strips a step, over all devices
+                "blocks": True,  # store every block's input and residual too
+                "dtype": "bfloat16",
+            },
+            "distill": {
+                "operators": ("cross_attn", "self_attn", "mlp"),
+                "epochs": 200,
+                "lr": 1e-4,
+                "batch": 64,
+                "warmup": 200,  # steps
+                "weight_decay": 0.01,
+                "clip_norm": 1.0,
+                "loss": {"cross_attn": "l1", "self_attn": "l1", "mlp": "l2"},  # l1, l2 or huber
+                # Draw new diffusion noise for every batch and recompute the teacher's blocks from
+                # the cached tokens (nearly free), or use the stored block activations.
+                "fresh_noise": True,
+                # Epochs of the self-attention and MLP operators (0: as many as `epochs`).
+                "block_epochs": 0,
+                "checkpoint_every": 1000,  # steps between resumable states
+                "log_every": 50,
+            },
+            "finetune": {
+                "steps": 50_000,
+                "batch": 256,
+                "lr": 1e-4,
+                "warmup": 1000,
+                "betas": (0.9, 0.95),
+                "weight_decay": 0.02,  # not on biases, norms and other 1-d tensors
+                "clip_norm": 1.0,
+                "accumulate": 1,  # gradient accumulation
+                "data_fraction": 0.1,  # of the training episodes, whole ones, picked by seed
+                "task_mode": "policy_model",
+                "freeze_encoder": True,  # VAE and MAR encoder
+                "freeze": (),  # further path patterns, such as "mar" or "action_head/memory"
+                "unfreeze_at": {},  # {"5000": ("mar/decoder_blocks",)}: frozen until that step
+                "dropout": False,  # the transformer's dropout while fine-tuning
+                "noise_draws": 1,  # diffusion draws of the head for each window of a batch
+                "use_lora": False,
+                "lora_rank": 64,
+                "lora_targets": ("mar/decoder_blocks/*/attn/*", "mar/decoder_blocks/*/mlp/*"),
+                "gradient_checkpointing": False,
+                "ema": {"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+                "checkpoint_every": 1000,
+                "log_every": 50,
+            },
+            "evaluate": {
+                "num_seeds": 50,  # test seeds (upstream: 50 from 100000)
+                "start_seed": 100_000,
+                "max_steps": 300,
+                "sampling_steps": "",  # diffusion steps of the action head ("": the policy's own)
+                "noise_seed": 0,  # the same noise for every policy
+                "videos": 4,  # seeds recorded
+                "workers": 0,  # simulator processes (0: one a core)
+            },
+            "export": {"filename": "grafted.ckpt"},
+            "wandb": {"project": "", "name": ""},
+        }
+    )

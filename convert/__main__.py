@@ -1,0 +1,108 @@
+"""`python -m convert inspect | from_torch | to_torch | verify`: see `--help` of each.
+
+Problems with the input are one sentence on stderr and exit status 2; a failed check is status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from uva_jax.errors import UserError
+
+# Modules are imported by the command that needs them: `inspect` starts without jax, and only
+# `verify CKPT` needs torch.
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from convert import describe
+
+    found = describe.describe(args.checkpoint)
+    print(describe.as_json(found) if args.json else describe.as_text(found))
+    return 0
+
+
+def _from_torch(args: argparse.Namespace) -> int:
+    from convert.from_torch import from_torch
+
+    policy, info = from_torch(args.checkpoint, args.out, weights=args.weights)
+    count = sum(info["dtypes"].values())
+    print(f"{args.checkpoint}: {count} tensors of the {info['weights']} weights -> {args.out}")
+    for name, why in info["ignored"].items():
+        print(f"left out: {name} ({why})")
+    return 0
+
+
+def _to_torch(args: argparse.Namespace) -> int:
+    from convert.to_torch import export_policy
+
+    facts = export_policy(args.policy, args.out, base=args.base)
+    print(
+        f"{args.policy} -> {args.out}: {facts['tensors']} tensors as "
+        f"{' and '.join(facts['state_dicts'])}, {facts['bytes'] / 1e6:.1f} MB"
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if (args.checkpoint is None) == (args.fixtures is None):
+        raise UserError("verify takes either a checkpoint or --fixtures DIR.")
+    if args.fixtures is not None:
+        from convert.fixtures import verify_folder
+
+        checks = verify_folder(args.fixtures, only=tuple(args.only or ()))
+    else:
+        from convert.verify import verify_checkpoint
+
+        checks = verify_checkpoint(args.checkpoint, weights=args.weights)
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="PyTorch checkpoints of UVA in and out."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="say what a checkpoint is")
+    command.add_argument("checkpoint", metavar="CKPT")
+    command.add_argument("--json", action="store_true", help="print json")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("from_torch", help="turn a checkpoint into a policy folder")
+    command.add_argument("checkpoint", metavar="CKPT")
+    command.add_argument("out", metavar="OUT", help="the policy folder to write")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.set_defaults(run=_from_torch)
+
+    command = commands.add_parser("to_torch", help="turn a policy folder into a checkpoint")
+    command.add_argument("policy", metavar="POLICY", help="a policy folder")
+    command.add_argument("out", metavar="OUT.ckpt")
+    command.add_argument(
+        "--base", metavar="CKPT", help="take cfg, pickles, dtypes and language tower from here"
+    )
+    command.set_defaults(run=_to_torch)
+
+    command = commands.add_parser(
+        "verify", help="compare with PyTorch, or with a folder of reference outputs"
+    )
+    command.add_argument("checkpoint", metavar="CKPT", nargs="?")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument("--fixtures", metavar="DIR", help="a folder in the golden format")
+    command.add_argument("--only", metavar="NAME", nargs="+", help="only these files of the folder")
+    command.set_defaults(run=_verify)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

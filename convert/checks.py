@@ -1,0 +1,75 @@
+"""Comparisons with a bound: what `verify` collects, prints, and judges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One compared output: `error` is the largest absolute error in units of nothing else."""
+
+    name: str
+    error: float
+    bound: float  # where error / bound is largest
+    ratio: float  # the largest error / bound; above 1 is a failure
+    scale: float  # the largest magnitude of the reference
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+class Checks:
+    """Collects comparisons and hands each line to `show` as soon as it is there."""
+
+    def __init__(self, show: Callable[[str], None] = lambda line: None):
+        self.results: list[Check] = []
+        self.show = show
+
+    def compare(self, name: str, got, want, bound) -> Check:
+        """Compares two arrays; `bound` is a number or an array of bounds (0: must be equal)."""
+        got, want = np.asarray(got), np.asarray(want)
+        if got.shape != want.shape:
+            check = Check(name, np.inf, 0.0, np.inf, float(np.abs(want).max(initial=0.0)))
+            line = f"{name:<58} shape {got.shape}, expected {want.shape}  FAIL"
+        else:
+            error = np.abs(got.astype(np.float64) - want.astype(np.float64))
+            error = np.where(np.isnan(error), np.inf, error)
+            bound = np.broadcast_to(np.asarray(bound, np.float64), error.shape)
+            ratio = np.where(error == 0, 0.0, error / np.maximum(bound, 1e-300))
+            worst = np.unravel_index(int(ratio.argmax()), ratio.shape) if ratio.size else ()
+            check = Check(
+                name,
+                float(error.max(initial=0.0)),
+                float(bound[worst]) if bound.size else 0.0,
+                float(ratio.max(initial=0.0)),
+                float(np.abs(want).max(initial=0.0)),
+            )
+            line = (
+                f"{name:<58} {check.error:>10.2e} {check.scale:>10.2e} {check.bound:>10.2e} "
+                f"{'ok' if check.ok else 'FAIL'}"
+            )
+        self.results.append(check)
+        self.show(line)
+        return check
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.results if not check.ok]
+
+    def summary(self) -> str:
+        """One sentence: count, failures, and the worst error over its bound."""
+        if not self.results:
+            return "nothing was checked"
+        worst = max(self.results, key=lambda check: check.ratio)
+        return (
+            f"{len(self.results)} outputs checked, {len(self.failed)} failed; the worst error is "
+            f"{worst.ratio:.2f} of its bound ({worst.name})"
+        )
+
+
+HEADER = f"{'output':<58} {'max error':>10} {'max value':>10} {'bound':>10}"

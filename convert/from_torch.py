@@ -1,0 +1,199 @@
+"""A PyTorch checkpoint of UVA becomes a policy.
+
+The architecture is inferred (`infer.py`), names and layouts come from the rule table (`rules.py`).
+Every tensor is matched exactly once or left out on purpose, every target is filled exactly once,
+and everything that is wrong is reported together. Tensors are read one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from convert import infer, rules, torch_file
+from convert.torch_file import Checkpoint, LazyTensor
+from uva_jax import policy_io
+from uva_jax.errors import UserError
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig
+
+WEIGHTS = {"ema": "ema_model", "model": "model"}
+_PREFIX = "module."
+_FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+
+
+def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]:
+    """The tensors of the chosen weights by name, without a leading "module.".
+
+    Raises:
+      UserError: the weights are not in the file, are no tensors, or names collide.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights is {weights!r}; it can be {' or '.join(WEIGHTS)}.")
+    if WEIGHTS[weights] not in checkpoint.state_dict_names:
+        there = ", ".join(checkpoint.state_dict_names) or "none at all"
+        other = [name for name, key in WEIGHTS.items() if key in checkpoint.state_dict_names]
+        hint = f"try --weights {other[0]}" if other else "give a checkpoint of UVA's training"
+        raise UserError(
+            f"{checkpoint.path} has no {weights} weights (state dict {WEIGHTS[weights]!r}); its "
+            f"state dicts are: {there}; {hint}."
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for name, value in checkpoint.state_dict(WEIGHTS[weights]).items():
+        if not isinstance(name, str) or not isinstance(value, LazyTensor):
+            raise UserError(
+                f"{checkpoint.path}: entry {name!r} of {WEIGHTS[weights]} is no tensor; the file "
+                "is no UVA checkpoint."
+            )
+        plain = name.removeprefix(_PREFIX)
+        if plain in tensors:
+            raise UserError(f"{checkpoint.path} holds {plain} with and without {_PREFIX!r}.")
+        tensors[plain] = value
+    return tensors
+
+
+def infer_policy(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> PolicyConfig:
+    """The architecture: as an export of this project states it, or else inferred."""
+    source = str(checkpoint.path)
+    stored = infer.stored_config(checkpoint.payload, source)
+    if stored is not None:
+        return stored
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config = infer.infer_config(shapes, checkpoint.cfg, source)
+    if config.action_head is None:
+        raise UserError(
+            f"{source} holds a grafted action head, but not the 'uva_jax' entry that describes it; "
+            "export the policy again with 'python -m convert to_torch'."
+        )
+    return config
+
+
+def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
+    """The tensor's values in flax layout, widened to float32.
+
+    Raises:
+      ValueError: it is not of a floating type, not finite, or more precise than float32.
+    """
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"has dtype {tensor.dtype}, which is no floating type")
+    values = tensor.numpy()
+    array = np.ascontiguousarray(layout.forward(values.astype(np.float32)))
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise ValueError(f"has {bad} of {array.size} values that are not finite")
+    if tensor.dtype == np.float64 and (values.astype(np.float32) != values).any():
+        raise ValueError("is float64 with values that float32 cannot hold")
+    return array
+
+
+def fill(
+    policy: Policy, tensors: Mapping[str, LazyTensor], source: str
+) -> tuple[Policy, dict[str, str]]:
+    """Puts a checkpoint's tensors into an abstract policy.
+
+    Returns:
+      The policy, and {tensor that was left out: why}.
+
+    Raises:
+      UserError: tensors without a rule, targets without a tensor, wrong shapes or dtypes, values
+        that are not finite; all in one sentence.
+    """
+    targets, ignored, problems = rules.plan(tensors)
+    expected = policy_io.shapes(policy)
+    arrays: dict[str, jax.Array] = {}
+    for path, (name, layout) in targets.items():
+        if path not in expected:
+            problems.append(f"{name} has no place in this architecture (it would be {path})")
+            continue
+        tensor, want = tensors[name], expected[path].shape
+        arrays[path] = expected[path]  # filled, rightly or not: only listed once
+        try:
+            # The layout's effect on the shape, tried on an array that takes no memory.
+            got = layout.forward(np.broadcast_to(np.float32(0), tensor.shape)).shape
+        except (ValueError, IndexError):
+            got = None
+        if got != want:
+            problems.append(f"{name} has shape {tensor.shape}, but {path} takes {want}")
+            continue
+        try:
+            array = to_array(tensor, layout)
+        except ValueError as error:
+            problems.append(f"{name} {error}")
+        else:
+            if not problems:  # else nothing will be built, and the values are only looked at
+                arrays[path] = jnp.asarray(array)
+    for path in expected:
+        if path not in arrays:
+            back = rules.to_torch(path)
+            problems.append(f"{back[0] if back else path} is missing")
+    if problems:
+        raise UserError(
+            f"{source} cannot be converted, {len(problems)} problem(s): {'; '.join(problems)}."
+        )
+    return policy_io.replace(policy, arrays), ignored
+
+
+def convert_checkpoint(path: str | os.PathLike, *, weights: str = "ema") -> tuple[Policy, dict]:
+    """Reads a checkpoint of UVA, or an export of this project, as a policy.
+
+    Args:
+      path: the .ckpt file.
+      weights: "ema" or "model".
+
+    Returns:
+      The policy and plain facts on its source: "checkpoint", "sha256", "weights",
+      "module_prefix", "dtypes" (count of tensors by dtype), "ignored" (names and why).
+
+    Raises:
+      UserError: the file is missing or unsound, or does not hold a whole policy.
+    """
+    checkpoint = torch_file.read(path)
+    return convert_open(checkpoint, weights=weights)
+
+
+def convert_open(checkpoint: Checkpoint, *, weights: str = "ema") -> tuple[Policy, dict]:
+    """`convert_checkpoint` of a checkpoint that is already open."""
+    tensors = state_tensors(checkpoint, weights)
+    config = infer_policy(checkpoint, tensors)
+    policy, ignored = fill(policy_io.abstract_policy(config), tensors, str(checkpoint.path))
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    raw = checkpoint.state_dict(WEIGHTS[weights])
+    info = {
+        "checkpoint": checkpoint.path.name,
+        "sha256": checkpoint.sha256(),
+        "weights": weights,
+        "module_prefix": any(name.startswith(_PREFIX) for name in raw),
+        "dtypes": dtypes,
+        "ignored": ignored,
+    }
+    return policy, info
+
+
+def export_records(checkpoint: Checkpoint, weights: str) -> bytes:
+    """What an export needs to give back: cfg, pickles, and every tensor's name, dtype and shape."""
+    payload = checkpoint.payload
+    tensors = state_tensors(checkpoint, weights)
+    return torch_file.dump_records(
+        {
+            "cfg": payload.get("cfg"),
+            "pickles": payload.get("pickles", {}),
+            "tensors": {name: (t.dtype.name, tuple(t.shape)) for name, t in tensors.items()},
+        }
+    )
+
+
+def from_torch(
+    path: str | os.PathLike, out: str | os.PathLike, *, weights: str = "ema"
+) -> tuple[Policy, dict]:
+    """Converts a checkpoint into a policy folder; the same as `convert_checkpoint`, and saved."""
+    checkpoint = torch_file.read(path)
+    policy, info = convert_open(checkpoint, weights=weights)
+    policy_io.save_policy(out, policy, source=info, records=export_records(checkpoint, weights))
+    return policy, info

@@ -1,0 +1,215 @@
+"""A policy becomes a checkpoint that the original PyTorch code loads.
+
+The layout is the original's: `cfg`, `state_dicts`, `pickles`; beside them `uva_jax`, a json text
+with the architecture, which the original ignores and `from_torch` reads back. Tensors that have
+not changed keep every bit and their dtype. The action head of a grafted policy is written under
+the names of its twin in `torch_head.py`; everything else loads with strict=True once that head is
+left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert import rules, torch_file
+from convert.from_torch import WEIGHTS, export_records, state_tensors
+from uva_jax import policy_io
+from uva_jax.errors import UserError
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig, to_dict
+
+_DTYPES = {
+    dtype.name: dtype
+    for dtype in map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
+}
+_MARKER = "_dummy_variable"  # an empty tensor that the original policy class registers
+
+
+def torch_arrays(policy: Policy) -> dict[str, np.ndarray]:
+    """Every variable of a policy under its torch name, in torch layout, float32.
+
+    Raises:
+      UserError: a variable has no torch name.
+    """
+    arrays, problems = {}, []
+    for path, value in policy_io.flatten(policy).items():
+        found = rules.to_torch(path)
+        if found is None:
+            problems.append(path)
+        else:
+            arrays[found[0]] = np.ascontiguousarray(found[1].inverse(np.asarray(value)))
+    if problems:
+        raise UserError(
+            f"these parameters have no place in a PyTorch checkpoint: {', '.join(problems)}; "
+            "merge or remove what was added to the model before exporting it."
+        )
+    return arrays
+
+
+def narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values in the source's dtype if that loses nothing, else as they are.
+
+    So an unchanged tensor gets its old bits back, and a trained one is not rounded.
+    """
+    cast = values.astype(dtype)
+    same = np.array_equal(cast.astype(values.dtype).view(np.uint32), values.view(np.uint32))
+    return cast if same else values
+
+
+def _state_dict(
+    arrays: Mapping[str, np.ndarray],
+    described: Mapping[str, tuple[str, tuple[int, ...]]],
+    kept: Mapping[str, object],
+) -> OrderedDict:
+    """Tensors in the source's order and dtypes; new ones follow in the order of the model.
+
+    Args:
+      arrays: float32 values of the policy by torch name.
+      described: (dtype, shape) of the source's tensors, in order.
+      kept: tensors of the source that no policy holds (a language tower).
+    """
+    result = OrderedDict()
+    for name, (dtype, shape) in described.items():
+        if name in arrays:
+            # A grafted head can share a name, but not the shape, with the head before it.
+            known = dtype in _DTYPES and tuple(shape) == arrays[name].shape
+            result[name] = narrowed(arrays[name], _DTYPES[dtype]) if known else arrays[name]
+        elif name in kept:
+            result[name] = kept[name]
+        elif not np.prod(shape) and rules.ignored(name):
+            result[name] = np.zeros(shape, _DTYPES.get(dtype, np.float32))
+    for name in arrays:
+        result.setdefault(name, arrays[name])
+    result.setdefault(_MARKER, np.zeros(0, np.float32))
+    return result
+
+
+def plain_cfg(config: PolicyConfig) -> dict:
+    """A configuration in the original's words, for a policy that came without one."""
+    mar, head, video = config.mar, config.action_head, config.video_head
+    ar = {
+        "img_size": config.image_size,
+        "vae_stride": config.vae.stride,
+        "patch_size": config.patch_size,
+        "vae_embed_dim": config.vae.z_channels,
+        "mask_ratio_min": mar.mask_ratio_min,
+        "label_drop_prob": mar.label_drop_prob,
+        "attn_dropout": mar.attn_dropout,
+        "proj_dropout": mar.proj_dropout,
+        "act_diff_training_steps": head.train_steps,
+        "act_diff_testing_steps": head.sampling_steps,
+        "diffloss_act_d": head.depth,
+        "diffloss_act_w": head.width,
+        "num_iter": config.num_iter,
+        "cfg": config.cfg,
+        "cfg_schedule": config.cfg_schedule,
+        "temperature": config.temperature,
+        "predict_video": video is not None,
+    }
+    if video is not None:
+        ar |= {
+            "num_sampling_steps": video.sampling_steps,
+            "diffloss_d": video.depth,
+            "diffloss_w": video.width,
+        }
+    policy = {
+        "autoregressive_model_params": ar,
+        "action_model_params": {"predict_action": True, "act_model_type": head.aggregator},
+        "n_action_steps": config.n_action_steps,
+        "shift_action": config.shift_action,
+        "different_history_freq": config.different_history_freq,
+        "action_mask_ratio": mar.action_mask_ratio,
+        "use_history_action": mar.history_action,
+        "use_proprioception": bool(mar.proprio_dim),
+        "predict_wrist_img": mar.wrist,
+        "predict_proprioception": config.proprio_head is not None,
+    }
+    return {
+        "name": "uva",
+        "model": {"policy": policy},
+        "task": {
+            "name": config.task,
+            "task_modes": list(config.task_modes),
+            "dataset": {
+                "normalizer_type": config.normalizer_type,
+                "language_emb_model": config.language_model,
+            },
+            "env_runner": {"n_obs_steps": config.n_obs_steps},
+        },
+        "training": {"use_ema": True},
+        "fixture": {
+            f"{side}_{what}": getattr(mar, f"{side}_{what}")
+            for side in ("encoder", "decoder")
+            for what in ("embed_dim", "depth", "num_heads")
+        },
+    }
+
+
+def export_policy(
+    policy: Policy | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    records: bytes | None = None,
+    weights: str = "ema",
+) -> dict:
+    """Writes a policy as a checkpoint in the original's payload layout.
+
+    Args:
+      policy: a policy folder, or a policy.
+      out: the .ckpt file to write.
+      base: a checkpoint to take cfg, pickles, dtypes and the language tower from; without it
+        they come from what the policy folder (or `records`) keeps of its source.
+      records: for a policy in memory, what `policy_io.read_records` gives of its source.
+      weights: for a policy in memory, "ema" or "model": which state dict it came from. The weights
+        are always written as `ema_model` (which the original runs), and as `model` too if they
+        came from there.
+
+    Returns:
+      {"tensors", "bytes", "state_dicts"} of the file.
+
+    Raises:
+      UserError: the folder, the base or a parameter does not fit.
+    """
+    if not isinstance(policy, Policy):
+        folder = policy
+        _, source = policy_io.read_description(folder)
+        policy, records = policy_io.load_policy(folder), policy_io.read_records(folder)
+        weights = source.get("weights", "ema")
+    kept: dict[str, object] = {}
+    if base is not None:
+        checkpoint = torch_file.read(base)
+        if WEIGHTS[weights] not in checkpoint.state_dict_names:
+            weights = "ema" if weights == "model" else "model"
+        tensors = state_tensors(checkpoint, weights)
+        records = export_records(checkpoint, weights)
+        kept = {name: tensor for name, tensor in tensors.items() if rules.ignored(name)}
+    if records is not None:
+        source = torch_file.load_records(records, "the policy's record of its source")
+    else:
+        cfg = torch_file.records_from_dict(plain_cfg(policy.config))
+        source = {"cfg": cfg, "pickles": {}, "tensors": {}}
+    state = _state_dict(torch_arrays(policy), source["tensors"], kept)
+    lost = [n for n in source["tensors"] if n not in state and rules.ignored(n)]
+    if lost:
+        raise UserError(
+            f"the source held {len(lost)} tensors that no policy keeps ({lost[0]}, ...): "
+            f"{rules.ignored(lost[0])}; give the source as --base to write them back."
+        )
+    described = {"policy": to_dict(policy.config)}
+    names = ["ema_model"] if weights == "ema" else ["model", "ema_model"]
+    payload = {
+        "cfg": source["cfg"],
+        "state_dicts": {name: state for name in names},
+        "pickles": source["pickles"],
+        "uva_jax": json.dumps(described),
+    }
+    torch_file.write(out, payload)
+    return {"tensors": len(state), "bytes": Path(out).stat().st_size, "state_dicts": names}

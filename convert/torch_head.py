@@ -1,0 +1,319 @@
+"""The grafted action head as a torch module with the interface of UVA's own (`DiffActLoss`).
+
+A user of the PyTorch policy runs a graft by replacing one attribute:
+
+    policy.model.diffactloss = GraftedActionHead.from_checkpoint("grafted.ckpt")
+
+after loading the rest of that checkpoint. The module needs torch and einops alone. Its parts stand
+one to one for those of `uva_jax/models/{grafted_head,operators}.py`, and share their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import torch
+from einops import rearrange, reduce
+from torch import nn
+from torch.nn import functional
+
+from convert import torch_diffusion
+from convert.torch_layers import Aggregator, attend, modulate, timestep_features
+
+_PREFIX = "model.diffactloss."
+_FAMILIES = ("cross_attn", "self_attn", "mlp")
+
+
+def _norm(width: int, affine: bool = True) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
+def _zero_linear(width: int, out: int) -> nn.Linear:
+    """A Linear that starts at zero: a closed gate, a modulation that changes nothing."""
+    layer = nn.Linear(width, out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _table(*shape: int) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(shape))
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(256, width), nn.Linear(width, width)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(...,) timesteps -> (..., width)."""
+        return self.fc2(functional.silu(self.fc1(timestep_features(t))))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm_final = _norm(width, affine=False)
+        self.linear = _zero_linear(width, out)
+        self.adaLN_modulation = _zero_linear(width, 2 * width)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x, y (b, n, width) -> (b, n, out)."""
+        shift, scale = self.adaLN_modulation(functional.silu(y)).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Memory(nn.Module):
+    """What the cross-attentions look at, from the video tokens."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        self.config = config
+        c, width = config.z_channels, config.stream_width
+        rows, cols = config.pool if config.adapter == "conv" else config.grid
+        self.norm = _norm(c)
+        if config.adapter == "conv":
+            self.conv = nn.Conv2d(c, c, 3, padding=1)
+        else:
+            self.hidden = nn.Linear(c, c)
+        self.proj = nn.Linear(2 * c, width)
+        self.position = _table(1, config.n_frames * rows * cols, width)
+        if config.memory == "video+aggregate":
+            self.aggregator = Aggregator(config)
+            self.aggregate_proj = nn.Linear(c, width)
+            self.aggregate_position = _table(1, config.n_actions, width)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, t * s, z_channels) -> (b, m, stream_width)."""
+        config = self.config
+        if config.adapter == "conv":
+            frames, (rows, cols) = config.n_frames, config.pool
+            maps = rearrange(z, "b (t h w) c -> (b t) c h w", t=frames, h=config.grid[0])
+            pattern = "(b t) c (h i) (w j) -> b (t h w) c"
+            plain, seen = (
+                reduce(x, pattern, "mean", t=frames, h=rows, w=cols)
+                for x in (maps, functional.relu(self.conv(maps)))
+            )
+            tokens = torch.cat([self.norm(plain), seen], dim=-1)
+        else:
+            tokens = torch.cat([self.norm(z), functional.silu(self.hidden(z))], dim=-1)
+        memory = self.proj(tokens) + self.position
+        if config.memory == "video+aggregate":
+            extra = self.aggregate_proj(self.aggregator.aggregate(z)) + self.aggregate_position
+            memory = torch.cat([memory, extra], dim=1)
+        return memory
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        width = config.width
+        self.heads = config.num_heads
+        self.norm, self.norm_ff = _norm(width), _norm(width)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(config.stream_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
+        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
+        if config.cross_attention == "residual":
+            self.adaLN_modulation = _zero_linear(width, 3 * width)
+
+    def forward(self, s, memory, position, y=None) -> torch.Tensor:
+        """s (b, n, width), memory (b, m, stream_width) -> residual (b, n, width)."""
+        x, gate = self.norm(s), None
+        if hasattr(self, "adaLN_modulation"):
+            shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
+            x = modulate(x, shift, scale)
+        q = rearrange(self.q(x + position), "b n (h d) -> b n h d", h=self.heads)
+        k, v = rearrange(self.kv(memory), "b m (two h d) -> two b m h d", two=2, h=self.heads)
+        attended = self.proj(attend(q, k, v))
+        hidden = functional.gelu(self.fc1(self.norm_ff(s + attended)))
+        out = attended + self.fc2(hidden)
+        return out if gate is None else gate * out
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        width = config.width
+        self.heads = config.self_attn_heads
+        self.norm = _norm(width)
+        self.position = _table(1, config.n_actions, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.adaLN_modulation = _zero_linear(width, 3 * width)
+
+    def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """h, y (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
+        x = modulate(self.norm(h), shift, scale) + self.position
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        return gate * self.proj(attend(q, k, v))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.in_ln = _norm(width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.adaLN_modulation = _zero_linear(width, 3 * width)
+
+    def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """h, y (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
+        x = modulate(self.in_ln(h), shift, scale)
+        return gate * self.fc2(functional.silu(self.fc1(x)))
+
+
+_OPERATORS = {
+    "cross_attn": {"cross_attn": CrossAttention},
+    "self_attn": {"self_attn": SelfAttention},
+    "mlp": {"mlp": Mlp},
+}
+
+
+class GraftedBlock(nn.Module):
+    """One operator of each family."""
+
+    def __init__(self, config: SimpleNamespace, names: tuple[str, str, str]):
+        super().__init__()
+        for family, name in zip(_FAMILIES, names, strict=True):
+            if name not in _OPERATORS[family]:
+                raise ValueError(f"operator {name!r} is not a {family} that this module knows.")
+            setattr(self, family, _OPERATORS[family][name](config))
+
+
+class GraftedActionHead(nn.Module):
+    """The grafted head; `config` is the `action_head` of an export's architecture."""
+
+    def __init__(self, config: Mapping):
+        super().__init__()
+        self.config = config = SimpleNamespace(**config)
+        width = config.width
+        self.in_channels = config.channels  # as the original head calls it
+        self.input_proj = nn.Linear(config.channels, width)
+        self.time_embed = TimestepEmbedder(width)
+        self.final_layer = FinalLayer(width, 2 * config.channels)
+        self.memory = Memory(config)
+        self.queries = _table(1, config.n_actions, width)
+        names = config.operators or [_FAMILIES] * config.depth
+        self.blocks = nn.ModuleList(GraftedBlock(config, triple) for triple in names)
+        self.train_schedule = torch_diffusion.Schedule(config.train_steps)
+        # Sampling is respaced from 1000 steps whatever the training length, as in the original.
+        self.sample_schedule = torch_diffusion.Schedule(1000, config.sampling_steps)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, *, weights: str = "ema_model"
+    ) -> GraftedActionHead:
+        """The head in a checkpoint that `python -m convert to_torch` wrote of a grafted policy.
+
+        The file is unpickled by torch: load only files that you trust.
+
+        Raises:
+          ValueError: the file holds no grafted head.
+        """
+        payload = torch.load(path, map_location="cpu", weights_only=False)
+        described = json.loads(payload["uva_jax"]) if "uva_jax" in payload else {}
+        config = described.get("policy", {}).get("action_head") or {}
+        if config.get("kind") != "grafted":
+            raise ValueError(
+                f"{path} holds no grafted action head: export a grafted policy with "
+                "'python -m convert to_torch'."
+            )
+        head = cls(config)
+        state = payload["state_dicts"][weights]
+        own = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
+        head.load_state_dict(own, strict=True)
+        return head
+
+    def condition(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, t * s, c) -> the condition stream (b, n_actions, width)."""
+        memory = self.memory(z)
+        s = self.queries.expand(len(z), -1, -1)
+        for block in self.blocks:
+            s = s + block.cross_attn(s, memory, self.queries)
+        return s
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x (b, n, channels), t (b,), condition (b, n, width) -> (b, n, 2 channels)."""
+        h, y = self.input_proj(x), self.time_embed(t)[:, None] + condition
+        for block in self.blocks:
+            h = h + block.self_attn(h, y)
+            h = h + block.mlp(h, y)
+        return self.final_layer(h, y)
+
+    def forward(
+        self,
+        target: torch.Tensor,
+        z: torch.Tensor,
+        task_mode: str | None = None,
+        text_latents: torch.Tensor | None = None,
+        *,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The training loss, a scalar.
+
+        Args:
+          target: (b, n_actions, channels) in [-1, 1].
+          z: (b, tokens, z_channels) decoder output.
+          task_mode, text_latents: not used, as in the original.
+          t: (b,) timesteps, one for all action steps of a sample; drawn if not given.
+          noise: like target; drawn if not given.
+        """
+        if t is None:
+            t = torch.randint(len(self.train_schedule), (len(z),), device=z.device)
+        if noise is None:
+            noise = torch.randn_like(target)
+        x_t = self.train_schedule.diffuse(target, t, noise)
+        output = self.denoise(x_t, t, self.condition(z))
+        rows = torch_diffusion.training_losses(self.train_schedule, output, target, x_t, t, noise)
+        return rows["loss"].mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: torch.Tensor,
+        temperature: float = 1.0,
+        cfg: float = 1.0,
+        text_latents: torch.Tensor | None = None,
+        *,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Samples actions (b, n_actions, channels) in [-1, 1].
+
+        Args:
+          z: (b, tokens, z_channels); with cfg != 1 the first half of the batch is conditional and
+            the second unconditional, as in the original.
+          temperature: factor on each step's noise.
+          cfg: guidance scale.
+          text_latents: not used, as in the original.
+          noise: (K + 1, b * n, channels) or (K + 1, b, n, channels), b halved with guidance;
+            drawn if not given.
+        """
+        config, guided = self.config, cfg != 1.0
+        rows = len(z) // (2 if guided else 1)
+        shape = (len(self.sample_schedule) + 1, rows, config.n_actions, config.channels)
+        if noise is None:
+            noise = torch.randn(shape, device=z.device, dtype=z.dtype)
+        noise = noise.reshape(noise.shape[0], *shape[1:])
+        if guided:
+            noise = torch.cat([noise, noise], dim=1)
+        condition = self.condition(z)
+
+        def denoise(x: torch.Tensor, timestep: int) -> torch.Tensor:
+            t = torch.full((len(x),), timestep, device=x.device)
+            if not guided:
+                return self.denoise(x, t, condition)
+            x = torch.cat([x[:rows], x[:rows]])
+            eps, rest = self.denoise(x, t, condition).chunk(2, dim=-1)
+            with_z, free = eps.chunk(2)
+            half = free + cfg * (with_z - free)
+            return torch.cat([torch.cat([half, half]), rest], dim=-1)
+
+        return torch_diffusion.sample_loop(
+            self.sample_schedule, denoise, noise, temperature=temperature, clip=config.clip
+        )

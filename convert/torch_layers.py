@@ -1,0 +1,81 @@
+"""Torch layers that the grafted head's twin and the reference of the original share.
+
+Written without jax, so that the twin runs where only torch is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer-norm modulation of DiT."""
+    return x * (1 + scale) + shift
+
+
+def timestep_features(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
+    """Sinusoidal features of original timesteps: (...,) -> (..., dim), cosines first."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[..., None].float() * torch.exp(-math.log(10000.0) * steps / half)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q (b, n, h, d), k and v (b, m, h, d) -> (b, n, h * d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+class Aggregator(nn.Module):
+    """The original's four ways from video tokens to action steps, under its tensor names.
+
+    `config` has `aggregator, z_channels, n_actions, n_frames, grid`.
+    """
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        self.config = config
+        c, actions, frames = config.z_channels, config.n_actions, config.n_frames
+        tokens = frames * config.grid[0] * config.grid[1]
+        if config.aggregator == "conv_fc":
+            pool = nn.AdaptiveAvgPool2d((4, 4))
+            self.conv = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), pool)
+            self.fc = nn.Sequential(nn.Linear(16 * c, c), nn.ReLU(), nn.Linear(c, c))
+            self.interpolate = nn.Linear(frames, actions)
+            self.refine = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c))
+        elif config.aggregator == "conv_ori":
+            window = (actions // frames, 1, 1)
+            self.conv_transpose3d = nn.ConvTranspose3d(c, c, window, stride=window)
+        elif config.aggregator == "conv2":
+            self.conv = nn.Sequential(
+                nn.Conv1d(tokens, 256, 7, padding=3),
+                nn.ReLU(),
+                nn.Conv1d(256, actions, 7, padding=3),
+            )
+        elif config.aggregator == "fc2":
+            self.fc = nn.Sequential(nn.Linear(tokens, 256), nn.ReLU(), nn.Linear(256, actions))
+        else:
+            raise ValueError(f"aggregator {config.aggregator!r} is unknown.")
+
+    def aggregate(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, tokens, c) -> (b, n_actions, c)."""
+        kind, frames, rows = self.config.aggregator, self.config.n_frames, self.config.grid[0]
+        if kind == "conv2":
+            return self.conv(z)
+        if kind == "fc2":
+            return self.fc(z.transpose(1, 2)).transpose(1, 2)
+        if kind == "conv_ori":
+            maps = rearrange(z, "b (t h w) c -> b c t h w", t=frames, h=rows)
+            return rearrange(self.conv_transpose3d(maps).mean(dim=(-2, -1)), "b c t -> b t c")
+        maps = rearrange(z, "b (t h w) c -> (b t) c h w", t=frames, h=rows)
+        x = self.fc(rearrange(self.conv(maps), "n c h w -> n (c h w)"))
+        x = self.interpolate(rearrange(x, "(b t) c -> b c t", t=frames))
+        return self.refine(rearrange(x, "b c a -> b a c"))

@@ -1,0 +1,73 @@
+"""PushT's mirror: a symmetry of the task that doubles its data.
+
+The scene, its physics and its goal are the same seen in the anti-diagonal of the canvas: the point
+(x, y) goes to (512 - y, 512 - x). The goal pose (256, 256, π/4) is its own mirror image.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+CANVAS = 512  # pixels of a side, in which points are given
+
+
+def mirror_pusht(batch: Mapping[str, Any], where: Any = None) -> dict[str, Any]:
+    """Mirrors the arrays of a batch, of numpy or jax (also under jit).
+
+    Mirroring twice gives back the very images, and points to within float rounding (exactly, where
+    they are multiples of 2^-14, such as whole pixels).
+
+    Args:
+      batch: any of `image` (..., h, h, 3) of any dtype; `action` and `agent_pos` (..., 2), in
+        pixels 0..512 (not normalized); `state` (..., 5), agent x, y, block x, y in pixels, block
+        angle in radians.
+      where: booleans (b,), which samples of the first axis to mirror; all by default.
+
+    Returns:
+      the same names with arrays of the same shape and dtype; angles are in 0..2π.
+
+    Raises:
+      ValueError: a name that has no known mirror image, or an array of another shape.
+    """
+    mirrored = {}
+    for name, array in batch.items():
+        if name not in _MIRRORS:
+            raise ValueError(f"{name!r} cannot be mirrored: only {', '.join(_MIRRORS)} can")
+        mirror, fits = _MIRRORS[name]
+        if not fits(array.shape):
+            raise ValueError(f"{name} of shape {array.shape} cannot be mirrored")
+        mirrored[name] = mirror(array)
+        if where is not None:
+            chosen = where.reshape(-1, *[1] * (array.ndim - 1))
+            mirrored[name] = _namespace(array).where(chosen, mirrored[name], array)
+    return mirrored
+
+
+def _mirror_images(images):
+    return images[..., ::-1, ::-1, :].swapaxes(-3, -2)
+
+
+def _mirror_points(points):
+    return CANVAS - points[..., ::-1]
+
+
+def _mirror_states(states):
+    parts = [
+        _mirror_points(states[..., 0:2]),
+        _mirror_points(states[..., 2:4]),
+        (np.pi / 2 - states[..., 4:5]) % (2 * np.pi),
+    ]
+    return _namespace(states).concatenate(parts, axis=-1)
+
+
+def _namespace(array):
+    return np if isinstance(array, np.ndarray) else array.__array_namespace__()
+
+
+_MIRRORS = {
+    "image": (_mirror_images, lambda s: len(s) >= 3 and s[-3] == s[-2] and s[-1] == 3),
+    "action": (_mirror_points, lambda s: s[-1:] == (2,)),
+    "agent_pos": (_mirror_points, lambda s: s[-1:] == (2,)),
+    "state": (_mirror_states, lambda s: s[-1:] == (5,)),
+}

@@ -1,0 +1,234 @@
+"""Assembling a graft: the head's architecture, its starting weights, its operators on disk.
+
+Whatever can start as a copy of the teacher's does: shared layers, the memory's convolution and
+aggregator, and (with `start="preserve"`) the MLP operators, widened without changing what they
+compute. An operator is saved as a folder of its own that any head of the same shape can load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from uva_jax import policy_io
+from uva_jax.errors import UserError
+from uva_jax.identity import read_json, write_json
+from uva_jax.models.grafted_head import GraftedHead
+from uva_jax.models.mlp_head import MLPHead
+from uva_jax.models.operators import FAMILIES
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """`config.head`; see `configs/common.py` for each field."""
+
+    cross_attention: str
+    memory: str
+    adapter: str
+    num_heads: int
+    self_attn_heads: int
+    cross_mlp_ratio: int
+    mlp_ratio: int
+    depth: int
+    start: str
+    operators: tuple
+    init_paths: Mapping[str, str]
+
+
+def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
+    """The grafted head for a teacher: its widths and depth, the options' operators.
+
+    Raises:
+      UserError: the teacher's action head is no MLP head, or the options do not fit it.
+    """
+    head = teacher.config.action_head
+    if head is None or head.kind != "mlp":
+        found = "none" if head is None else "a grafted one"
+        raise UserError(f"a graft replaces an MLP action head, but the teacher has {found}")
+    if options.depth and options.depth != head.depth:
+        raise UserError(
+            f"config.head.depth is {options.depth}, but the teacher's head has {head.depth} "
+            f"blocks: set config.head.depth={head.depth} (or 0 for the teacher's own)"
+        )
+    if options.adapter == "conv" and head.aggregator != "conv_fc":
+        raise UserError(
+            "config.head.adapter is 'conv', which copies the convolution of a conv_fc aggregator, "
+            f"but the teacher's is {head.aggregator!r}: set config.head.adapter=linear"
+        )
+    triples = tuple(tuple(part.split(",")) for part in options.operators)
+    if triples and (len(triples) != head.depth or any(len(t) != 3 for t in triples)):
+        raise UserError(
+            f"config.head.operators should name {head.depth} blocks as 'cross,self,mlp', "
+            f"but is {options.operators!r}"
+        )
+    for name, heads in (("num_heads", options.num_heads), ("self_attn_heads", options.self_attn_heads)):
+        if heads < 1 or head.width % heads:
+            raise UserError(
+                f"config.head.{name} is {heads}, which does not divide the head's width {head.width}"
+            )
+    return GraftedHeadConfig(
+        channels=head.channels,
+        z_channels=head.z_channels,
+        width=head.width,
+        depth=head.depth,
+        cross_attention=options.cross_attention,
+        memory=options.memory,
+        adapter=options.adapter,
+        operators=triples,
+        num_heads=options.num_heads,
+        self_attn_heads=options.self_attn_heads,
+        memory_width=head.z_channels,
+        cross_mlp_ratio=options.cross_mlp_ratio,
+        mlp_ratio=options.mlp_ratio,
+        n_actions=head.n_actions,
+        n_frames=head.n_frames,
+        grid=head.grid,
+        train_steps=head.train_steps,
+        sampling_steps=head.sampling_steps,
+        clip=head.clip,
+        aggregator=head.aggregator,
+    )
+
+
+def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: int) -> GraftedHead:
+    """A grafted head with every copy made and everything else fresh.
+
+    Args:
+      teacher: the head it replaces.
+      config: from `grafted_config`.
+      start: "preserve" (MLP operators compute what the teacher's blocks do) or "random".
+      seed: of the fresh weights.
+    """
+    head = GraftedHead(config, rngs=nnx.Rngs(seed))
+    arrays, source = policy_io.flatten(head), policy_io.flatten(teacher)
+    for path in arrays:
+        if path.startswith(("input_proj/", "time_embed/", "final_layer/")):
+            arrays[path] = source[f"net/{path}"]
+        elif path.startswith("memory/conv/"):
+            arrays[path] = source[path.replace("memory/", "aggregator/")]
+        elif path.startswith("memory/aggregator/"):
+            arrays[path] = source[path.removeprefix("memory/")]
+    if start == "preserve":
+        for i, block in enumerate(head.blocks):
+            if type(block.mlp).__name__ == "Mlp":
+                _widen(arrays, source, f"blocks/{i}/mlp", f"net/res_blocks/{i}")
+    return policy_io.replace(head, arrays)
+
+
+def _widen(arrays: dict, source: Mapping, target: str, origin: str) -> None:
+    """Net2WiderNet (arXiv 1511.05641) with silent new units: their output weights are zero."""
+    for name in ("in_ln/scale", "in_ln/bias", "adaLN_modulation/kernel", "adaLN_modulation/bias"):
+        arrays[f"{target}/{name}"] = source[f"{origin}/{name}"]
+    width = source[f"{origin}/fc1/kernel"].shape[1]
+    first, second = arrays[f"{target}/fc1/kernel"], arrays[f"{target}/fc2/kernel"]
+    arrays[f"{target}/fc1/kernel"] = first.at[:, :width].set(source[f"{origin}/fc1/kernel"])
+    arrays[f"{target}/fc1/bias"] = (
+        arrays[f"{target}/fc1/bias"].at[:width].set(source[f"{origin}/fc1/bias"])
+    )
+    arrays[f"{target}/fc2/kernel"] = (
+        jnp.zeros_like(second).at[:width].set(source[f"{origin}/fc2/kernel"])
+    )
+    arrays[f"{target}/fc2/bias"] = source[f"{origin}/fc2/bias"]
+
+
+def assemble(teacher: Policy, head: GraftedHead) -> Policy:
+    """The teacher with `head` in the place of its action head; other variables are shared."""
+    graph, state = nnx.split(teacher)
+    policy = nnx.merge(graph, state)
+    policy.action_head = head
+    policy.config = dataclasses.replace(teacher.config, action_head=head.config)
+    return policy
+
+
+# ---- operators on disk ----
+
+
+def family_of(path: str) -> str | None:
+    """The family that a path of the grafted head belongs to; None for the teacher's copies."""
+    parts = path.split("/")
+    if parts[0] == "blocks":
+        return parts[2]
+    if parts[0] in ("memory", "queries", "condition_scale", "condition_shift"):
+        return "cross_attn"
+    return None
+
+
+def family_arrays(head: GraftedHead, family: str) -> dict[str, jax.Array]:
+    """The arrays of one family by path."""
+    return {k: v for k, v in policy_io.flatten(head).items() if family_of(k) == family}
+
+
+def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, metrics: Mapping):
+    """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
+    folder = Path(folder).absolute()
+    checkpointer = ocp.StandardCheckpointer()
+    arrays = policy_io.nested(family_arrays(head, family))
+    checkpointer.save(folder / "params", arrays, force=True)
+    checkpointer.wait_until_finished()
+    write_json(folder / "metrics.json", metrics)
+    # Written last: a folder without it is not an operator.
+    write_json(folder / "operator.json", {"family": family, "head": to_dict(head.config)})
+
+
+def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> GraftedHead:
+    """The head with one family's weights taken from a folder.
+
+    Raises:
+      UserError: no operator is there, it is of another family, or it was made for another head.
+    """
+    folder = Path(folder).absolute()
+    about = read_json(folder / "operator.json")
+    if about is None:
+        raise UserError(
+            f"config.head.init_paths.{family} is {folder}, which is no operator (it has no "
+            "operator.json): give a folder that the distill stage wrote"
+        )
+    if about.get("family") != family:
+        raise UserError(
+            f"config.head.init_paths.{family} is {folder}, which holds {about.get('family')!r} "
+            f"operators: give a folder of {family} operators"
+        )
+    made_for = from_dict(json.loads(json.dumps(about["head"])), GraftedHeadConfig)
+    if made_for.depth != head.config.depth:
+        raise UserError(
+            f"config.head.init_paths.{family}: {folder} holds operators for a head of "
+            f"{made_for.depth} blocks, but this head has {head.config.depth}"
+        )
+    wanted = family_arrays(head, family)
+    target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}
+    checkpointer = ocp.StandardCheckpointer()
+    stored = policy_io.flat(checkpointer.metadata(folder / "params").item_metadata.tree)
+    if problems := policy_io.mismatches(target, stored):
+        raise UserError(
+            f"config.head.init_paths.{family}: {folder} was made for another head: "
+            f"{'; '.join(problems[:4])}"
+        )
+    target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()}
+    found = checkpointer.restore(folder / "params", policy_io.nested(target))
+    return policy_io.replace(head, policy_io.flatten(head) | policy_io.flat(found))
+
+
+def load_operators(
+    head: GraftedHead, init_paths: Mapping[str, str], distilled: Path | None, say
+) -> GraftedHead:
+    """Loads every family from `init_paths`, else from this run's distillation, else leaves it fresh."""
+    for family in FAMILIES:
+        folder = init_paths.get(family) or ""
+        if folder:
+            head = load_operator(folder, head, family)
+            say(f"{family} operators from {folder}")
+        elif distilled is not None and (distilled / family / "operator.json").exists():
+            head = load_operator(distilled / family, head, family)
+        else:
+            say(f"{family} operators start fresh (config.head.init_paths.{family} is not set)")
+    return head

@@ -1,0 +1,154 @@
+"""How parameters move: optimizer, learning rate and moving average.
+
+Everything here works on the trainable part of the parameters alone (`trainable.partition`), as an
+`nnx.State`, nested dicts or a flat dict. So a frozen leaf has no gradient, no optimizer state and
+no weight decay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from uva_jax.errors import UserError
+from uva_jax.train.trainable import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimOptions:
+    """AdamW with warm-up and cosine decay, as UVA trains; steps are optimizer steps."""
+
+    lr: float
+    warmup_steps: int
+    total_steps: int
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
+    accumulate: int = 1  # batches whose gradients are averaged for one optimizer step
+
+    def __post_init__(self):
+        if not 0 <= self.warmup_steps < self.total_steps:
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps} and total_steps {self.total_steps}, so the "
+                "learning rate would never come down again: the warm-up must be shorter"
+            )
+        if self.accumulate < 1:
+            raise UserError(f"accumulate is {self.accumulate}, but must be at least 1")
+
+
+def warmup_cosine(base_lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear from 0 to `base_lr`, then half a cosine to 0 at `total_steps`.
+
+    The same numbers as `get_scheduler("cosine")` of diffusers, also beyond the end, where the
+    cosine rises again. Written by the half angle, which stays exact near 0.
+    """
+    span = max(1, total_steps - warmup_steps)
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        warm = step / max(1, warmup_steps)
+        left = (warmup_steps + span - step) / span
+        return base_lr * jnp.where(step < warmup_steps, warm, jnp.sin(math.pi / 2 * left) ** 2)
+
+    return schedule
+
+
+def decay_mask(params, stacked_axes: int = 0):
+    """True where weight decay applies: all but biases and 1-d leaves.
+
+    Placeholders and position embeddings are decayed, as in UVA.
+
+    Args:
+      params: a tree; leaves need a shape.
+      stacked_axes: leading axes that stacking (vmap) put before every leaf's own.
+    """
+
+    def decays(path, leaf):
+        return len(leaf.shape) - stacked_axes > 1 and path_name(path).rsplit("/", 1)[-1] != "bias"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.GradientTransformation:
+    """Clipping, AdamW and the schedule, for the trainable part of the parameters.
+
+    The norm is that of the whole tree it is given. With `accumulate` > 1 updates are zero until
+    that many gradients have come, and their mean is used.
+    """
+    parts = [
+        optax.adamw(
+            warmup_cosine(options.lr, options.warmup_steps, options.total_steps),
+            b1=options.b1,
+            b2=options.b2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            mask=lambda params: decay_mask(params, stacked_axes),
+        )
+    ]
+    if options.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
+    optimizer = optax.chain(*parts)
+    if options.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, options.accumulate).gradient_transformation()
+    return optimizer
+
+
+def carry_optimizer_state(old_state, new_state):
+    """`new_state` with every leaf that `old_state` has under the same path taken from there.
+
+    For a change of phase: what trained before keeps its moments, the step count goes on, and newly
+    trainable leaves start as `new_state` (fresh from `init`) has them. Works on moving averages
+    too.
+
+    Raises:
+      ValueError: a leaf of both has two shapes.
+    """
+    old = {
+        path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(old_state)[0]
+    }
+
+    def pick(path, fresh):
+        kept = old.get(path_name(path), fresh)
+        if jnp.shape(kept) != jnp.shape(fresh):
+            raise ValueError(
+                f"{path_name(path)} had shape {jnp.shape(kept)} before and has "
+                f"{jnp.shape(fresh)} now: the states belong to different models"
+            )
+        return kept
+
+    return jax.tree_util.tree_map_with_path(pick, new_state)
+
+
+def ema_decay(
+    step,
+    *,
+    inv_gamma: float = 1.0,
+    power: float = 0.75,
+    min_value: float = 0.0,
+    max_value: float = 0.9999,
+    update_after_step: int = 0,
+) -> jax.Array:
+    """The share of the old average that the update number `step` (from 0) keeps: float32.
+
+    UVA's rule: 0 for the first two updates, which therefore copy, then
+    1 - (1 + n / inv_gamma) ** -power within [min_value, max_value].
+    """
+    n = jnp.maximum(jnp.asarray(step) - update_after_step - 1, 0)
+    # expm1 and log1p: the straight form loses digits where the decay nears 1
+    value = -jnp.expm1(-power * jnp.log1p(n / inv_gamma))
+    return jnp.where(n > 0, jnp.clip(value, min_value, max_value), 0.0)
+
+
+def ema_update(ema, params, step, **options):
+    """The average after update number `step` (from 0); `options` as for `ema_decay`.
+
+    Only what trains belongs in these trees: frozen leaves are their own average.
+    """
+    decay = ema_decay(step, **options)
+    return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
