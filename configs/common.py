@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "stages": (),  # the stages to run, in order; (): all
             # Compute dtype of matrix products: float32, bfloat16, or auto (bfloat16 on GPU and TPU).
             "precision": "auto",
             "teacher": {
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
                 "batch": 16,  # strips a step, over all devices
                 "blocks": True,  # store every block's input and residual too
                 "dtype": "bfloat16",
+                "encode_frames": 0,  # frames the VAE takes at a time (0: all; fewer suit a CPU's cache)
             },
             "distill": {
                 "operators": ("cross_attn", "self_attn", "mlp"),
@@ -84,8 +86,9 @@ def get_config() -> ConfigDict:
                 # Draw new diffusion noise for every batch and recompute the teacher's blocks from
                 # the cached tokens (nearly free), or use the stored block activations.
                 "fresh_noise": True,
-                # Epochs of the self-attention and MLP operators (0: as many as `epochs`).
+                # Epochs and rate of the self-attention and MLP operators (0: as above).
                 "block_epochs": 0,
+                "block_lr": 0.0,
                 "checkpoint_every": 1000,  # steps between resumable states
                 "log_every": 50,
             },
@@ -99,7 +102,9 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
                 "accumulate": 1,  # gradient accumulation
                 "data_fraction": 0.1,  # of the training episodes, whole ones, picked by seed
-                "task_mode": "policy_model",
+                # Take the windows that capture has cached instead of encoding `data_fraction` of
+                # the episodes. Needs everything before the head frozen: freeze=("mar",).
+                "reuse_cache": False,
                 "freeze_encoder": True,  # VAE and MAR encoder
                 "freeze": (),  # further path patterns, such as "mar" or "action_head/memory"
                 "unfreeze_at": {},  # {"5000": ("mar/decoder_blocks",)}: frozen until that step

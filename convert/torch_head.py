@@ -72,66 +72,68 @@ class Memory(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.config = config
-        c, width = config.z_channels, config.stream_width
-        rows, cols = config.pool if config.adapter == "conv" else config.grid
+        c, width = config.z_channels, config.memory_width
         self.norm = _norm(c)
         if config.adapter == "conv":
             self.conv = nn.Conv2d(c, c, 3, padding=1)
-        else:
-            self.hidden = nn.Linear(c, c)
-        self.proj = nn.Linear(2 * c, width)
-        self.position = _table(1, config.n_frames * rows * cols, width)
+        self.proj = nn.Linear(c, width)
         if config.memory == "video+aggregate":
             self.aggregator = Aggregator(config)
+            self.aggregate_norm = _norm(c)
             self.aggregate_proj = nn.Linear(c, width)
-            self.aggregate_position = _table(1, config.n_actions, width)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, t * s, z_channels) -> (b, m, stream_width)."""
-        config = self.config
+        """(b, t * s, z_channels) -> (b, m, memory_width)."""
+        config, video = self.config, z
         if config.adapter == "conv":
             frames, (rows, cols) = config.n_frames, config.pool
             maps = rearrange(z, "b (t h w) c -> (b t) c h w", t=frames, h=config.grid[0])
+            maps = functional.relu(self.conv(maps))
             pattern = "(b t) c (h i) (w j) -> b (t h w) c"
-            plain, seen = (
-                reduce(x, pattern, "mean", t=frames, h=rows, w=cols)
-                for x in (maps, functional.relu(self.conv(maps)))
-            )
-            tokens = torch.cat([self.norm(plain), seen], dim=-1)
-        else:
-            tokens = torch.cat([self.norm(z), functional.silu(self.hidden(z))], dim=-1)
-        memory = self.proj(tokens) + self.position
+            video = reduce(maps, pattern, "mean", t=frames, h=rows, w=cols)
+        memory = self.proj(self.norm(video))
         if config.memory == "video+aggregate":
-            extra = self.aggregate_proj(self.aggregator.aggregate(z)) + self.aggregate_position
+            extra = self.aggregate_proj(self.aggregate_norm(self.aggregator.aggregate(z)))
             memory = torch.cat([memory, extra], dim=1)
         return memory
+
+
+def _memory_tokens(config: SimpleNamespace) -> int:
+    rows, cols = config.pool if config.adapter == "conv" else config.grid
+    aggregate = config.n_actions if config.memory == "video+aggregate" else 0
+    return config.n_frames * rows * cols + aggregate
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
-        width = config.width
+        width, hidden = config.width, config.cross_mlp_ratio * config.width
         self.heads = config.num_heads
         self.norm, self.norm_ff = _norm(width), _norm(width)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(config.stream_width, 2 * width)
+        self.q = nn.Linear(width, width)
+        self.k, self.v = (nn.Linear(config.memory_width, width) for _ in range(2))
+        self.query_position = _table(1, config.n_actions, width)
+        self.key_position = _table(1, _memory_tokens(config), width)
         self.proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
-        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         if config.cross_attention == "residual":
             self.adaLN_modulation = _zero_linear(width, 3 * width)
 
-    def forward(self, s, memory, position, y=None) -> torch.Tensor:
-        """s (b, n, width), memory (b, m, stream_width) -> residual (b, n, width)."""
-        x, gate = self.norm(s), None
+    def forward(
+        self, s: torch.Tensor, memory: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """s (b, n, width), memory (b, m, memory_width), y like s -> residual (b, n, width)."""
+        x, gate = self.norm(s), 1.0
         if hasattr(self, "adaLN_modulation"):
             shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
-            x = modulate(x, shift, scale)
-        q = rearrange(self.q(x + position), "b n (h d) -> b n h d", h=self.heads)
-        k, v = rearrange(self.kv(memory), "b m (two h d) -> two b m h d", two=2, h=self.heads)
+            x, gate = modulate(x, shift, scale), 1.0 + gate
+        q, k = self.q(x) + self.query_position, self.k(memory) + self.key_position
+        q, k, v = (
+            rearrange(a, "b n (h d) -> b n h d", h=self.heads) for a in (q, k, self.v(memory))
+        )
         attended = self.proj(attend(q, k, v))
         hidden = functional.gelu(self.fc1(self.norm_ff(s + attended)))
-        out = attended + self.fc2(hidden)
-        return out if gate is None else gate * out
+        return gate * (attended + self.fc2(hidden))
 
 
 class SelfAttention(nn.Module):
@@ -198,6 +200,8 @@ class GraftedActionHead(nn.Module):
         self.final_layer = FinalLayer(width, 2 * config.channels)
         self.memory = Memory(config)
         self.queries = _table(1, config.n_actions, width)
+        self.condition_scale = nn.Parameter(torch.ones(width))
+        self.condition_shift = nn.Parameter(torch.zeros(width))
         names = config.operators or [_FAMILIES] * config.depth
         self.blocks = nn.ModuleList(GraftedBlock(config, triple) for triple in names)
         self.train_schedule = torch_diffusion.Schedule(config.train_steps)
@@ -230,17 +234,23 @@ class GraftedActionHead(nn.Module):
         return head
 
     def condition(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, t * s, c) -> the condition stream (b, n_actions, width)."""
+        """(b, t * s, c) -> the condition (b, n, width), or the memory in the "residual" form."""
         memory = self.memory(z)
+        if self.config.cross_attention == "residual":
+            return memory
         s = self.queries.expand(len(z), -1, -1)
         for block in self.blocks:
-            s = s + block.cross_attn(s, memory, self.queries)
-        return s
+            s = s + block.cross_attn(s, memory)
+        return self.condition_shift + self.condition_scale * s
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """x (b, n, channels), t (b,), condition (b, n, width) -> (b, n, 2 channels)."""
-        h, y = self.input_proj(x), self.time_embed(t)[:, None] + condition
+        """x (b, n, channels), t (b,), `condition(z)` -> (b, n, 2 channels)."""
+        h, y = self.input_proj(x), self.time_embed(t)[:, None]
+        residual = self.config.cross_attention == "residual"
+        y = y.expand_as(h) if residual else y + condition
         for block in self.blocks:
+            if residual:
+                h = h + block.cross_attn(h, condition, y)
             h = h + block.self_attn(h, y)
             h = h + block.mlp(h, y)
         return self.final_layer(h, y)

@@ -212,7 +212,8 @@ class _Comparison:
                 f"{title}.memory", head.memory(jnp.asarray(z)), torch_head.memory(_torch(z))
             )
             self.compare(f"{title}.condition", head.condition(jnp.asarray(z)), c)
-        x = self.normal(*c.shape[:2], config.channels)
+        n_rows = z.shape[1] if name in ("diffloss", "diffloss_wrist") else config.n_actions
+        x = self.normal(_BATCH, n_rows, config.channels)
         for t in (0, 250, 999):
             steps = np.full(_BATCH, t)
             if config.kind == "mlp":

@@ -78,9 +78,7 @@ def check(config: ConfigDict) -> FrozenConfigDict:
         if name in _FREE and isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
             continue
         if type(value) is not type(default):
-            raise UserError(
-                f"config.{name} should be {type(default).__name__}, but is {value!r}"
-            )
+            raise UserError(f"config.{name} should be {type(default).__name__}, but is {value!r}")
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise UserError(

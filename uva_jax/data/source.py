@@ -15,7 +15,7 @@ import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.pusht_demos import render_demos
-from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import validation_mask
 from uva_jax.errors import UserError
 
@@ -70,7 +70,10 @@ def split(buffer: ReplayBuffer, options: DataOptions) -> tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class Strips:
-    """Strips of windows: `current` (n, strip) episode-relative steps, `episode` and `mirror` (n,)."""
+    """Strips of windows.
+
+    `current` (n, strip) are steps within the episode; `episode` and `mirror` are (n,).
+    """
 
     episode: np.ndarray
     current: np.ndarray
@@ -160,9 +163,8 @@ def read_strips(
     actions = np.minimum(actions, ends[..., None] - 1)
     read = buffer.read_rows({options.image_key: frames, options.action_key: actions})
     image = np.asarray(read[options.image_key])
-    action = np.asarray(read[options.action_key], np.float32)
-    if options.mirror == "pusht":
-        flip = strips.mirror[rows]
-        image, action = image.copy(), action.copy()
-        image[flip], action[flip] = mirror_pusht(image[flip], action[flip])
-    return {"image": image, "action": action}
+    found = {
+        "image": image if image.dtype == np.uint8 else to_uint8(image, options.image_key),
+        "action": np.asarray(read[options.action_key], np.float32),
+    }
+    return mirror_pusht(found, strips.mirror[rows]) if options.mirror == "pusht" else found

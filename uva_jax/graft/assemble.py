@@ -71,7 +71,10 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
             f"config.head.operators should name {head.depth} blocks as 'cross,self,mlp', "
             f"but is {options.operators!r}"
         )
-    for name, heads in (("num_heads", options.num_heads), ("self_attn_heads", options.self_attn_heads)):
+    for name, heads in (
+        ("num_heads", options.num_heads),
+        ("self_attn_heads", options.self_attn_heads),
+    ):
         if heads < 1 or head.width % heads:
             raise UserError(
                 f"config.head.{name} is {heads}, which does not divide the head's width {head.width}"
@@ -213,7 +216,9 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
             f"config.head.init_paths.{family}: {folder} was made for another head: "
             f"{'; '.join(problems[:4])}"
         )
-    target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()}
+    target = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()
+    }
     found = checkpointer.restore(folder / "params", policy_io.nested(target))
     return policy_io.replace(head, policy_io.flatten(head) | policy_io.flat(found))
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from uva_jax import diffusion
 from uva_jax.models.policy import Policy
+from uva_jax.parallel import sharded_map
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class CaptureOptions:
     batch: int
     blocks: bool
     dtype: str
+    encode_frames: int
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -65,7 +67,7 @@ def head_activations(head, e_c: jax.Array, actions: jax.Array, t: jax.Array, noi
       head: the teacher's `MLPHead`.
       e_c: (b, n, w) condition activation.
       actions, noise: (b, n, a).
-      t: (b,) one timestep a sample, as the grafted head takes it; the MLP head accepts it unchanged.
+      t: (b,) one timestep a sample, as the grafted head takes it; the MLP head takes it too.
 
     Returns:
       {"h", "residual"}: (b, depth, n, w), and "out" (b, n, 2a).
@@ -80,8 +82,29 @@ def head_activations(head, e_c: jax.Array, actions: jax.Array, t: jax.Array, noi
     }
 
 
+def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """`VAE.encode` of raw frames (n, h, w, 3), `size` at a time (0: all at once)."""
+
+    def encode(frames):
+        return policy.vae.encode(policy.preprocess(frames))
+
+    if not size or len(images) <= size:
+        return encode(images)
+    padded = jnp.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
+    parts = jax.lax.map(encode, rearrange(padded, "(p n) h w c -> p n h w c", n=size))
+    mean, logvar = (rearrange(x, "p n h w c -> (p n) h w c")[: len(images)] for x in parts)
+    return mean, logvar
+
+
 def capture_strips(
-    policy: Policy, images: jax.Array, actions: jax.Array, samples: jax.Array, key: jax.Array, blocks: bool
+    policy: Policy,
+    images: jax.Array,
+    actions: jax.Array,
+    samples: jax.Array,
+    key: jax.Array,
+    *,
+    blocks: bool,
+    encode_frames: int = 0,
 ) -> dict[str, jax.Array]:
     """Activations of a few strips of windows.
 
@@ -92,15 +115,15 @@ def capture_strips(
       samples: (b, strip) sample numbers, which seed the draws.
       key: base key.
       blocks: also give the blocks' activations.
+      encode_frames: frames the VAE takes at a time (0: all).
 
     Returns:
       The arrays of `cache_arrays`, each with a leading axis b * strip.
     """
     b, strip = samples.shape
     n_frames = policy.config.mar.n_frames
-    mean, logvar = policy.vae.encode(
-        policy.preprocess(rearrange(images, "b f h w c -> (b f) h w c"))
-    )
+    frames = rearrange(images, "b f h w c -> (b f) h w c")
+    mean, logvar = encode_in_parts(policy, frames, encode_frames)
     window = np.arange(strip)[:, None] + np.arange(n_frames)
 
     def windows(x):
@@ -128,7 +151,7 @@ def capture_strips(
 
 
 def make_capture(
-    policy: Policy, mesh: Mesh, *, blocks: bool
+    policy: Policy, mesh: Mesh, *, blocks: bool, encode_frames: int = 0
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """The mapped, jitted capture: f(variables, images, actions, samples, key) -> activations.
 
@@ -139,16 +162,9 @@ def make_capture(
     rows = P(("data", "fsdp", "tensor"))
 
     def per_device(variables, images, actions, samples, key):
+        policy = nnx.merge(graphdef, variables)
         return capture_strips(
-            nnx.merge(graphdef, variables), images, actions, samples, key, blocks
+            policy, images, actions, samples, key, blocks=blocks, encode_frames=encode_frames
         )
 
-    return jax.jit(
-        jax.shard_map(
-            per_device,
-            mesh=mesh,
-            in_specs=(P(), rows, rows, rows, P()),
-            out_specs=rows,
-            check_vma=False,
-        )
-    )
+    return sharded_map(per_device, mesh, in_specs=(P(), rows, rows, rows, P()), out_specs=rows)

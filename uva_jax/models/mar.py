@@ -60,6 +60,7 @@ class MAR(nnx.Module):
 
     def __init__(self, config: MARConfig, *, dtype=None, rngs: nnx.Rngs):
         self.config = c = config
+        self.remat = False  # recompute blocks in the backward pass (gradient checkpointing)
         dim, dec = c.encoder_embed_dim, c.decoder_embed_dim
 
         def table(*shape):
@@ -236,8 +237,15 @@ class MAR(nnx.Module):
         """(b, n, c) from `embed` -> (b, n, c)."""
         x = self.z_proj_ln(x)
         for i, block in enumerate(self.encoder_blocks):
-            x = block(x, key=sub_key(key, 100 + i))
+            x = self._apply(block, x, sub_key(key, 100 + i))
         return self.encoder_norm(x)
+
+    def _apply(self, block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        if not self.remat:
+            return block(x, key=key)
+        # The block is taken apart around the checkpoint: nnx modules must not cross its trace.
+        graph, state = nnx.split(block)
+        return jax.checkpoint(lambda s, v: nnx.merge(graph, s)(v, key=key))(state, x)
 
     def decoder_input(self, x: jax.Array) -> jax.Array:
         """The encoder's output, projected and with the decoder's positions: what its blocks see."""
@@ -250,7 +258,7 @@ class MAR(nnx.Module):
         """(b, [text +] t * s, c) -> video tokens z (b, t * s, decoder_embed_dim)."""
         x = self.decoder_input(x)
         for i, block in enumerate(self.decoder_blocks):
-            x = block(x, key=sub_key(key, 200 + i))
+            x = self._apply(block, x, sub_key(key, 200 + i))
         x = self.decoder_norm(x)
         if self.config.text_dim:
             x = x[:, self.config.text_tokens :]

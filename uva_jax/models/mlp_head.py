@@ -218,6 +218,7 @@ class DiffusionHead(nnx.Module):
         key: jax.Array | None = None,
         t: jax.Array | None = None,
         noise: jax.Array | None = None,
+        draws: int = 1,
     ) -> dict[str, jax.Array]:
         """Diffusion loss per row.
 
@@ -227,18 +228,23 @@ class DiffusionHead(nnx.Module):
           key: draws what is not given.
           t: (b,) or (b, n) timesteps.
           noise: (b, n, channels).
+          draws: timesteps and noises for each sample, whose condition is computed once; with more
+            than one, `t` and `noise` (and the result) have a leading axis draws * b.
 
         Returns:
-          {"mse", "vb", "loss"}, each (b, n).
+          {"mse", "vb", "loss"}, each (draws * b, n).
         """
         schedule = diffusion.make_schedule("", self.config.train_steps)
+        condition = self.condition(z)
+        if draws > 1:
+            target, condition = (jnp.concatenate([x] * draws) for x in (target, condition))
         if t is None:
             shape = target.shape[:1] if self.shared_timestep else target.shape[:2]
             t = jax.random.randint(jax.random.fold_in(key, 0), shape, 0, len(schedule))
         if noise is None:
             noise = jax.random.normal(jax.random.fold_in(key, 1), target.shape)
         x_t = diffusion.q_sample(schedule, target, t, noise)
-        output = self.denoise(x_t, t, self.condition(z))
+        output = self.denoise(x_t, t, condition)
         return diffusion.training_losses(schedule, output, target, x_t, t, noise)
 
     def guided(self, x: jax.Array, t: jax.Array, condition, cfg: float | jax.Array) -> jax.Array:

@@ -20,24 +20,33 @@ _SAME = ((1, 1), (1, 1))
 _NONE = ((0, 0), (0, 0))
 
 
-def _group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(
-        channels,
-        num_groups=32,
-        epsilon=1e-6,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+class GroupNorm(nnx.Module):
+    """GroupNorm of 32 groups, eps 1e-6, in float32 with the two-pass variance.
+
+    Written out because Flax's own takes three times as long on a CPU, where it is a sixth of the
+    encoder's time.
+    """
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, h, w, c) -> (n, h, w, c) float32."""
+        groups = rearrange(x.astype(jnp.float32), "n h w (g c) -> n h w g c", g=32)
+        centered = groups - jnp.mean(groups, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean(centered**2, axis=(1, 2, 4), keepdims=True)
+        normed = (centered * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
+        return normed * self.scale[...] + self.bias[...]
 
 
 class ResnetBlock(nnx.Module):
     """Two norm-swish-convolution stages with a residual, 1x1 on the residual if widths differ."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype=None, rngs: nnx.Rngs):
-        self.norm1 = _group_norm(in_channels, rngs)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = conv(in_channels, out_channels, (3, 3), padding=_SAME, dtype=dtype, rngs=rngs)
-        self.norm2 = _group_norm(out_channels, rngs)
+        self.norm2 = GroupNorm(out_channels)
         self.conv2 = conv(out_channels, out_channels, (3, 3), padding=_SAME, dtype=dtype, rngs=rngs)
         self.nin_shortcut = (
             conv(in_channels, out_channels, (1, 1), padding=_NONE, dtype=dtype, rngs=rngs)
@@ -59,7 +68,7 @@ class AttnBlock(nnx.Module):
         def one_by_one():
             return conv(channels, channels, (1, 1), padding=_NONE, dtype=dtype, rngs=rngs)
 
-        self.norm = _group_norm(channels, rngs)
+        self.norm = GroupNorm(channels)
         self.q, self.k, self.v = one_by_one(), one_by_one(), one_by_one()
         self.proj_out = one_by_one()
 
@@ -158,7 +167,7 @@ class Encoder(nnx.Module):
             ]
         )
         self.mid = Middle(widths[-1], dtype=dtype, rngs=rngs)
-        self.norm_out = _group_norm(widths[-1], rngs)
+        self.norm_out = GroupNorm(widths[-1])
         self.conv_out = conv(
             widths[-1], 2 * config.z_channels, (3, 3), padding=_SAME, dtype=dtype, rngs=rngs
         )
@@ -202,7 +211,7 @@ class Decoder(nnx.Module):
                 for i in range(levels)
             ]
         )
-        self.norm_out = _group_norm(widths[0], rngs)
+        self.norm_out = GroupNorm(widths[0])
         self.conv_out = conv(widths[0], 3, (3, 3), padding=_SAME, dtype=dtype, rngs=rngs)
 
     def stages(self, z: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,255 @@
+"""Evaluation: teacher and grafts on the same seeds and noise, then metrics.json and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from uva_jax import diffusion, policy_io
+from uva_jax.config import leaves, section
+from uva_jax.eval import report, video
+from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
+from uva_jax.graft.capture import encode_in_parts
+from uva_jax.identity import read_json, write_json
+from uva_jax.metrics import read_metrics
+from uva_jax.models.policy import Policy, eval_frame_indices
+
+ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """`config.evaluate`; see `configs/common.py` for each field."""
+
+    num_seeds: int
+    start_seed: int
+    max_steps: int
+    sampling_steps: str
+    noise_seed: int
+    videos: int
+    workers: int
+
+
+class Actor:
+    """A policy as `RolloutPool` calls it.
+
+    Neighbouring observations share frames, so the VAE's moments of those are kept from call to
+    call; the VAE's sampling noise is drawn anew for every call, as in `Policy.predict_action`.
+    Noise depends on (seed, call) alone, so two actors with one `noise_seed` see the same.
+    """
+
+    def __init__(self, policy: Policy, options: EvaluateOptions):
+        self.policy = policy
+        graph, self.variables = nnx.split(policy)
+        head = policy.config.action_head
+        steps = options.sampling_steps or head.sampling_steps
+        draws = len(diffusion.make_schedule(steps, 1000)) + 1
+        self._frames = self._moments = None
+
+        @jax.jit
+        def encode(variables, frames):
+            n, f = frames.shape[:2]
+            flat = frames.reshape(n * f, *frames.shape[2:])
+            moments = encode_in_parts(nnx.merge(graph, variables), flat, ENCODE_FRAMES)
+            return tuple(x.reshape(n, f, *x.shape[1:]) for x in moments)
+
+        @jax.jit
+        def act(variables, mean, logvar, seed_index, call_index):
+            policy = nnx.merge(graph, variables)
+            base = jax.random.fold_in(jax.random.key(options.noise_seed), call_index)
+            keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(base, i)))(seed_index)
+            eps = jax.vmap(lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))(keys[:, 0])
+            shape = (draws, head.n_actions, head.channels)
+            noise = jax.vmap(lambda k: jax.random.normal(k, shape), out_axes=1)(keys[:, 1])
+            z = policy.video_tokens(policy.vae.sample(mean, logvar, eps))
+            nactions = policy.action_head.sample(
+                z, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
+            )
+            actions = policy.unnormalize("action", nactions)
+            return actions[:, : policy.config.n_action_steps]
+
+        self._encode, self._act = encode, act
+
+    def __call__(
+        self, obs: Mapping[str, np.ndarray], seed_index: np.ndarray, call_index: int
+    ) -> np.ndarray:
+        frames = obs["image"]
+        kept = frames.shape[1] // 2
+        if self._frames is not None and np.array_equal(self._frames[:, -kept:], frames[:, :kept]):
+            new = self._encode(self.variables, frames[:, kept:])
+            self._moments = tuple(
+                jnp.concatenate([old[:, -kept:], x], axis=1)
+                for old, x in zip(self._moments, new, strict=True)
+            )
+        else:
+            self._moments = self._encode(self.variables, frames)
+        self._frames = frames
+        actions = self._act(self.variables, *self._moments, seed_index, call_index)
+        return np.asarray(actions)
+
+
+def run(context, policies: Mapping[str, Policy]) -> dict:
+    """Rolls out every policy, writes metrics.json, videos and report.html; resumes by policy."""
+    options = section(context.config.evaluate, EvaluateOptions)
+    seeds = list(range(options.start_seed, options.start_seed + options.num_seeds))
+    recorded = seeds[: options.videos]
+    results = {}
+    with RolloutPool(options.workers or None) as pool:
+        for name, policy in policies.items():
+            found = read_json(context.folder / f"{name}.json")
+            if found is None:
+                found = _rollout(context, pool, name, policy, seeds, recorded, options)
+                write_json(context.folder / f"{name}.json", found)
+            results[name] = found
+            context.metrics.say(
+                f"{name}: test_mean_score {found['test_mean_score']:.3f} "
+                f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
+                f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
+            )
+    metrics = dict(results)
+    for name, label in (
+        ("graft", "paired_difference"),
+        ("graft_stage1", "paired_difference_stage1"),
+    ):
+        interval = paired_difference(
+            np.array(results[name]["scores"]), np.array(results["teacher"]["scores"])
+        )
+        metrics[label] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+        context.metrics.say(
+            f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
+            f"{interval.high:+.3f}) on the same seeds and noise"
+        )
+    write_json(context.folder / "metrics.json", metrics)
+    _side_by_side(context.folder, recorded)
+    path = report.write_report(
+        context.folder / "report.html", report_data(context, policies, metrics, seeds, recorded)
+    )
+    context.metrics.say(f"report: {path}")
+    return {k: v for k, v in metrics.items() if k.startswith("paired")} | {
+        name: found["test_mean_score"] for name, found in results.items()
+    }
+
+
+def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOptions) -> dict:
+    config = policy.config
+    with context.metrics.progress(options.max_steps, unit="steps", desc=name) as bar:
+        done = 0
+
+        def progress(step: int, total: int) -> None:
+            nonlocal done
+            del total
+            bar.update(step - done)
+            done = step
+
+        result: RolloutResult = pool.run(
+            Actor(policy, options),
+            seeds,
+            max_steps=options.max_steps,
+            n_obs_steps=config.n_obs_steps,
+            n_action_steps=config.n_action_steps,
+            frame_indices=eval_frame_indices(config.n_obs_steps, config.mar.n_frames),
+            record_seeds=recorded,
+            progress=progress,
+        )
+    folder = context.folder / "videos"
+    for seed, frames in result.videos.items():
+        video.write_mp4(folder / f"{name}_{seed}.mp4", frames)
+        np.save(folder / f"{name}_{seed}.npy", frames)
+    interval = bootstrap_ci(result.scores, seed=0)
+    return {
+        "test_mean_score": result.mean,
+        "ci95": [interval.low, interval.high],
+        "success_rate": float(result.success.mean()),
+        "seeds": [int(s) for s in result.seeds],
+        "scores": [float(s) for s in result.scores],
+        "steps": [int(s) for s in result.steps],
+        "seconds": result.seconds,
+        "policy_seconds": result.policy_seconds,
+    }
+
+
+def _side_by_side(folder, recorded: list[int]) -> None:
+    """Teacher and graft in one video a seed."""
+    for seed in recorded:
+        clips = [folder / "videos" / f"{name}_{seed}.npy" for name in ("teacher", "graft")]
+        if all(clip.exists() for clip in clips):
+            tiled = video.tile([np.load(c) for c in clips], labels=["teacher", "graft"], scale=2)
+            video.write_mp4(folder / "videos" / f"seed_{seed}.mp4", tiled)
+    for clip in (folder / "videos").glob("*.npy"):
+        clip.unlink()
+
+
+def _count(module) -> int:
+    return sum(x.size for x in policy_io.flatten(module).values())
+
+
+def report_data(context, policies, metrics: Mapping, seeds, recorded) -> report.ReportData:
+    """Gathers what the report shows from the workdir's records."""
+    workdir = context.workdir
+    teacher, graft = policies["teacher"], policies["graft"]
+    names = {
+        "convert": "teacher",
+        "capture": "activations",
+        "distill": "operators",
+        "finetune": "finetune",
+    }
+    folders = {k: workdir / v for k, v in names.items() if (workdir / v).exists()}
+    distilled = (read_json(workdir / "operators" / "done.json") or {}).get("metrics", {})
+    curves = []
+    for stage, title in (
+        ("distill", "Stage 1: distillation"),
+        ("finetune", "Stage 2: fine-tuning"),
+    ):
+        keys = sorted(
+            {k for line in read_metrics(workdir, stage) for k in line} - {"time", "stage", "step"}
+        )
+        wanted = [k for k in keys if stage == "distill" or k in ("loss", "mse", "vb")]
+        if wanted:
+            curves.append({"title": title, "series": report.curve_series(workdir, stage, wanted)})
+    shown = leaves(context.config)
+    picked = (
+        "teacher.checkpoint data.path capture.num_samples distill.epochs distill.lr head.memory "
+        "head.start finetune.steps finetune.lr finetune.data_fraction evaluate.sampling_steps seed"
+    ).split()
+    paired = metrics["paired_difference"]
+    return report.ReportData(
+        title=f"Graft of {teacher.config.task}: {context.workdir.name}",
+        config={k: shown[k] for k in picked},
+        stages=report.stage_rows(folders),
+        architecture=[
+            {
+                "part": part,
+                "teacher": _count(getattr(teacher, part)),
+                "graft": _count(getattr(graft, part)),
+            }
+            for part in ("vae", "mar", "action_head")
+        ],
+        operators=distilled.get("operators", ()),
+        curves=curves,
+        scores=[
+            {
+                "policy": name,
+                "score": metrics[name]["test_mean_score"],
+                "ci": tuple(metrics[name]["ci95"]),
+                "success": metrics[name]["success_rate"],
+                "episodes": len(seeds),
+            }
+            for name in policies
+        ],
+        paired={"difference": paired["mean"], "ci": tuple(paired["ci95"])},
+        per_seed={
+            "seeds": seeds,
+            "teacher": metrics["teacher"]["scores"],
+            "graft": metrics["graft"]["scores"],
+        },
+        videos=[
+            {"path": path, "caption": f"seed {seed}: teacher, graft"}
+            for seed in recorded
+            if (path := context.folder / "videos" / f"seed_{seed}.mp4").exists()
+        ],
+    )

@@ -1,0 +1,86 @@
+"""The command line: `python -m uva_jax.main --config configs/pusht_tiny.py --workdir runs/tiny`.
+
+Reads flags, checks the configuration, and hands over to the pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from uva_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+_STAGE = flags.DEFINE_list(
+    "stage", None, "Stages to run, comma-separated (default: all that are not done)."
+)
+
+
+def run(config, workdir: str, only: list[str] | None) -> dict:
+    """Checks the configuration and runs its stages; see `pipeline.run_pipeline`."""
+    from uva_jax.config import check
+
+    config = check(config)
+    # After the check, because importing jax and its company takes seconds.
+    from uva_jax import parallel, stages
+    from uva_jax.pipeline import run_pipeline
+
+    d = config.distributed
+    parallel.initialize_distributed(
+        parallel.DistributedOptions(
+            enabled=d.enabled or None,
+            coordinator_address=d.coordinator_address or None,
+            num_processes=d.num_processes or None,
+            process_id=None if d.process_id < 0 else d.process_id,
+        )
+    )
+    only = only or list(config.stages) or None
+    return run_pipeline(
+        stages.stages(config),
+        config,
+        workdir,
+        only,
+        is_primary=parallel.is_primary(),
+        barrier=parallel.barrier,
+    )
+
+
+def _main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(
+            f"unexpected argument {argv[1]!r}; settings are given as --config.key=value"
+        )
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise UserError(
+            "say what to run and where: --config configs/pusht_tiny.py --workdir runs/tiny"
+        )
+    run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+    return 0
+
+
+def main() -> int:
+    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return app.run(_main, flags_parser=_parse) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parsing, with a sentence in place of a traceback."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{error} (see configs/common.py for every setting)") from error
+    except OSError as error:
+        raise UserError(f"the configuration file cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,489 @@
+"""The pipeline as a table: convert -> capture -> distill -> finetune -> evaluate -> export.
+
+Each stage reads only what earlier stages wrote; `pipeline.py` skips, resumes and reruns them. The
+work itself is in `graft/`, `train/` and `eval/`: a stage opens its inputs, calls it, and saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.from_torch import from_torch
+from convert.to_torch import export_policy
+from uva_jax import parallel, policy_io
+from uva_jax.config import section
+from uva_jax.data import source
+from uva_jax.errors import UserError
+from uva_jax.eval import evaluate as evaluation
+from uva_jax.graft import activations, assemble, distill, judge
+from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
+from uva_jax.identity import external_hash, write_json
+from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.pipeline import Context, Stage
+from uva_jax.train import finetune
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def compute_dtype(config):
+    """The dtype of matrix products, or None for float32."""
+    choice = config.precision
+    if choice == "auto":
+        choice = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.bfloat16 if choice == "bfloat16" else None
+
+
+def teacher_checkpoint(config) -> Path:
+    """The checkpoint a run starts from.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    name = config.teacher.checkpoint
+    path = ASSETS / "uva_pusht_tiny.ckpt" if name == "embedded" else Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"config.teacher.checkpoint is {path}, but there is no such file: give a UVA "
+            "checkpoint (.ckpt), or 'embedded' for the small one that ships with the package"
+        )
+    return path
+
+
+def _mesh(config):
+    return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def _load(folder: Path, config) -> Policy:
+    return policy_io.load_policy(folder, dtype=compute_dtype(config))
+
+
+def run_convert(context: Context) -> dict:
+    """torch checkpoint -> teacher/policy."""
+    path = teacher_checkpoint(context.config)
+    policy, info = from_torch(
+        path, context.folder / "policy", weights=context.config.teacher.weights
+    )
+    head = policy.config.action_head
+    if head is None or head.kind != "mlp":
+        raise UserError(f"{path} has no MLP action head to graft from")
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param)))
+    context.metrics.say(
+        f"{path.name}: {policy.config.task}, {count / 1e6:.2f} M parameters, "
+        f"{policy.config.image_size} px, {head.aggregator} head of {head.depth} blocks x {head.width}"
+    )
+    return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
+
+
+def open_data(context: Context):
+    """The replay buffer and options; rendering of the embedded data shows its progress."""
+    options = section(context.config.data, source.DataOptions)
+    with _Rendering(context.metrics) as progress:
+        return source.open_buffer(options, progress), options
+
+
+class _Rendering:
+    """A progress bar that appears only when something is rendered."""
+
+    def __init__(self, metrics):
+        self.metrics, self.bar, self.done = metrics, None, 0
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self._context = self.metrics.progress(total, unit="frames", desc="rendering")
+            self.bar = self._context.__enter__()
+        self.bar.update(done - self.done)
+        self.done = done
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self._context.__exit__(*error)
+
+
+def capture_cache(
+    context: Context,
+    teacher: Policy,
+    name: str,
+    strips: source.Strips,
+    buffer,
+    data: source.DataOptions,
+    options: CaptureOptions,
+    *,
+    blocks: bool,
+    samples: int,
+    seed: int,
+) -> activations.ActivationCache:
+    """Fills (or finishes) one activation cache in the stage's folder."""
+    mesh = parallel.make_mesh(data=-1, devices=jax.local_devices())
+    devices = mesh.size
+    frame_stride = _frame_stride(teacher)
+    arrays = cache_arrays(teacher, CaptureOptions(**{**vars(options), "blocks": blocks}))
+    chunk = options.batch * options.strip
+    meta = {"teacher": _teacher_hash(context), "config": _capture_key(options, data, seed, name)}
+    if context.is_primary:
+        activations.ActivationCache.create(
+            context.folder / name, arrays, samples, chunk=chunk, meta=meta
+        )
+    context.barrier(f"{name}:created")
+    cache = activations.ActivationCache.create(
+        context.folder / name, arrays, samples, chunk=chunk, meta=meta
+    )
+    run = make_capture(teacher, mesh, blocks=blocks, encode_frames=options.encode_frames)
+    variables = jax.device_put(nnx.state(teacher), parallel.replicated(mesh))
+    key = jax.random.key(seed)
+    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
+    dtypes = {k: cache.dtype(k) for k in cache.names}
+    done = cache.samples_done()
+    with context.metrics.progress(samples, unit="windows", desc=name, initial=done) as bar:
+        for start in range(0, len(mine), devices):
+            chunks = mine[start : start + devices]
+            padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
+            rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
+            # The last chunk may be short of strips; repeats fill it and are not stored.
+            batch = source.read_strips(
+                buffer,
+                strips,
+                np.minimum(rows, len(strips) - 1),
+                options=data,
+                n_frames=teacher.config.mar.n_frames,
+                stride=frame_stride,
+                n_actions=teacher.config.mar.n_actions,
+            )
+            numbers = rows[:, None] * options.strip + np.arange(options.strip)
+            found = run(variables, batch["image"], batch["action"], numbers, key)
+            found = {k: np.asarray(v).astype(dtypes[k]) for k, v in found.items()}
+            for slot, index in enumerate(chunks):
+                first, last = cache.chunk_range(index)
+                part = slice(slot * chunk, slot * chunk + last - first)
+                cache.write_chunk(index, {k: v[part] for k, v in found.items()})
+                bar.update(last - first)
+    cache.flush()
+    context.barrier(f"{name}:written")
+    if context.is_primary:
+        cache.finish()
+    context.barrier(f"{name}:finished")
+    return activations.ActivationCache.open(context.folder / name)
+
+
+def _frame_stride(policy: Policy) -> int:
+    picks = eval_frame_indices(policy.config.n_obs_steps, policy.config.mar.n_frames)
+    return picks[1] - picks[0]
+
+
+def _teacher_hash(context: Context) -> str:
+    return external_hash(teacher_checkpoint(context.config), context.workdir)
+
+
+def _capture_key(options: CaptureOptions, data: source.DataOptions, seed: int, name: str) -> str:
+    return f"{name} {seed} {options} {data}"
+
+
+def run_capture(context: Context) -> dict:
+    """Windows -> activations/train and activations/held_out."""
+    teacher = _load(context.inputs["convert"] / "policy", context.config)
+    buffer, data = open_data(context)
+    options = section(context.config.capture, CaptureOptions)
+    train, held_out = source.split(buffer, data)
+    stride, seed = _frame_stride(teacher), context.config.seed
+    result = {}
+    for name, mask, samples in (
+        ("train", train, options.num_samples),
+        ("held_out", held_out, options.held_out),
+    ):
+        strips = source.plan_strips(
+            buffer.episode_ends,
+            mask,
+            strip=options.strip,
+            stride=stride,
+            options=data,
+            seed=seed,
+            count=-(-samples // options.strip),
+        )
+        cache = capture_cache(
+            context,
+            teacher,
+            name,
+            strips,
+            buffer,
+            data,
+            options,
+            blocks=options.blocks,
+            samples=samples,
+            seed=seed + (name == "held_out"),
+        )
+        result[name] = {"samples": samples, "bytes": cache.nbytes()}
+    return result
+
+
+def run_distill(context: Context) -> dict:
+    """Activations -> operators/<family>, and how good they are."""
+    config = context.config
+    teacher = policy_io.load_policy(context.inputs["convert"] / "policy")  # float32 throughout
+    head_options = section(config.head, assemble.HeadOptions)
+    options = section(config.distill, distill.DistillOptions)
+    head = assemble.start_head(
+        teacher.action_head,
+        assemble.grafted_config(teacher, head_options),
+        head_options.start,
+        config.seed,
+    )
+    names = ["z", "actions", "condition"]
+    names += [] if options.fresh_noise else ["h", "residual", "t"]
+    folders = context.inputs["capture"]
+    train, held = (
+        activations.ActivationCache.open(folders / part).load(names)
+        for part in ("train", "held_out")
+    )
+    if not options.fresh_noise and "h" not in train:
+        raise UserError(
+            "config.distill.fresh_noise is False, but the cache has no block activations"
+        )
+    context.metrics.say(distill.check_budget(options, len(train["z"])))
+    features, held_features = (distill.memory_features(head, part["z"]) for part in (train, held))
+    common = dict(options=options, seed=config.seed, folder=context.folder, metrics=context.metrics)
+    condition_form = config.head.cross_attention == "condition"
+    rows = []
+    if condition_form and "cross_attn" in options.operators:
+        head = distill.distill_condition(head, features, jnp.asarray(train["condition"]), **common)
+        rows += judge.judge_condition(
+            head, held_features, jnp.asarray(held["condition"]), options.loss["cross_attn"]
+        )
+    keep = [n for n in names if n != "z"]
+    block_data = {k: jnp.asarray(train[k]) for k in keep}
+    if set(options.operators) & set(distill.BLOCK_FAMILIES[config.head.cross_attention]):
+        predicted = distill.predict_condition(head, features)
+        head = distill.distill_blocks(head, teacher.action_head, block_data, predicted, **common)
+    key = jax.random.key(config.seed + 1)
+    rows += judge.judge_blocks(
+        head,
+        teacher.action_head,
+        {k: jnp.asarray(held[k]) for k in keep},
+        distill.predict_condition(head, held_features),
+        options=options,
+        key=key,
+    )
+    whole = judge.judge_head(
+        head,
+        teacher.action_head,
+        jnp.asarray(held["z"]),
+        jnp.asarray(held["actions"]),
+        temperature=teacher.config.temperature,
+        sampling_steps=config.evaluate.sampling_steps or None,
+        key=key,
+    )
+    for family in options.operators:
+        mine = [row for row in rows if row["operator"] == family]
+        assemble.save_operator(context.folder / family, head, family, {"blocks": mine})
+        for row in mine:
+            context.metrics.say(
+                f"{family} block {row['block']}: loss {row['scaled']:.4f} (raw {row['raw']:.2g}, "
+                f"shuffled {row['shuffled']:.3f}), {100 * (1 - row['fvu']):.1f}% explained"
+            )
+    context.metrics.say(
+        f"samples from equal noise: MSE to the teacher's {whole['pair_mse']:.5f}; "
+        f"to the truth {whole['graft_mse']:.5f} (teacher {whole['teacher_mse']:.5f})"
+    )
+    write_json(context.folder / "head.json", whole)
+    return {"operators": rows, "head": whole}
+
+
+def load_grafted(context: Context, *, say) -> Policy:
+    """The teacher with the head that this configuration describes, operators loaded."""
+    config = context.config
+    teacher = _load(context.inputs["convert"] / "policy", config)
+    options = section(config.head, assemble.HeadOptions)
+    head = assemble.start_head(
+        teacher.action_head,
+        assemble.grafted_config(teacher, options),
+        options.start,
+        config.seed,
+    )
+    distilled = context.inputs.get("distill")
+    head = assemble.load_operators(head, options.init_paths, distilled, say)
+    return assemble.assemble(teacher, head)
+
+
+def run_finetune(context: Context) -> dict:
+    """Operators back into the policy (grafted/), then Stage 2 (finetune/policy)."""
+    policy = load_grafted(context, say=context.metrics.say)
+    records = policy_io.read_records(context.inputs["convert"] / "policy")
+    _, about = policy_io.read_description(context.inputs["convert"] / "policy")
+    if context.is_primary:
+        policy_io.save_policy(context.workdir / "grafted", policy, source=about, records=records)
+    config = context.config
+    options = section(config.finetune, finetune.FinetuneOptions)
+    trainer = finetune.Trainer(policy, options, _mesh(config), config.seed)
+    tokens = finetune.trunk_is_frozen(trainer.phases, options)
+    finetune.check_reuse(trainer.phases, options)
+    if options.reuse_cache:
+        batches = finetune.token_batches(
+            finetune.cached_tokens(context.inputs["capture"] / "train"), options, config.seed
+        )
+    else:
+        batches = _own_data(context, policy, options, tokens)
+    count = sum(trainer.arrays[k].size for k in trainer.phases[0].trainable)
+    context.metrics.say(
+        f"{count / 1e6:.2f} M of {sum(x.size for x in trainer.arrays.values()) / 1e6:.2f} M "
+        f"parameters train, on {'cached tokens' if tokens else 'frames'}"
+    )
+    loss = finetune.loss_on_tokens if tokens else finetune.loss_on_images
+    tuned = trainer.run(loss, batches, folder=context.folder, metrics=context.metrics)
+    policy_io.save_policy(context.folder / "policy", tuned, source=about, records=records)
+    return {"trainable_parameters": count, "steps": options.steps}
+
+
+def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOptions, tokens: bool):
+    """Batches from `data_fraction` of the training episodes, encoded first if the trunk is frozen."""
+    config = context.config
+    buffer, data = open_data(context)
+    mask = finetune.chosen_episodes(buffer, data, options, config.seed)
+    capture = section(config.capture, CaptureOptions)
+    stride = _frame_stride(policy)
+    strips = source.plan_strips(
+        buffer.episode_ends,
+        mask,
+        strip=capture.strip if tokens else 1,
+        stride=stride,
+        options=data,
+        seed=config.seed,
+    )
+    context.metrics.say(
+        f"{int(mask.sum())} of {buffer.n_episodes} episodes, {strips.current.size} windows"
+    )
+    if not tokens:
+        return finetune.image_batches(buffer, strips, data, policy, stride, options, config.seed)
+    teacher = _load(context.inputs["convert"] / "policy", config)
+    capture_cache(
+        context,
+        teacher,
+        "tokens",
+        strips,
+        buffer,
+        data,
+        capture,
+        blocks=False,
+        samples=strips.current.size,
+        seed=config.seed + 2,
+    )
+    cached = finetune.cached_tokens(context.folder / "tokens")
+    return finetune.token_batches(cached, options, config.seed)
+
+
+def run_evaluate(context: Context) -> dict:
+    """Rollouts of teacher, graft after Stage 1 and graft after Stage 2; report.html."""
+    policies = {
+        "teacher": context.inputs["convert"] / "policy",
+        "graft_stage1": context.workdir / "grafted",
+        "graft": context.inputs["finetune"] / "policy",
+    }
+    return evaluation.run(context, {k: _load(v, context.config) for k, v in policies.items()})
+
+
+def run_export(context: Context) -> dict:
+    """finetune/policy -> export/grafted.ckpt, in the original's layout."""
+    out = context.folder / context.config.export.filename
+    found = export_policy(context.inputs["finetune"] / "policy", out)
+    context.metrics.say(f"{out} ({found['bytes'] / 1e6:.1f} MB, {found['tensors']} tensors)")
+    return {"file": str(out), "bytes": found["bytes"]}
+
+
+def _data_files(config) -> dict:
+    return {} if config.data.path == "embedded" else {"data": config.data.path}
+
+
+def _init_paths(config) -> dict:
+    return {f"head.init_paths.{k}": v for k, v in config.head.init_paths.items() if v}
+
+
+_STAGES = (
+    Stage(
+        "convert",
+        run_convert,
+        needs=(),
+        config_keys=("teacher",),
+        folder="teacher",
+        describe="torch checkpoint to Flax",
+        fingerprint=lambda config: {"checkpoint": teacher_checkpoint(config)},
+    ),
+    Stage(
+        "capture",
+        run_capture,
+        needs=("convert",),
+        config_keys=("seed", "precision", "data", "capture"),
+        folder="activations",
+        describe="the teacher's activations",
+        fingerprint=_data_files,
+    ),
+    Stage(
+        "distill",
+        run_distill,
+        needs=("convert", "capture"),
+        config_keys=(
+            "seed",
+            "distill",
+            "head.cross_attention",
+            "head.memory",
+            "head.adapter",
+            "head.num_heads",
+            "head.self_attn_heads",
+            "head.cross_mlp_ratio",
+            "head.mlp_ratio",
+            "head.depth",
+            "head.start",
+            "head.operators",
+            "evaluate.sampling_steps",
+        ),
+        folder="operators",
+        describe="each operator learns the teacher's activations",
+    ),
+    Stage(
+        "finetune",
+        run_finetune,
+        needs=("convert", "capture", "distill"),
+        config_keys=("seed", "precision", "data", "capture", "head", "finetune"),
+        folder="finetune",
+        describe="the whole policy, end to end",
+        fingerprint=lambda config: _data_files(config) | _init_paths(config),
+    ),
+    Stage(
+        "evaluate",
+        run_evaluate,
+        needs=("convert", "finetune"),
+        config_keys=("seed", "precision", "evaluate"),
+        folder="eval",
+        describe="rollouts and report",
+    ),
+    Stage(
+        "export",
+        run_export,
+        needs=("finetune",),
+        config_keys=("export",),
+        folder="export",
+        describe="back to a torch checkpoint",
+    ),
+)
+
+
+def stages(config) -> tuple[Stage, ...]:
+    """The table for a configuration: given operators make capture and distillation needless."""
+    given = any(config.head.init_paths.values())
+    wanted = {"capture", "distill"} - (
+        set()
+        if not given
+        else {"distill"}
+        if config.finetune.reuse_cache
+        else {"capture", "distill"}
+    )
+    table = [s for s in _STAGES if s.name in wanted or s.name not in ("capture", "distill")]
+    names = {s.name for s in table}
+    return tuple(
+        dataclasses.replace(s, needs=tuple(n for n in s.needs if n in names)) for s in table
+    )
