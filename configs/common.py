@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 "memory": "video+aggregate",
                 # "conv": the aggregator's first convolution, pooled to 4x4 a frame; or "linear".
                 "adapter": "conv",
-                "num_heads": 16,  # of the cross-attention
+                "num_heads": 8,  # of the cross-attention
                 "self_attn_heads": 8,
                 "cross_mlp_ratio": 2,  # hidden width of the cross-attention's own feed-forward
                 "mlp_ratio": 4,  # hidden width of the MLP operators over the head's width

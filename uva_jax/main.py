@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from uva_jax.errors import UserError
@@ -58,6 +58,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(
             "say what to run and where: --config configs/pusht_tiny.py --workdir runs/tiny"
         )
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
     return 0
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from convert.from_torch import from_torch
@@ -21,10 +20,10 @@ from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.errors import UserError
 from uva_jax.eval import evaluate as evaluation
-from uva_jax.graft import activations, assemble, distill, judge
-from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
-from uva_jax.identity import external_hash, write_json
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.graft import activations, assemble, distill, record, stage1
+from uva_jax.graft.capture import CaptureOptions
+from uva_jax.identity import external_hash
+from uva_jax.models.policy import Policy
 from uva_jax.pipeline import Context, Stage
 from uva_jax.train import finetune
 
@@ -108,82 +107,12 @@ class _Rendering:
             self._context.__exit__(*error)
 
 
-def capture_cache(
-    context: Context,
-    teacher: Policy,
-    name: str,
-    strips: source.Strips,
-    buffer,
-    data: source.DataOptions,
-    options: CaptureOptions,
-    *,
-    blocks: bool,
-    samples: int,
-    seed: int,
-) -> activations.ActivationCache:
-    """Fills (or finishes) one activation cache in the stage's folder."""
-    mesh = parallel.make_mesh(data=-1, devices=jax.local_devices())
-    devices = mesh.size
-    frame_stride = _frame_stride(teacher)
-    arrays = cache_arrays(teacher, CaptureOptions(**{**vars(options), "blocks": blocks}))
-    chunk = options.batch * options.strip
-    meta = {"teacher": _teacher_hash(context), "config": _capture_key(options, data, seed, name)}
-    if context.is_primary:
-        activations.ActivationCache.create(
-            context.folder / name, arrays, samples, chunk=chunk, meta=meta
-        )
-    context.barrier(f"{name}:created")
-    cache = activations.ActivationCache.create(
-        context.folder / name, arrays, samples, chunk=chunk, meta=meta
-    )
-    run = make_capture(teacher, mesh, blocks=blocks, encode_frames=options.encode_frames)
-    variables = jax.device_put(nnx.state(teacher), parallel.replicated(mesh))
-    key = jax.random.key(seed)
-    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
-    dtypes = {k: cache.dtype(k) for k in cache.names}
-    done = cache.samples_done()
-    with context.metrics.progress(samples, unit="windows", desc=name, initial=done) as bar:
-        for start in range(0, len(mine), devices):
-            chunks = mine[start : start + devices]
-            padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
-            rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
-            # The last chunk may be short of strips; repeats fill it and are not stored.
-            batch = source.read_strips(
-                buffer,
-                strips,
-                np.minimum(rows, len(strips) - 1),
-                options=data,
-                n_frames=teacher.config.mar.n_frames,
-                stride=frame_stride,
-                n_actions=teacher.config.mar.n_actions,
-            )
-            numbers = rows[:, None] * options.strip + np.arange(options.strip)
-            found = run(variables, batch["image"], batch["action"], numbers, key)
-            found = {k: np.asarray(v).astype(dtypes[k]) for k, v in found.items()}
-            for slot, index in enumerate(chunks):
-                first, last = cache.chunk_range(index)
-                part = slice(slot * chunk, slot * chunk + last - first)
-                cache.write_chunk(index, {k: v[part] for k, v in found.items()})
-                bar.update(last - first)
-    cache.flush()
-    context.barrier(f"{name}:written")
-    if context.is_primary:
-        cache.finish()
-    context.barrier(f"{name}:finished")
-    return activations.ActivationCache.open(context.folder / name)
-
-
-def _frame_stride(policy: Policy) -> int:
-    picks = eval_frame_indices(policy.config.n_obs_steps, policy.config.mar.n_frames)
-    return picks[1] - picks[0]
+def _site(context: Context, folder: Path) -> record.Site:
+    return record.Site(folder, context.metrics, context.is_primary, context.barrier)
 
 
 def _teacher_hash(context: Context) -> str:
     return external_hash(teacher_checkpoint(context.config), context.workdir)
-
-
-def _capture_key(options: CaptureOptions, data: source.DataOptions, seed: int, name: str) -> str:
-    return f"{name} {seed} {options} {data}"
 
 
 def run_capture(context: Context) -> dict:
@@ -192,7 +121,7 @@ def run_capture(context: Context) -> dict:
     buffer, data = open_data(context)
     options = section(context.config.capture, CaptureOptions)
     train, held_out = source.split(buffer, data)
-    stride, seed = _frame_stride(teacher), context.config.seed
+    stride, seed = record.frame_stride(teacher), context.config.seed
     result = {}
     for name, mask, samples in (
         ("train", train, options.num_samples),
@@ -207,17 +136,15 @@ def run_capture(context: Context) -> dict:
             seed=seed,
             count=-(-samples // options.strip),
         )
-        cache = capture_cache(
-            context,
+        cache = record.capture_cache(
+            _site(context, context.folder / name),
             teacher,
-            name,
             strips,
             buffer,
             data,
-            options,
-            blocks=options.blocks,
-            samples=samples,
+            dataclasses.replace(options, num_samples=samples),
             seed=seed + (name == "held_out"),
+            origin=_teacher_hash(context),
         )
         result[name] = {"samples": samples, "bytes": cache.nbytes()}
     return result
@@ -227,72 +154,18 @@ def run_distill(context: Context) -> dict:
     """Activations -> operators/<family>, and how good they are."""
     config = context.config
     teacher = policy_io.load_policy(context.inputs["convert"] / "policy")  # float32 throughout
-    head_options = section(config.head, assemble.HeadOptions)
-    options = section(config.distill, distill.DistillOptions)
-    head = assemble.start_head(
-        teacher.action_head,
-        assemble.grafted_config(teacher, head_options),
-        head_options.start,
-        config.seed,
-    )
-    names = ["z", "actions", "condition"]
-    names += [] if options.fresh_noise else ["h", "residual", "t"]
     folders = context.inputs["capture"]
-    train, held = (
-        activations.ActivationCache.open(folders / part).load(names)
-        for part in ("train", "held_out")
-    )
-    if not options.fresh_noise and "h" not in train:
-        raise UserError(
-            "config.distill.fresh_noise is False, but the cache has no block activations"
-        )
-    context.metrics.say(distill.check_budget(options, len(train["z"])))
-    features, held_features = (distill.memory_features(head, part["z"]) for part in (train, held))
-    common = dict(options=options, seed=config.seed, folder=context.folder, metrics=context.metrics)
-    condition_form = config.head.cross_attention == "condition"
-    rows = []
-    if condition_form and "cross_attn" in options.operators:
-        head = distill.distill_condition(head, features, jnp.asarray(train["condition"]), **common)
-        rows += judge.judge_condition(
-            head, held_features, jnp.asarray(held["condition"]), options.loss["cross_attn"]
-        )
-    keep = [n for n in names if n != "z"]
-    block_data = {k: jnp.asarray(train[k]) for k in keep}
-    if set(options.operators) & set(distill.BLOCK_FAMILIES[config.head.cross_attention]):
-        predicted = distill.predict_condition(head, features)
-        head = distill.distill_blocks(head, teacher.action_head, block_data, predicted, **common)
-    key = jax.random.key(config.seed + 1)
-    rows += judge.judge_blocks(
-        head,
-        teacher.action_head,
-        {k: jnp.asarray(held[k]) for k in keep},
-        distill.predict_condition(head, held_features),
-        options=options,
-        key=key,
-    )
-    whole = judge.judge_head(
-        head,
-        teacher.action_head,
-        jnp.asarray(held["z"]),
-        jnp.asarray(held["actions"]),
-        temperature=teacher.config.temperature,
+    return stage1.distill_operators(
+        teacher,
+        activations.ActivationCache.open(folders / "train"),
+        activations.ActivationCache.open(folders / "held_out"),
+        head_options=section(config.head, assemble.HeadOptions),
+        options=section(config.distill, distill.DistillOptions),
         sampling_steps=config.evaluate.sampling_steps or None,
-        key=key,
+        seed=config.seed,
+        folder=context.folder,
+        metrics=context.metrics,
     )
-    for family in options.operators:
-        mine = [row for row in rows if row["operator"] == family]
-        assemble.save_operator(context.folder / family, head, family, {"blocks": mine})
-        for row in mine:
-            context.metrics.say(
-                f"{family} block {row['block']}: loss {row['scaled']:.4f} (raw {row['raw']:.2g}, "
-                f"shuffled {row['shuffled']:.3f}), {100 * (1 - row['fvu']):.1f}% explained"
-            )
-    context.metrics.say(
-        f"samples from equal noise: MSE to the teacher's {whole['pair_mse']:.5f}; "
-        f"to the truth {whole['graft_mse']:.5f} (teacher {whole['teacher_mse']:.5f})"
-    )
-    write_json(context.folder / "head.json", whole)
-    return {"operators": rows, "head": whole}
 
 
 def load_grafted(context: Context, *, say) -> Policy:
@@ -346,7 +219,7 @@ def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOption
     buffer, data = open_data(context)
     mask = finetune.chosen_episodes(buffer, data, options, config.seed)
     capture = section(config.capture, CaptureOptions)
-    stride = _frame_stride(policy)
+    stride = record.frame_stride(policy)
     strips = source.plan_strips(
         buffer.episode_ends,
         mask,
@@ -361,17 +234,15 @@ def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOption
     if not tokens:
         return finetune.image_batches(buffer, strips, data, policy, stride, options, config.seed)
     teacher = _load(context.inputs["convert"] / "policy", config)
-    capture_cache(
-        context,
+    record.capture_cache(
+        _site(context, context.folder / "tokens"),
         teacher,
-        "tokens",
         strips,
         buffer,
         data,
-        capture,
-        blocks=False,
-        samples=strips.current.size,
+        dataclasses.replace(capture, num_samples=strips.current.size, blocks=False),
         seed=config.seed + 2,
+        origin=_teacher_hash(context),
     )
     cached = finetune.cached_tokens(context.folder / "tokens")
     return finetune.token_batches(cached, options, config.seed)

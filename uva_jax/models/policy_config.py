@@ -114,7 +114,7 @@ class GraftedHeadConfig:
     memory: typing.Literal["video", "video+aggregate"] = "video+aggregate"
     adapter: typing.Literal["conv", "linear"] = "conv"
     operators: tuple[tuple[str, str, str], ...] = ()
-    num_heads: int = 16
+    num_heads: int = 8
     self_attn_heads: int = 8
     memory_width: int = 128
     cross_mlp_ratio: int = 2

@@ -1,0 +1,49 @@
+"""Package of uva_jax; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="uva_jax",
+    version="0.1.0",
+    description="Graft a new action head onto a trained UVA robot policy, in JAX.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["uva_jax", "uva_jax.*", "convert", "configs"]),
+    package_data={"uva_jax.assets": ["*.npz", "*.ckpt"]},
+    install_requires=[
+        "jax>=0.10,<0.11",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "tensorstore>=0.1.70",
+        "einops>=0.8",
+        "ml_collections>=1.0",
+        "absl-py>=2.0",
+        "numpy>=2.0",
+        "tqdm>=4.66",
+        "gym-pusht>=0.1.6",  # the simulator of the embedded data
+        "pymunk>=6.6,<7",
+        "imageio[ffmpeg]>=2.34",
+        "pillow>=10.1",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "plan": ["libtpu>=0.0.40"],  # compile for a TPU slice that is not there
+        "torch": ["torch>=2.4"],  # `convert verify` and the torch twin of the head
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "omegaconf>=2.3",
+            "dill>=0.3.8",
+            "tensorboardX>=2.6",
+            "torch>=2.4",
+        ],
+    },
+)

@@ -1,0 +1,109 @@
+"""Fills an activation cache: windows in, the capture's arrays on disk.
+
+The device computes while earlier chunks are written. Every process fills its own chunks with its
+own devices, so nothing crosses the network; what a cut-off run has written is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from uva_jax import parallel
+from uva_jax.data import source
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.graft.activations import ActivationCache
+from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
+from uva_jax.metrics import MetricsWriter
+from uva_jax.models.policy import Policy, eval_frame_indices
+
+
+class Site(NamedTuple):
+    """Where a cache is written and who watches."""
+
+    folder: Path
+    metrics: MetricsWriter
+    is_primary: bool = True
+    barrier: Callable[[str], None] = lambda name: None
+
+
+def frame_stride(policy: Policy) -> int:
+    """Steps between the frames of an observation: 4 for the 16-step window."""
+    picks = eval_frame_indices(policy.config.n_obs_steps, policy.config.mar.n_frames)
+    return picks[1] - picks[0]
+
+
+def capture_cache(
+    site: Site,
+    teacher: Policy,
+    strips: source.Strips,
+    buffer: ReplayBuffer,
+    data: source.DataOptions,
+    options: CaptureOptions,
+    *,
+    seed: int,
+    origin: str,
+) -> ActivationCache:
+    """Fills (or goes on filling, or just opens) one cache with `options.num_samples` windows.
+
+    Args:
+      site: the cache's folder; progress and processes.
+      teacher: the policy whose activations are taken.
+      strips: from `source.plan_strips`, at least num_samples / strip of them.
+      buffer, data: where the windows are read.
+      options: `config.capture`.
+      seed: of the VAE's and the diffusion's draws, which depend on (seed, sample) alone.
+      origin: the teacher's hash; a cache of another teacher is refused.
+
+    Raises:
+      UserError: the folder holds a cache made otherwise.
+    """
+    mesh = parallel.make_mesh(devices=jax.local_devices())
+    devices = mesh.size
+    chunk = options.batch * options.strip
+    arrays = cache_arrays(teacher, options)
+    samples = options.num_samples
+    meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(data)}
+    for turn in (True, False):  # the primary creates, then the others join
+        if site.is_primary == turn:
+            cache = ActivationCache.create(site.folder, arrays, samples, chunk=chunk, meta=meta)
+        site.barrier(f"{site.folder.name}:created:{turn}")
+    run = make_capture(teacher, mesh, blocks=options.blocks, encode_frames=options.encode_frames)
+    variables = jax.device_put(nnx.state(teacher), parallel.replicated(mesh))
+    key = jax.random.key(seed)
+    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
+    done = cache.samples_done()
+    with site.metrics.progress(samples, unit="windows", desc=site.folder.name, initial=done) as bar:
+        for start in range(0, len(mine), devices):
+            chunks = mine[start : start + devices]
+            padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
+            rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
+            batch = source.read_strips(
+                buffer,
+                strips,
+                # The last chunk may be short of strips; repeats fill it and are not stored.
+                np.minimum(rows, len(strips) - 1),
+                options=data,
+                n_frames=teacher.config.mar.n_frames,
+                stride=frame_stride(teacher),
+                n_actions=teacher.config.mar.n_actions,
+            )
+            numbers = rows[:, None] * options.strip + np.arange(options.strip)
+            found = run(variables, batch["image"], batch["action"], numbers, key)
+            found = {k: np.asarray(v).astype(cache.dtype(k)) for k, v in found.items()}
+            for slot, index in enumerate(chunks):
+                first, last = cache.chunk_range(index)
+                part = slice(slot * chunk, slot * chunk + last - first)
+                cache.write_chunk(index, {k: v[part] for k, v in found.items()})
+                bar.update(last - first)
+    cache.flush()
+    site.barrier(f"{site.folder.name}:written")
+    if site.is_primary:
+        cache.finish()
+    site.barrier(f"{site.folder.name}:finished")
+    return ActivationCache.open(site.folder)

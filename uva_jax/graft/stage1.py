@@ -1,0 +1,114 @@
+"""Stage 1 from end to end: activation caches in, one folder per operator family out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from uva_jax.errors import UserError
+from uva_jax.graft import assemble, distill, judge
+from uva_jax.graft.activations import ActivationCache
+from uva_jax.identity import write_json
+from uva_jax.metrics import MetricsWriter
+from uva_jax.models.policy import Policy
+
+
+def distill_operators(
+    teacher: Policy,
+    train: ActivationCache,
+    held_out: ActivationCache,
+    *,
+    head_options: assemble.HeadOptions,
+    options: distill.DistillOptions,
+    sampling_steps: str | None,
+    seed: int,
+    folder: Path,
+    metrics: MetricsWriter,
+) -> dict:
+    """Trains the operator families in `options.operators` and saves each in a folder of its own.
+
+    Args:
+      teacher: the policy, in float32.
+      train, held_out: caches of its activations.
+      head_options: the head's form; `init_paths` are loaded before training.
+      options: `config.distill`.
+      sampling_steps: diffusion steps when heads are compared by their samples (None: its own).
+      seed: of fresh weights, sample order and noise.
+      folder: gets <family>/ and head.json; resumable states while training.
+      metrics: a MetricsWriter.
+
+    Returns:
+      {"operators": rows of `judge`, "head": figures of `judge.judge_head`}.
+
+    Raises:
+      UserError: the caches lack what the options need, or do not fit the head.
+    """
+    form = head_options.cross_attention
+    names = ["z", "actions", "condition"]
+    names += [] if options.fresh_noise else ["h", "residual", "t"]
+    if missing := [name for name in names if name not in train.names]:
+        raise UserError(
+            f"{train.folder} has no {', '.join(missing)}, which config.distill.fresh_noise=False "
+            "needs: capture again with config.capture.blocks=True"
+        )
+    head = assemble.start_head(
+        teacher.action_head,
+        assemble.grafted_config(teacher, head_options),
+        head_options.start,
+        seed,
+    )
+    for family, path in head_options.init_paths.items():
+        if path:
+            head = assemble.load_operator(path, head, family)
+    data, held = train.load(names), held_out.load(names)
+    metrics.say(distill.check_budget(options, len(data["z"])))
+    common = dict(options=options, seed=seed, folder=folder, metrics=metrics)
+    features = distill.memory_features(head, data["z"])
+    held_features = distill.memory_features(head, held["z"])
+    rows = []
+    if form == "condition" and "cross_attn" in options.operators:
+        head = distill.distill_condition(head, features, jnp.asarray(data["condition"]), **common)
+        rows += judge.judge_condition(
+            head, held_features, jnp.asarray(held["condition"]), options.loss["cross_attn"]
+        )
+    data, held_inputs = (
+        {k: jnp.asarray(v) for k, v in part.items() if k != "z"} for part in (data, held)
+    )
+    key = jax.random.key(seed + 1)
+    if set(options.operators) & set(distill.BLOCK_FAMILIES[form]):
+        predicted = distill.predict_condition(head, features)
+        head = distill.distill_blocks(head, teacher.action_head, data, predicted, **common)
+        judged = judge.judge_blocks(
+            head,
+            teacher.action_head,
+            held_inputs,
+            distill.predict_condition(head, held_features),
+            options=options,
+            key=key,
+        )
+        rows += [row for row in judged if row["operator"] in options.operators]
+    whole = judge.judge_head(
+        head,
+        teacher.action_head,
+        jnp.asarray(held["z"]),
+        jnp.asarray(held["actions"]),
+        temperature=teacher.config.temperature,
+        sampling_steps=sampling_steps,
+        key=key,
+    )
+    for family in options.operators:
+        mine = [row for row in rows if row["operator"] == family]
+        assemble.save_operator(folder / family, head, family, {"blocks": mine})
+        for row in mine:
+            metrics.say(
+                f"{family} block {row['block']}: loss {row['scaled']:.4f} (raw {row['raw']:.2g}, "
+                f"shuffled {row['shuffled']:.3f}), {100 * (1 - row['fvu']):.1f}% explained"
+            )
+    metrics.say(
+        f"samples from equal noise: MSE to the teacher's {whole['pair_mse']:.5f}; "
+        f"to the truth {whole['graft_mse']:.5f} (teacher {whole['teacher_mse']:.5f})"
+    )
+    write_json(folder / "head.json", whole)
+    return {"operators": rows, "head": whole}
