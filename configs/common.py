@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "stages": (),  # the stages to run, in order; (): all
-            # Compute dtype of matrix products: float32, bfloat16, or auto (bfloat16 on GPU and TPU).
+            # Dtype of matrix products: float32, bfloat16, or auto (bfloat16 on GPU and TPU).
             "precision": "auto",
             "teacher": {
                 # A UVA .ckpt, or "embedded": the small PushT policy that ships with the package.
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
                 "cache": "",  # where rendered frames are kept ("": the user's cache folder)
                 "image_key": "img",
                 "action_key": "action",
-                "horizon": 32,  # steps of a training window (upstream: 32, current step in the middle)
+                "horizon": 32,  # steps of a training window, the current one in the middle
                 "pad_after": 7,  # steps a window may reach past the episode's end (upstream: 7)
                 "val_ratio": 0.02,  # episodes held out (upstream: 0.02)
                 "split_seed": 42,  # of the held-out episodes (upstream: 42)
@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
                 "batch": 16,  # strips a step, over all devices
                 "blocks": True,  # store every block's input and residual too
                 "dtype": "bfloat16",
-                "encode_frames": 0,  # frames the VAE takes at a time (0: all; fewer suit a CPU's cache)
+                "encode_frames": 0,  # frames the VAE takes at a time (0: all)
             },
             "distill": {
                 "operators": ("cross_attn", "self_attn", "mlp"),

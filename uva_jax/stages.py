@@ -74,7 +74,7 @@ def run_convert(context: Context) -> dict:
     count = sum(x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param)))
     context.metrics.say(
         f"{path.name}: {policy.config.task}, {count / 1e6:.2f} M parameters, "
-        f"{policy.config.image_size} px, {head.aggregator} head of {head.depth} blocks x {head.width}"
+        f"{policy.config.image_size} px, {head.aggregator} head, {head.depth} x {head.width}"
     )
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
@@ -214,7 +214,7 @@ def run_finetune(context: Context) -> dict:
 
 
 def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOptions, tokens: bool):
-    """Batches from `data_fraction` of the training episodes, encoded first if the trunk is frozen."""
+    """Batches from `data_fraction` of the episodes, encoded first if the trunk is frozen."""
     config = context.config
     buffer, data = open_data(context)
     mask = finetune.chosen_episodes(buffer, data, options, config.seed)

@@ -77,7 +77,8 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
     ):
         if heads < 1 or head.width % heads:
             raise UserError(
-                f"config.head.{name} is {heads}, which does not divide the head's width {head.width}"
+                f"config.head.{name} is {heads}, which does not divide the head's "
+                f"width {head.width}"
             )
     return GraftedHeadConfig(
         channels=head.channels,
@@ -226,7 +227,7 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
 def load_operators(
     head: GraftedHead, init_paths: Mapping[str, str], distilled: Path | None, say
 ) -> GraftedHead:
-    """Loads every family from `init_paths`, else from this run's distillation, else leaves it fresh."""
+    """Every family from `init_paths`, else from this run's distillation, else left fresh."""
     for family in FAMILIES:
         folder = init_paths.get(family) or ""
         if folder:

@@ -23,7 +23,7 @@ def init_lora(
     """Adapters for every 2-d kernel whose path a pattern matches.
 
     Returns:
-      {"lora/<path>/a": (in, rank), "lora/<path>/b": (rank, out)}; b is zero, so nothing changes yet.
+      {"lora/<path>/a": (in, rank), "lora/<path>/b": (rank, out)}; b is zero at first.
 
     Raises:
       UserError: a pattern matches no kernel.
