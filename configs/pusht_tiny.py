@@ -20,11 +20,11 @@ def get_config():
     config.distill.block_epochs = 2
     config.distill.block_lr = 1e-4
     # The trunk stays as it is, so Stage 2 reads the tokens that capture has cached.
-    config.finetune.freeze = ("mar",)
+    config.finetune.freeze = ("mar", "action_head/memory/conv", "action_head/memory/aggregator")
     config.finetune.reuse_cache = True
-    config.finetune.steps = 1000
+    config.finetune.steps = 400
     config.finetune.batch = 64
-    config.finetune.warmup = 100
+    config.finetune.warmup = 50
     config.finetune.ema.max_value = 0.99
     config.evaluate.sampling_steps = "10"
     return config

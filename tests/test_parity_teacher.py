@@ -118,7 +118,8 @@ def test_predict_action_from_raw_frames(teacher, reference):
         lambda policy, obs, **draws: policy.predict_action(obs, **draws, sampling_steps="10")
     )
     obs = {"image": jnp.asarray(reference["in/frames_uint8"])}
-    result = act(teacher, obs, vae_eps=jnp.asarray(eps), noise=jnp.asarray(noise))
+    draws = {"vae_eps": jnp.asarray(eps), "noise": jnp.asarray(noise)}
+    result = act(teacher, obs, **draws, sampling_steps="10")
     assert_close(result["action_pred"], reference["policy/action_10"], SAMPLED)
     assert_close(result["action"], reference["policy/action_10"][:, :8], SAMPLED)
 

@@ -1,0 +1,190 @@
+"""The torch side: the grafted head's twin, the reference policy, and `verify` on both."""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+
+from convert import from_torch, to_torch  # noqa: E402
+from convert.__main__ import main  # noqa: E402
+from convert.torch_head import GraftedActionHead  # noqa: E402
+from convert.verify import verify_checkpoint  # noqa: E402
+from uva_jax import policy_io  # noqa: E402
+from uva_jax.models.grafted_head import GraftedHead  # noqa: E402
+from uva_jax.models.policy_config import GraftedHeadConfig  # noqa: E402
+
+TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def make_head(**options):
+    """A grafted head with every gate a little open."""
+    config = GraftedHeadConfig(
+        channels=2,
+        z_channels=24,
+        width=32,
+        depth=2,
+        grid=(4, 4),
+        pool=(2, 2),
+        num_heads=4,
+        self_attn_heads=4,
+        memory_width=20,
+        sampling_steps="10",
+        **options,
+    )
+    head = GraftedHead(config, rngs=nnx.Rngs(0))
+    flat = policy_io.flatten(head)
+    keys = jax.random.split(jax.random.key(1), len(flat))
+    return policy_io.replace(
+        head,
+        {
+            path: value + 0.02 * jax.random.normal(key, value.shape)
+            for (path, value), key in zip(flat.items(), keys, strict=True)
+        },
+    )
+
+
+def make_twin(head):
+    from convert import rules
+
+    twin = GraftedActionHead(dataclasses.asdict(head.config))
+    state = {}
+    for path, value in policy_io.flatten(head).items():
+        name, layout = rules.to_torch(f"action_head/{path}")
+        array = np.ascontiguousarray(layout.inverse(np.asarray(value)))
+        state[name.removeprefix("model.diffactloss.")] = torch.from_numpy(array)
+    twin.load_state_dict(state, strict=True)
+    return twin
+
+
+def assert_close(got, want, relative=1e-5):
+    want = want.detach().numpy()
+    assert np.shape(got) == want.shape
+    assert np.abs(np.asarray(got) - want).max() <= relative * np.abs(want).max()
+
+
+FORMS = list(
+    itertools.product(("condition", "residual"), ("video", "video+aggregate"), ("conv", "linear"))
+)
+
+
+@pytest.mark.parametrize(("cross_attention", "memory", "adapter"), FORMS)
+def test_the_twin_equals_flax(cross_attention, memory, adapter):
+    head = make_head(cross_attention=cross_attention, memory=memory, adapter=adapter)
+    twin, random = make_twin(head), np.random.default_rng(0)
+    z = random.standard_normal((4, 64, 24), dtype=np.float32)
+    noise = random.standard_normal((11, 4, 16, 2), dtype=np.float32)
+    t = np.array([0, 3, 500, 999])
+    target = random.uniform(-1, 1, (4, 16, 2)).astype(np.float32)
+
+    z_torch, noise_torch = torch.from_numpy(z), torch.from_numpy(noise)
+    assert_close(head.condition(z), twin.condition(z_torch))
+    loss = head.loss(target, z, t=jnp.asarray(t), noise=noise[0])["loss"].mean()
+    twin_loss = twin(torch.from_numpy(target), z_torch, t=torch.from_numpy(t), noise=noise_torch[0])
+    assert_close(loss, twin_loss)
+    rows = noise_torch.reshape(11, 64, 2)
+    sampled = head.sample(z, noise=noise, temperature=0.9)
+    assert_close(sampled, twin.sample(z_torch, 0.9, noise=rows))
+    guided = head.sample(z, noise=noise[:, :2], cfg=1.5, guided=True)
+    assert_close(guided, twin.sample(z_torch, cfg=1.5, noise=noise_torch[:, :2]))
+
+
+def test_the_twin_has_the_originals_interface_and_trains():
+    twin = GraftedActionHead(dataclasses.asdict(make_head().config))
+    z = torch.randn(2, 64, 24)
+    loss = twin(torch.zeros(2, 16, 2), z, task_mode="policy_model", text_latents=None)
+    loss.backward()
+    assert loss.shape == () and twin.final_layer.linear.weight.grad.abs().sum() > 0
+    actions = twin.sample(z, 1.0, 1.0, text_latents=None)
+    assert actions.shape == (2, 16, 2) and actions.abs().max() <= 1
+
+
+@pytest.fixture(scope="module")
+def grafted(tmp_path_factory):
+    """An export of the teacher with a grafted head, and the policy it came from."""
+    folder = tmp_path_factory.mktemp("graft")
+    teacher, _ = from_torch.from_torch(TEACHER, folder / "teacher")
+    head = teacher.config.action_head
+    config = GraftedHeadConfig(
+        channels=head.channels,
+        z_channels=head.z_channels,
+        width=head.width,
+        depth=1,
+        grid=head.grid,
+        sampling_steps="5",
+    )
+    teacher.action_head = GraftedHead(config, rngs=nnx.Rngs(0))
+    teacher.config = dataclasses.replace(teacher.config, action_head=config)
+    records = policy_io.read_records(folder / "teacher")
+    to_torch.export_policy(teacher, folder / "grafted.ckpt", records=records)
+    return folder / "grafted.ckpt", teacher
+
+
+def test_a_grafted_export_loads_into_the_twin(grafted):
+    path, policy = grafted
+    twin = GraftedActionHead.from_checkpoint(path)
+    z = np.random.default_rng(0).standard_normal((1, 64, 128), dtype=np.float32)
+    assert_close(policy.action_head.condition(z), twin.condition(torch.from_numpy(z)))
+
+
+def test_a_grafted_export_reads_back_as_the_same_policy(grafted):
+    path, policy = grafted
+    again, _ = from_torch.convert_checkpoint(path)
+    assert again.config == policy.config
+    found, wanted = policy_io.flatten(again), policy_io.flatten(policy)
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_all_but_the_grafted_head_is_the_sources_to_the_bit(grafted):
+    source, export = (
+        torch.load(path, weights_only=False)["state_dicts"]["ema_model"]
+        for path in (TEACHER, grafted[0])
+    )
+    kept = [name for name in source if not name.startswith("model.diffactloss.")]
+    assert [n for n in export if not n.startswith("model.diffactloss.")] == kept
+    for name in kept:
+        assert source[name].dtype == export[name].dtype
+        assert torch.equal(source[name], export[name])
+
+
+def test_a_checkpoint_without_a_graft_is_refused_by_the_twin():
+    with pytest.raises(ValueError, match="holds no grafted action head"):
+        GraftedActionHead.from_checkpoint(TEACHER)
+
+
+@pytest.mark.parametrize("name", ["teacher", "graft"])
+def test_verify_finds_torch_and_flax_equal(name, grafted, capsys):
+    path = TEACHER if name == "teacher" else grafted[0]
+    assert main(["verify", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "0 failed" in lines[-1]
+    assert any(line.startswith("action_head.sample") for line in lines)
+
+
+def test_verify_names_the_part_that_differs(monkeypatch):
+    from uva_jax.models import layers
+
+    monkeypatch.setattr(layers, "gelu", jax.nn.gelu)  # the tanh form
+    checks = verify_checkpoint(TEACHER, show=lambda line: None)
+    failed = [check.name for check in checks if not check.ok]
+    assert "policy_model.encoder_block0" in failed
+    assert not any(name.startswith(("vae.", "action_head.t")) for name in failed)
+
+
+def test_verify_without_torch_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["verify", str(TEACHER)]) == 2
+    assert "pip install 'uva_jax[torch]'" in capsys.readouterr().err
