@@ -10,8 +10,7 @@ import sys
 
 from uva_jax.errors import UserError
 
-# Modules are imported by the command that needs them: `inspect` starts without jax, and only
-# `verify CKPT` needs torch.
+# Modules are imported by the command that needs them; only `verify CKPT` needs torch.
 
 
 def _inspect(args: argparse.Namespace) -> int:

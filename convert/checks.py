@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One compared output: `error` is the largest absolute error in units of nothing else."""
+    """One compared output; `error` is its largest absolute error."""
 
     name: str
     error: float

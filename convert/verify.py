@@ -6,6 +6,7 @@ torch side is `torch_reference.py`, into which the checkpoint must load with str
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -88,6 +89,32 @@ def _reference(policy: Policy, tensors):
     return model
 
 
+# Compiled once and used for every block, mode and head of the same shapes.
+
+
+@jax.jit
+def _encode_frames(vae, pixels):
+    return vae.encoder.stages(pixels), vae.encode(pixels)
+
+
+@jax.jit
+def _decode_latents(vae, latents):
+    return vae.decoder.stages(latents)
+
+
+@functools.partial(jax.jit, static_argnames="task_mode")
+def _embed(module, tokens, mask, cond, *, task_mode, **streams):
+    return module.embed(tokens, mask, cond, task_mode=task_mode, **streams)
+
+
+_run_block = jax.jit(lambda block, x: block(x))
+_encode = jax.jit(lambda module, x: module.encode(x))
+_decode = jax.jit(lambda module, x: module.decode(x))
+_activations = jax.jit(lambda net, x, t, c: net.activations(x, t, net.cond_embed(c)))
+_denoise = jax.jit(lambda head, x, t, condition: head.denoise(x, t, condition))
+_sample = jax.jit(lambda head, z, noise, temp: head.sample(z, noise=noise, temperature=temp))
+
+
 class _Comparison:
     """Both policies, the inputs that they share, and the checks so far."""
 
@@ -116,13 +143,11 @@ class _Comparison:
         images = self.random.integers(0, 256, (_BATCH * frames, size, size, 3), dtype=np.uint8)
         pixels = np.asarray(self.policy.preprocess(jnp.asarray(images)))
         nchw = _torch(rearrange(pixels, "n h w c -> n c h w"))
-        stages = torch_vae.encoder.stages(nchw)
-        got = jax.jit(lambda m, x: m.encoder.stages(x))(vae, pixels)
-        for name, want in stages.items():
-            self.compare(f"vae.encoder.{name}", _maps(got[name]), want)
+        stages, moments = _encode_frames(vae, pixels)
+        for name, want in torch_vae.encoder.stages(nchw).items():
+            self.compare(f"vae.encoder.{name}", _maps(stages[name]), want)
         mean, logvar = torch_vae.encode(nchw)
-        got = jax.jit(lambda m, x: m.encode(x))(vae, pixels)
-        for name, value, want in zip(("mean", "logvar"), got, (mean, logvar), strict=True):
+        for name, value, want in zip(("mean", "logvar"), moments, (mean, logvar), strict=True):
             self.compare(f"vae.{name}", _maps(value), want)
         eps = self.normal(*mean.shape)
         latents = (mean + (0.5 * logvar).exp() * _torch(eps)).numpy() * config.vae.scale_factor
@@ -135,7 +160,7 @@ class _Comparison:
         self.compare("vae.latents", _maps(scaled), latents)
         inside = torch_vae.post_quant_conv(_torch(latents) / config.vae.scale_factor)
         nhwc = jnp.asarray(rearrange(inside.numpy(), "n c h w -> n h w c"))
-        got = jax.jit(lambda m, x: m.decoder.stages(x))(vae, nhwc)
+        got = _decode_latents(vae, nhwc)
         for name, want in torch_vae.decoder.stages(inside).items():
             self.compare(f"vae.decoder.{name}", _maps(got[name]), want)
         latents = rearrange(latents, "(b t) c h w -> b t h w c", b=_BATCH)
@@ -178,16 +203,15 @@ class _Comparison:
             "encoder": (module.z_proj_ln(embedded), module.encoder_blocks),
             "decoder": (module.decoder_input(encoded), module.decoder_blocks),
         }
-        run = jax.jit(lambda block, x: block(x))
         for side, (x, layers) in blocks.items():
             for i, block in enumerate(layers):
                 name = f"{side}_block{i}"
-                self.compare(f"{mode}.{name}", run(block, x), want[name])
+                self.compare(f"{mode}.{name}", _run_block(block, x), want[name])
                 x = jnp.asarray(want[name])
             if side == "encoder":
-                got = jax.jit(lambda m, x: m.encode(x))(module, embedded)
+                got = _encode(module, embedded)
                 self.compare(f"{mode}.encoder_out", got, want["encoder_out"])
-        got = jax.jit(lambda m, x: m.decode(x))(module, encoded)
+        got = _decode(module, encoded)
         self.compare(f"{mode}.decoder_out", got, want["decoder_out"])
         used = (
             ("diffactloss", "diffproploss")
@@ -218,20 +242,20 @@ class _Comparison:
             steps = np.full(_BATCH, t)
             if config.kind == "mlp":
                 want = torch_head.net.stages(_torch(x), _torch(steps), c)
-                got = head.net.activations(x, jnp.asarray(steps), head.net.cond_embed(c.numpy()))
+                got = _activations(head.net, x, steps, c.numpy())
                 found = {f"res_block{i}": h for i, h in enumerate(got["h"][1:])}
                 found |= {"time_embed": got["time_embed"], "out": got["out"]}
             else:
                 want = {"out": torch_head.denoise(_torch(x), _torch(steps), c)}
-                found = {"out": head.denoise(x, jnp.asarray(steps), jnp.asarray(c.numpy()))}
+                found = {"out": _denoise(head, x, steps, c.numpy())}
             for part, value in want.items():
                 self.compare(f"{title}.t{t}.{part}", found[part], value)
         steps = len(diffusion.make_schedule(config.sampling_steps, 1000))
         noise = self.normal(steps + 1, *x.shape)
         temperature = self.policy.config.temperature
         want = torch_head.sample(_torch(z), temperature, noise=_torch(noise))
-        sample = jax.jit(lambda m, z, noise: m.sample(z, noise=noise, temperature=temperature))
-        self.compare(f"{title}.sample", sample(head, z, noise), want, SAMPLED)
+        got = _sample(head, z, noise, temperature)
+        self.compare(f"{title}.sample", got, want, SAMPLED)
 
     def normalizer(self) -> None:
         """Scales and offsets, which must be the same numbers."""

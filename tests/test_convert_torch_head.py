@@ -1,7 +1,6 @@
 """The torch side: the grafted head's twin, the reference policy, and `verify` on both."""
 
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from uva_jax import policy_io  # noqa: E402
 from uva_jax.models.grafted_head import GraftedHead  # noqa: E402
 from uva_jax.models.policy_config import GraftedHeadConfig  # noqa: E402
 
+MODES = ("policy_model", "full_dynamic_model")
 TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
 
 
@@ -42,17 +42,16 @@ def make_head(**options):
         num_heads=4,
         self_attn_heads=4,
         memory_width=20,
-        sampling_steps="10",
+        sampling_steps="4",
         **options,
     )
-    head = GraftedHead(config, rngs=nnx.Rngs(0))
-    flat = policy_io.flatten(head)
-    keys = jax.random.split(jax.random.key(1), len(flat))
+    head = nnx.eval_shape(lambda: GraftedHead(config, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(1)
     return policy_io.replace(
         head,
         {
-            path: value + 0.02 * jax.random.normal(key, value.shape)
-            for (path, value), key in zip(flat.items(), keys, strict=True)
+            path: jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype)
+            for path, leaf in policy_io.shapes(head).items()
         },
     )
 
@@ -65,7 +64,7 @@ def make_twin(head):
     for path, value in policy_io.flatten(head).items():
         name, layout = rules.to_torch(f"action_head/{path}")
         array = np.ascontiguousarray(layout.inverse(np.asarray(value)))
-        state[name.removeprefix("model.diffactloss.")] = torch.from_numpy(array)
+        state[name.removeprefix("model.diffactloss.")] = torch.from_numpy(array.copy())
     twin.load_state_dict(state, strict=True)
     return twin
 
@@ -76,8 +75,11 @@ def assert_close(got, want, relative=1e-5):
     assert np.abs(np.asarray(got) - want).max() <= relative * np.abs(want).max()
 
 
-FORMS = list(
-    itertools.product(("condition", "residual"), ("video", "video+aggregate"), ("conv", "linear"))
+FORMS = (
+    ("condition", "video+aggregate", "conv"),
+    ("condition", "video", "linear"),
+    ("residual", "video", "conv"),
+    ("residual", "video+aggregate", "linear"),
 )
 
 
@@ -86,20 +88,26 @@ def test_the_twin_equals_flax(cross_attention, memory, adapter):
     head = make_head(cross_attention=cross_attention, memory=memory, adapter=adapter)
     twin, random = make_twin(head), np.random.default_rng(0)
     z = random.standard_normal((4, 64, 24), dtype=np.float32)
-    noise = random.standard_normal((11, 4, 16, 2), dtype=np.float32)
+    noise = random.standard_normal((5, 4, 16, 2), dtype=np.float32)
     t = np.array([0, 3, 500, 999])
     target = random.uniform(-1, 1, (4, 16, 2)).astype(np.float32)
 
-    z_torch, noise_torch = torch.from_numpy(z), torch.from_numpy(noise)
-    assert_close(head.condition(z), twin.condition(z_torch))
-    loss = head.loss(target, z, t=jnp.asarray(t), noise=noise[0])["loss"].mean()
-    twin_loss = twin(torch.from_numpy(target), z_torch, t=torch.from_numpy(t), noise=noise_torch[0])
-    assert_close(loss, twin_loss)
-    rows = noise_torch.reshape(11, 64, 2)
-    sampled = head.sample(z, noise=noise, temperature=0.9)
-    assert_close(sampled, twin.sample(z_torch, 0.9, noise=rows))
-    guided = head.sample(z, noise=noise[:, :2], cfg=1.5, guided=True)
-    assert_close(guided, twin.sample(z_torch, cfg=1.5, noise=noise_torch[:, :2]))
+    @jax.jit
+    def outputs(head, z, noise, t, target):
+        return {
+            "condition": head.condition(z),
+            "loss": head.loss(target, z, t=t, noise=noise[0])["loss"].mean(),
+            "sample": head.sample(z, noise=noise, temperature=0.9),
+            "guided": head.sample(z, noise=noise[:, :2], cfg=1.5, guided=True),
+        }
+
+    got = outputs(head, z, noise, t, target)
+    z, noise, t, target = map(torch.from_numpy, (z, noise, t, target))
+    assert_close(got["condition"], twin.condition(z))
+    assert_close(got["loss"], twin(target, z, t=t, noise=noise[0]))
+    rows = noise.reshape(5, 64, 2)
+    assert_close(got["sample"], twin.sample(z, 0.9, noise=rows))
+    assert_close(got["guided"], twin.sample(z, cfg=1.5, noise=noise[:, :2]))
 
 
 def test_the_twin_has_the_originals_interface_and_trains():
@@ -126,11 +134,17 @@ def grafted(tmp_path_factory):
         grid=head.grid,
         sampling_steps="5",
     )
-    teacher.action_head = GraftedHead(config, rngs=nnx.Rngs(0))
-    teacher.config = dataclasses.replace(teacher.config, action_head=config)
+    config = dataclasses.replace(teacher.config, action_head=config)
+    grafted, random = policy_io.abstract_policy(config), np.random.default_rng(2)
+    arrays = policy_io.flatten(teacher)
+    for path, leaf in policy_io.shapes(grafted).items():
+        if path.startswith("action_head/"):
+            arrays[path] = jnp.asarray(0.05 * random.standard_normal(leaf.shape), leaf.dtype)
+    arrays = {path: arrays[path] for path in policy_io.shapes(grafted)}
+    grafted = policy_io.replace(grafted, arrays)
     records = policy_io.read_records(folder / "teacher")
-    to_torch.export_policy(teacher, folder / "grafted.ckpt", records=records)
-    return folder / "grafted.ckpt", teacher
+    to_torch.export_policy(grafted, folder / "grafted.ckpt", records=records)
+    return folder / "grafted.ckpt", grafted
 
 
 def test_a_grafted_export_loads_into_the_twin(grafted):
@@ -165,23 +179,26 @@ def test_a_checkpoint_without_a_graft_is_refused_by_the_twin():
         GraftedActionHead.from_checkpoint(TEACHER)
 
 
-@pytest.mark.parametrize("name", ["teacher", "graft"])
-def test_verify_finds_torch_and_flax_equal(name, grafted, capsys):
-    path = TEACHER if name == "teacher" else grafted[0]
-    assert main(["verify", str(path)]) == 0
+def test_verify_finds_torch_and_flax_equal_on_a_graft(grafted, capsys):
+    assert main(["verify", str(grafted[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "0 failed" in lines[-1]
     assert any(line.startswith("action_head.sample") for line in lines)
 
 
-def test_verify_names_the_part_that_differs(monkeypatch):
+def test_verify_names_the_parts_that_differ(monkeypatch):
     from uva_jax.models import layers
 
     monkeypatch.setattr(layers, "gelu", jax.nn.gelu)  # the tanh form
+    jax.clear_caches()
     checks = verify_checkpoint(TEACHER, show=lambda line: None)
-    failed = [check.name for check in checks if not check.ok]
+    jax.clear_caches()
+    failed = {check.name for check in checks if not check.ok}
+    blocks = {check.name for check in checks if "_block" in check.name and "_model." in check.name}
     assert "policy_model.encoder_block0" in failed
-    assert not any(name.startswith(("vae.", "action_head.t")) for name in failed)
+    # Every part is fed torch's result of the one before, so an error does not spread.
+    outputs = {f"{m}.{s}_out" for m in MODES for s in ("encoder", "decoder")}
+    assert failed <= blocks | outputs
 
 
 def test_verify_without_torch_names_the_extra(monkeypatch, capsys):

@@ -114,9 +114,7 @@ def test_predict_action_from_raw_frames(teacher, reference):
     """The whole path: the GroupNorm error of the reference's latents does not reach the actions."""
     eps = rearrange(reference["vae/eps"], "(b t) c h w -> b t h w c", t=4)
     noise = rearrange(reference["policy/noise_10"], "k (b n) c -> k b n c", b=2)
-    act = jax.jit(
-        lambda policy, obs, **draws: policy.predict_action(obs, **draws, sampling_steps="10")
-    )
+    act = jax.jit(Policy.predict_action, static_argnames="sampling_steps")
     obs = {"image": jnp.asarray(reference["in/frames_uint8"])}
     draws = {"vae_eps": jnp.asarray(eps), "noise": jnp.asarray(noise)}
     result = act(teacher, obs, **draws, sampling_steps="10")

@@ -50,6 +50,17 @@ def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def check_name(name: str) -> None:
+    """Raises UserError unless that is a setting, or below one whose keys are the user's own."""
+    from configs import common
+
+    known = leaves(common.get_config())
+    if name not in known and not name.startswith(tuple(f"{free}." for free in _FREE)):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean config.{close[0]}?" if close else ""
+        raise UserError(f"config.{name} is not a setting (see configs/common.py){hint}")
+
+
 def check(config: ConfigDict) -> FrozenConfigDict:
     """Checks a configuration against the defaults and each key against the others.
 
@@ -60,10 +71,7 @@ def check(config: ConfigDict) -> FrozenConfigDict:
 
     known, given = leaves(common.get_config()), leaves(config)
     for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean config.{close[0]}?" if close else ""
-            raise UserError(f"config.{name} is not a setting (see configs/common.py){hint}")
+        check_name(name)
     missing = [name for name in known if name not in given]
     if missing:
         raise UserError(

@@ -59,6 +59,11 @@ def _main(argv: list[str]) -> int:
             "say what to run and where: --config configs/pusht_tiny.py --workdir runs/tiny"
         )
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    try:
+        _CONFIG.value.keys()
+    except OSError as error:  # ml_collections keeps it until the configuration is used
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the --config file cannot be read: {reason}") from error
     run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
     return 0
 
@@ -75,12 +80,26 @@ def main() -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with a sentence in place of a traceback."""
+    from uva_jax.config import check_name
+
+    for argument in argv[1:]:
+        if argument.startswith("--config."):
+            check_name(argument.removeprefix("--config.").partition("=")[0])
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{error} (see configs/common.py for every setting)") from error
-    except OSError as error:
-        raise UserError(f"the configuration file cannot be read: {error}") from error
+    except flags.Error as error:
+        # What `get_config` raised is told in its own words, not as the traceback made of it.
+        raise _said_by_config(error) or UserError(f"{error}") from error
+    except (SyntaxError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the --config file does not work: {error!r}") from error
+
+
+def _said_by_config(error: BaseException | None) -> UserError | None:
+    while error is not None:
+        if isinstance(error, UserError) and "Traceback" not in str(error):
+            return error
+        error = error.__context__
+    return None
 
 
 if __name__ == "__main__":

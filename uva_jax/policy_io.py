@@ -8,6 +8,7 @@ silence, so everything that is put into a module goes through `replace`, which d
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -47,9 +48,16 @@ def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+@functools.lru_cache(maxsize=16)
+def _abstract_parts(config: PolicyConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
 def abstract_policy(config: PolicyConfig, *, dtype=None) -> Policy:
     """A policy of that architecture without arrays; `dtype` is what products are computed in."""
-    return nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = _abstract_parts(config, dtype)
+    # Merging shares variables, so they are made anew: what is cached must stay as it is.
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
 
 
 def mismatches(expected: Mapping, found: Mapping) -> list[str]:

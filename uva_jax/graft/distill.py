@@ -60,6 +60,32 @@ def distance(kind: str, error: jax.Array) -> jax.Array:
     return jnp.where(size < 1, 0.5 * error**2, size - 0.5)
 
 
+def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
+    """The jitted steps of a fit: f((params, moments), data, rows, steps) -> state, mean scalars.
+
+    `rows` (k, batch) index `data`, `steps` (k,) are their numbers: k optimiser steps in a program.
+    """
+
+    @jax.jit
+    def advance(state, data, rows, steps):
+        base = jax.random.key(seed)
+
+        def one(state, step_rows):
+            params, moments = state
+            step, row = step_rows
+            batch = jax.tree.map(lambda x: x[row], data)
+            key = jax.random.fold_in(base, step)
+            (_, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            updates, moments = optimizer.update(grads, moments, params)
+            params = jax.tree.map(lambda p, u: p + u, params, updates)
+            return (params, moments), scalars
+
+        state, scalars = jax.lax.scan(one, state, (steps, rows))
+        return state, jax.tree.map(jnp.mean, scalars)
+
+    return advance
+
+
 def fit(
     loss_fn: Callable[[dict, Arrays, jax.Array], tuple[jax.Array, dict]],
     params: dict[str, jax.Array],
@@ -102,25 +128,7 @@ def fit(
         ),
         stacked_axes=stacked_axes,
     )
-    base = jax.random.key(seed)
-
-    @jax.jit
-    def advance(state, data, rows, steps):
-        """As many optimiser steps as there are rows of indices, in one program."""
-
-        def one(state, step_rows):
-            params, moments = state
-            step, row = step_rows
-            batch = jax.tree.map(lambda x: x[row], data)
-            key = jax.random.fold_in(base, step)
-            (_, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-            updates, moments = optimizer.update(grads, moments, params)
-            params = jax.tree.map(lambda p, u: p + u, params, updates)
-            return (params, moments), scalars
-
-        state, scalars = jax.lax.scan(one, state, (steps, rows))
-        return state, jax.tree.map(jnp.mean, scalars)
-
+    advance = make_advance(loss_fn, optimizer, seed)
     state = (params, optimizer.init(params))
     with Checkpoints(folder) as checkpoints:
         step = 0
@@ -162,9 +170,32 @@ def memory_features(head: GraftedHead, z: np.ndarray, *, batch: int = 256) -> tu
     return tuple(jnp.asarray(np.concatenate(column)) for column in zip(*pieces, strict=True))
 
 
-def _learnt_by_cross_attention(path: str) -> bool:
+def learnt_by_cross_attention(path: str) -> bool:
     copied = ("memory/conv/", "memory/aggregator/", "condition_s")
     return family_of(path) == "cross_attn" and not path.startswith(copied)
+
+
+def condition_loss(head: GraftedHead, arrays: Arrays, kind: str) -> Callable:
+    """The stream's loss, as `fit` takes it.
+
+    That of the last block's condition, plus a tenth of every earlier one's, so that each operator
+    moves the stream towards e_c.
+
+    Args:
+      head: gives the structure.
+      arrays: all its arrays by path; those that train are given with every call.
+      kind: l1, l2 or huber.
+    """
+
+    def loss_fn(params, batch, key):
+        del key  # nothing random in the stream
+        whole = arrays | params
+        errors = stream_errors(policy_io.replace(head, whole), batch, arrays["condition_scale"])
+        losses = [jnp.mean(distance(kind, e)) for e in errors]
+        loss = losses[-1] + 0.1 * sum(losses[:-1])
+        return loss, {"loss": losses[-1]}
+
+    return loss_fn
 
 
 def distill_condition(
@@ -179,9 +210,6 @@ def distill_condition(
 ) -> GraftedHead:
     """Trains the cross-attention stream on the teacher's condition activation.
 
-    The loss is that of the last block's condition, plus a tenth of every earlier one's, so that
-    each operator moves the stream towards e_c.
-
     Args:
       head: its stream is trained from where it stands.
       features: from `memory_features`, each (samples, m, c).
@@ -192,16 +220,8 @@ def distill_condition(
     scale = _std(condition, (0, 1))
     arrays = policy_io.flatten(head) | {"condition_scale": scale, "condition_shift": shift}
     head = policy_io.replace(head, arrays)
-    params = {k: v for k, v in arrays.items() if _learnt_by_cross_attention(k)}
-    kind = options.loss["cross_attn"]
-
-    def loss_fn(params, batch, key):
-        del key  # nothing random in the stream
-        errors = stream_errors(policy_io.replace(head, arrays | params), batch, scale)
-        losses = [jnp.mean(distance(kind, e)) for e in errors]
-        loss = losses[-1] + 0.1 * sum(losses[:-1])
-        return loss, {"loss": losses[-1]}
-
+    params = {k: v for k, v in arrays.items() if learnt_by_cross_attention(k)}
+    loss_fn = condition_loss(head, arrays, options.loss["cross_attn"])
     data = {f"feature{i}": x for i, x in enumerate(features)} | {"condition": condition}
     params = fit(
         loss_fn,

@@ -1,0 +1,38 @@
+"""A quick test: Stage 2 alone from given operators, in under a minute on two CPU cores.
+
+python -m uva_jax.main --config configs/quick_test.py:runs/tiny/operators --workdir runs/quick
+
+The operators are those of `configs/pusht_tiny.py` (another folder of operators for the same head
+will do), the data a few of its demonstrations. It shows that weights load and that the loss falls;
+it does not make a good policy.
+"""
+
+from pathlib import Path
+
+from configs import pusht_tiny
+from uva_jax.errors import UserError
+
+
+def get_config(operators: str = "runs/tiny/operators"):
+    """`operators`: a folder with cross_attn/, self_attn/ and mlp/; one left out starts fresh."""
+    config = pusht_tiny.get_config()  # the head has to be the one the operators were made for
+    families = [
+        f for f in config.head.init_paths if (Path(operators) / f / "operator.json").exists()
+    ]
+    if not families:
+        raise UserError(
+            f"{operators} holds no operators: run configs/pusht_tiny.py first, or name a folder "
+            "that distillation wrote, as in --config configs/quick_test.py:runs/tiny/operators"
+        )
+    for family in families:
+        config.head.init_paths[family] = str(Path(operators) / family)
+    config.stages = ("convert", "finetune")
+    config.data.max_episodes = 12
+    # Its own data, not another run's cache.
+    config.finetune.reuse_cache = False
+    config.finetune.data_fraction = 0.1
+    config.finetune.steps = 60
+    config.finetune.warmup = 10
+    config.finetune.batch = 32
+    config.finetune.log_every = 10
+    return config
