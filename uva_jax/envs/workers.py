@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -43,14 +44,17 @@ class WorkerProcess:
         }
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         code = f"from {__name__} import serve; serve({theirs.fileno()}, {target!r})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._words,
-            stderr=self._words,
-        )
+        with warnings.catch_warnings():
+            # jax warns of any fork; this one is followed by exec at once, so it cannot deadlock.
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=self._words,
+                stderr=self._words,
+            )
         theirs.close()
         self.connection = Connection(ours.detach())
         self.send("__init__", *args)
