@@ -31,8 +31,8 @@ def get_config(operators: str = "runs/tiny/operators"):
     # Its own data, not another run's cache.
     config.finetune.reuse_cache = False
     config.finetune.data_fraction = 0.1
-    config.finetune.steps = 60
-    config.finetune.warmup = 10
+    config.finetune.steps = 30
+    config.finetune.warmup = 5
     config.finetune.batch = 32
     config.finetune.log_every = 10
     return config

@@ -61,10 +61,8 @@ def distance(kind: str, error: jax.Array) -> jax.Array:
 
 
 def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
-    """The jitted steps of a fit: f((params, moments), data, rows, steps) -> state, mean scalars.
-
-    `rows` (k, batch) index `data`, `steps` (k,) are their numbers: k optimiser steps in a program.
-    """
+    """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
+    state, mean scalars."""
 
     @jax.jit
     def advance(state, data, rows, steps):
@@ -176,21 +174,16 @@ def learnt_by_cross_attention(path: str) -> bool:
 
 
 def condition_loss(head: GraftedHead, arrays: Arrays, kind: str) -> Callable:
-    """The stream's loss, as `fit` takes it.
+    """The stream's loss (l1, l2 or huber) as `fit` takes it; `arrays` are all the head's by path.
 
     That of the last block's condition, plus a tenth of every earlier one's, so that each operator
     moves the stream towards e_c.
-
-    Args:
-      head: gives the structure.
-      arrays: all its arrays by path; those that train are given with every call.
-      kind: l1, l2 or huber.
     """
+    scale = arrays["condition_scale"]
 
     def loss_fn(params, batch, key):
         del key  # nothing random in the stream
-        whole = arrays | params
-        errors = stream_errors(policy_io.replace(head, whole), batch, arrays["condition_scale"])
+        errors = stream_errors(policy_io.replace(head, arrays | params), batch, scale)
         losses = [jnp.mean(distance(kind, e)) for e in errors]
         loss = losses[-1] + 0.1 * sum(losses[:-1])
         return loss, {"loss": losses[-1]}

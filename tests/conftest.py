@@ -1,0 +1,166 @@
+"""What tests share: a tiny policy as a checkpoint, three demonstrations, and one whole run.
+
+Everything is made once a session. The policy has every part that a real one has, with random
+weights; nothing it does is good, but all of it is exact, so equality can be asked for.
+"""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import common
+from convert.to_torch import export_policy
+from uva_jax import policy_io
+from uva_jax.data.pusht_demos import render_demos
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
+
+REPO = Path(__file__).parent.parent
+EPISODES = 3
+HEAD = MLPHeadConfig(
+    channels=2, z_channels=32, width=32, depth=2, aggregator="conv_fc", n_actions=16, grid=(4, 4)
+)
+CONFIG = PolicyConfig(
+    image_size=32,
+    patch_size=2,
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_levels=(), z_channels=4),
+    mar=MARConfig(
+        encoder_embed_dim=32,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        grid=(4, 4),
+        token_dim=16,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+    ),
+    video_head=MLPHeadConfig(channels=16, z_channels=32, width=32, depth=1, grid=(4, 4)),
+    action_head=HEAD,
+    normalizer_fields=(("action", 2),),
+)
+
+
+def make_policy(config: PolicyConfig = CONFIG) -> Policy:
+    """A policy whose every layer matters: what starts at zero is moved."""
+    policy = Policy(config, rngs=nnx.Rngs(0))
+    arrays = policy_io.flatten(policy)
+    for number, (path, x) in enumerate(sorted(arrays.items())):
+        if not path.startswith("normalizer/"):
+            noise = jax.random.normal(jax.random.key(number), x.shape)
+            arrays[path] = x + 0.05 * noise
+    for field, _ in config.normalizer_fields:
+        arrays[f"normalizer/{field}/scale"] = jnp.full(2, 1 / 256)
+        arrays[f"normalizer/{field}/offset"] = jnp.full(2, -1.0)
+    return policy_io.replace(policy, arrays)
+
+
+def silently(function: Callable, *args, **kwargs):
+    """Calls a function; returns its result and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = function(*args, **kwargs)
+    return result, printed.getvalue()
+
+
+def python(code: str, *args: object, devices: int = 1) -> subprocess.Popen:
+    """Starts Python on `code` in a process of its own, with so many simulated devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=REPO,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that lives as long as the session."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Policy:
+    """The tiny policy."""
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared, teacher) -> Path:
+    """The tiny policy as a PyTorch checkpoint."""
+    export_policy(teacher, shared / "tiny.ckpt")
+    return shared / "tiny.ckpt"
+
+
+@pytest.fixture(scope="session")
+def buffer(shared):
+    """Three demonstrations as a replay buffer, in the cache folder `shared / "cache"`."""
+    return render_demos(
+        shared / "cache" / f"pusht_demos_{EPISODES}.zarr", max_episodes=EPISODES, workers=1
+    )
+
+
+@pytest.fixture(scope="session")
+def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
+    """f(name=value, ...) -> a configuration for a run of seconds; "__" in names stands for "."."""
+
+    def make(**settings) -> ConfigDict:
+        config = common.get_config()
+        config.teacher.checkpoint = str(checkpoint)
+        config.data.max_episodes = EPISODES
+        config.data.cache = str(shared / "cache")
+        config.head.num_heads = config.head.self_attn_heads = 4
+        config.capture.update(num_samples=36, held_out=8, strip=2, batch=2)
+        config.distill.update(epochs=2, batch=8, lr=1e-3, warmup=2, log_every=4)
+        config.finetune.update(steps=4, batch=8, warmup=1, log_every=2, reuse_cache=True)
+        config.finetune.freeze = ("mar",)
+        config.evaluate.update(num_seeds=2, max_steps=16, sampling_steps="4", videos=1, workers=1)
+        for name, value in settings.items():
+            *parents, last = name.split("__")
+            node = config
+            for key in parents:
+                node = node[key]
+            with node.ignore_type():
+                node[last] = value
+        return config
+
+    return make
+
+
+class Run(NamedTuple):
+    """A finished run of the whole pipeline."""
+
+    workdir: Path
+    metrics: dict
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def finished(shared, make_config) -> Run:
+    """The pipeline, run from checkpoint to report and export. Not to be changed by tests."""
+    from uva_jax.main import run
+
+    workdir = shared / "run"
+    metrics, printed = silently(run, make_config(), str(workdir), None)
+    return Run(workdir, metrics, printed)
