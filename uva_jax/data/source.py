@@ -104,6 +104,9 @@ def plan_strips(
       seed: of the order.
       count: how many strips; they repeat in a new order when there are fewer.
 
+    The first and the last window of an episode are always in; with strips longer than one, up to
+    a strip's worth of windows before the last may be in none.
+
     Raises:
       UserError: no episode is long enough for a window.
     """
