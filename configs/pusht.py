@@ -5,7 +5,7 @@
     python -m uva_jax.main --config configs/pusht.py --workdir runs/pusht
 
 The checkpoint is UVA's own (256 px, 16x16 tokens a frame, 12 + 12 blocks of width 768, action head
-3 x 1024); the data is diffusion policy's human demonstrations, as a folder or as the .zip that is
+6 x 1024); the data is diffusion policy's human demonstrations, as a folder or as the .zip that is
 downloaded. The schedule, most of it the defaults: Stage 1 takes 8k samples for 200 epochs at rate
 1e-4 in batches of 64; Stage 2 takes 10% of the episodes for 50k steps at rate 1e-4, 1k of them
 warm-up, in batches of 256.

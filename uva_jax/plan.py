@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +47,9 @@ _QUIET = {
 # Architectures of published checkpoints, by the file's name: to plan before downloading one.
 ARCHITECTURES = {
     "pusht": PolicyConfig(
-        video_head=MLPHeadConfig(channels=16, z_channels=768, width=1024, depth=3, clip=False),
+        video_head=MLPHeadConfig(channels=16, z_channels=768, width=1024, depth=6, clip=False),
         action_head=MLPHeadConfig(
-            channels=2, z_channels=768, width=1024, depth=3, aggregator="conv_fc"
+            channels=2, z_channels=768, width=1024, depth=6, aggregator="conv_fc"
         ),
         normalizer_fields=(("action", 2), ("agent_pos", 2), ("image", 1)),
     )
@@ -304,8 +305,10 @@ def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
     for key in only or [key for key in PROGRAMS if fitted or key != "distill"]:
         dtype = jnp.bfloat16 if choice == "bfloat16" else None
         program = PROGRAMS[key](config, teacher, where.devices, dtype)
-        print(f"compiling {program.name}: {program.about}", flush=True)
+        print(f"compiling {program.name} ({program.about})", end="", flush=True)
+        start = time.monotonic()
         rows.append((program, with_loop(measure(program.lowered), program.loop)))
+        print(f": {time.monotonic() - start:.0f} s", flush=True)
     print(f"\n{table(rows, where.hbm)}\n")
     print(
         "FLOPs and times are the compiler's estimates, collectives' waiting and input not "

@@ -201,7 +201,7 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
             lambda x: init_lora(x, options.lora_targets, options.lora_rank, jax.random.key(0)),
             arrays,
         )
-    phases = finetune.phases(arrays, options)
+    phases = finetune.plan_phases(arrays, options)
     tokens = finetune.trunk_is_frozen(phases, options)
     finetune.check_reuse(phases, options)
     arrays = _place(arrays, parallel.shardings_for(arrays, mesh))

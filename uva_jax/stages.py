@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.from_torch import from_torch
+from convert import torch_file
+from convert.from_torch import convert_open, export_records
 from convert.to_torch import export_policy
 from uva_jax import parallel, policy_io
 from uva_jax.config import section
@@ -64,13 +65,14 @@ def _load(folder: Path, config) -> Policy:
 
 def run_convert(context: Context) -> dict:
     """torch checkpoint -> teacher/policy."""
-    path = teacher_checkpoint(context.config)
-    policy, info = from_torch(
-        path, context.folder / "policy", weights=context.config.teacher.weights
-    )
+    path, weights = teacher_checkpoint(context.config), context.config.teacher.weights
+    checkpoint = torch_file.read(path)
+    policy, info = convert_open(checkpoint, weights=weights)
     head = policy.config.action_head
     if head is None or head.kind != "mlp":
         raise UserError(f"{path} has no MLP action head to graft from")
+    records = export_records(checkpoint, weights)
+    policy_io.save_policy(context.folder / "policy", policy, source=info, records=records)
     count = sum(x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param)))
     context.metrics.say(
         f"{path.name}: {policy.config.task}, {count / 1e6:.2f} M parameters, "
