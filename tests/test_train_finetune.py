@@ -1,0 +1,159 @@
+"""Stage 2: what is frozen stays to the bit, adapters merge, phases open, resuming is exact."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from uva_jax import parallel, policy_io
+from uva_jax.errors import UserError
+from uva_jax.graft import assemble
+from uva_jax.metrics import MetricsWriter
+from uva_jax.models.lora import init_lora, merge_lora
+from uva_jax.train import finetune
+
+OPTIONS = finetune.FinetuneOptions(
+    steps=4,
+    batch=4,
+    lr=1e-2,
+    warmup=1,
+    betas=(0.9, 0.95),
+    weight_decay=0.02,
+    clip_norm=1.0,
+    accumulate=1,
+    data_fraction=0.5,
+    reuse_cache=False,
+    freeze_encoder=True,
+    freeze=("mar",),
+    unfreeze_at={},
+    dropout=False,
+    noise_draws=2,
+    use_lora=False,
+    lora_rank=2,
+    lora_targets=("mar/decoder_blocks/*/attn/*",),
+    gradient_checkpointing=False,
+    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+    checkpoint_every=2,
+    log_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def graft(teacher):
+    options = assemble.HeadOptions("condition", "video", "conv", 2, 2, 1, 2, 0, "preserve", (), {})
+    config = assemble.grafted_config(teacher, options)
+    head = assemble.start_head(teacher.action_head, config, "preserve", 0)
+    return assemble.assemble(teacher, head)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(0)
+    return {
+        "z": rng.normal(size=(12, 64, 32)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (12, 16, 2)).astype(np.float32),
+    }
+
+
+def train(graft, tokens, folder, **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    folder.mkdir(exist_ok=True)
+    trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0)
+    batches = finetune.token_batches(tokens, options, 0)
+    with MetricsWriter(folder, "finetune") as metrics:
+        tuned = trainer.run(finetune.loss_on_tokens, batches, folder=folder, metrics=metrics)
+    return policy_io.flatten(tuned)
+
+
+def test_frozen_parameters_stay_to_the_bit_and_the_head_moves(graft, tokens, tmp_path):
+    before, after = policy_io.flatten(graft), train(graft, tokens, tmp_path)
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert moved and all(k.startswith("action_head/") for k in moved)
+    assert "action_head/blocks/0/mlp/fc1/kernel" in moved
+
+
+def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkeypatch):
+    whole = train(graft, tokens, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    saved = finetune.Checkpoints.save
+
+    def save_and_die(self, step, state):
+        saved(self, step, state)
+        raise Killed
+
+    monkeypatch.setattr(finetune.Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        train(graft, tokens, tmp_path / "cut")
+    monkeypatch.setattr(finetune.Checkpoints, "save", saved)
+    resumed = train(graft, tokens, tmp_path / "cut")
+    for path, x in whole.items():
+        np.testing.assert_array_equal(x, resumed[path], err_msg=path)
+
+
+def test_phases_open_further_parameters_at_their_step(graft):
+    options = dataclasses.replace(
+        OPTIONS,
+        freeze=("mar", "action_head/memory"),
+        unfreeze_at={"2": ("action_head/memory",)},
+    )
+    first, second = finetune.plan_phases(policy_io.flatten(graft), options)
+    assert (first.start, second.start) == (0, 2)
+    opened = set(second.trainable) - set(first.trainable)
+    assert opened and all(k.startswith("action_head/memory/") for k in opened)
+    assert finetune.trunk_is_frozen((first, second), options)
+
+
+def test_cached_tokens_are_refused_while_the_trunk_trains(graft):
+    options = dataclasses.replace(OPTIONS, freeze=(), reuse_cache=True)
+    phases = finetune.plan_phases(policy_io.flatten(graft), options)
+    with pytest.raises(UserError, match="reuse_cache"):
+        finetune.check_reuse(phases, options)
+
+
+def test_adapters_change_nothing_at_first_and_merge_exactly(graft):
+    arrays = policy_io.flatten(graft)
+    adapters = init_lora(arrays, OPTIONS.lora_targets, 2, jax.random.key(0))
+    for path, x in merge_lora(arrays | adapters).items():
+        np.testing.assert_array_equal(x, arrays[path])
+    path = "mar/decoder_blocks/0/attn/qkv/kernel"
+    adapters[f"lora/{path}/b"] = jnp.ones_like(adapters[f"lora/{path}/b"])
+    merged = merge_lora(arrays | adapters)
+    x = jax.random.normal(jax.random.key(1), (5, 32))
+    a, b = adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"]
+    np.testing.assert_allclose(x @ merged[path], x @ arrays[path] + x @ a @ b, atol=1e-4)
+
+
+def test_with_adapters_their_targets_stay_frozen(graft):
+    options = dataclasses.replace(OPTIONS, freeze=(), use_lora=True)
+    trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0)
+    trained = set(trainer.phases[0].trainable)
+    assert "lora/mar/decoder_blocks/0/attn/qkv/kernel/a" in trained
+    assert "mar/decoder_blocks/0/attn/qkv/kernel" not in trained
+
+
+def test_gradient_checkpointing_changes_no_gradient(graft):
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 4, 32, 32, 3), np.uint8),
+        "action": rng.uniform(0, 512, (2, 16, 2)).astype(np.float32),
+    }
+    graph, state = nnx.split(graft)
+
+    def gradients(remat):
+        def loss(state):
+            policy = nnx.merge(graph, state)
+            policy.mar.remat = remat
+            return finetune.loss_on_images(policy, batch, jax.random.key(0), OPTIONS)["loss"]
+
+        return policy_io.flatten(jax.jit(jax.grad(loss))(state))
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for path, x in plain.items():
+        scale = max(float(np.abs(x).max()), 1e-6)
+        np.testing.assert_allclose(x / scale, checkpointed[path] / scale, atol=1e-5, err_msg=path)
