@@ -107,7 +107,6 @@ def test_stage_2_compiles_for_a_tpu_slice():
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 chips on 2 host(s), 16 GiB each; bfloat16 products" in done.stdout
     rows = rows_of(done.stdout, columns=1)
-    assert number(rows["ms at best"][0]) > 0
     assert 0 < number(rows["memory in all, GiB a chip"][0]) < 16
     assert number(rows["all-reduce, count"][0]) > 0
 
