@@ -26,7 +26,13 @@ def get_config() -> ConfigDict:
                 "max_episodes": 0,  # embedded only: render the first so many (0: all 1,200)
                 "cache": "",  # where rendered frames are kept ("": the user's cache folder)
                 "image_key": "img",
+                "wrist_key": "",  # the second camera's array, for policies that see one
                 "action_key": "action",
+                # Policies that are told their task in language: a file of language latents by task
+                # (.npz or .safetensors), or "": the checkpoint's own language tower, with
+                # CLIP's vocabulary from this folder ("": the transformers cache).
+                "language": "",
+                "vocabulary": "",
                 "horizon": 32,  # steps of a training window, the current one in the middle
                 "pad_after": 7,  # steps a window may reach past the episode's end (upstream: 7)
                 "val_ratio": 0.02,  # episodes held out (upstream: 0.02)
@@ -119,6 +125,11 @@ def get_config() -> ConfigDict:
                 "log_every": 50,
             },
             "evaluate": {
+                # Rollouts in gym-pusht: "pusht", "pusht_multitask" (a goal of its own for every
+                # seed), or "": none.
+                "simulator": "pusht",
+                "windows": 256,  # held-out windows for action error, accuracy and mAP (0: none)
+                "draws": 4,  # samples of each
                 "num_seeds": 50,  # test seeds (upstream: 50 from 100000)
                 "start_seed": 100_000,
                 "max_steps": 300,

@@ -89,6 +89,17 @@ def config_file(config: PolicyConfig) -> str:
     return "configs/pusht_tiny.py" if small else "configs/pusht.py"
 
 
+def config_file_of(path: str | os.PathLike) -> str:
+    """`config_file` of a checkpoint.
+
+    Raises:
+      UserError: the file is missing, unsound or no UVA policy.
+    """
+    checkpoint = torch_file.read(path)
+    weights = "ema" if WEIGHTS["ema"] in checkpoint.state_dict_names else "model"
+    return config_file(infer_policy(checkpoint, state_tensors(checkpoint, weights)))
+
+
 def _megabytes(count: int) -> float:
     return round(count / 1e6, 3)
 

@@ -87,6 +87,8 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     policy = _get(cfg, "model.policy", {})
     ar = _get(policy, "autoregressive_model_params", {})
     task = str(_get(cfg, "task.name", "unknown"))
+    if _get(cfg, "task.dataset.dataset_type") == "multitask":
+        task += "_multitask"  # PushT-M: the original tells it from PushT by its data alone
     vae = _vae(get)
     patch = int(_get(ar, "patch_size", 1))
     side = math.isqrt(get["model.spatial_pos_embed"][1])

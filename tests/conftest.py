@@ -136,6 +136,7 @@ def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
         config.finetune.update(steps=4, batch=8, warmup=1, log_every=2, reuse_cache=True)
         config.finetune.freeze = ("mar",)
         config.evaluate.update(num_seeds=2, max_steps=16, sampling_steps="4", videos=1, workers=1)
+        config.evaluate.update(windows=6, draws=2)
         for name, value in settings.items():
             *parents, last = name.split("__")
             node = config

@@ -221,16 +221,15 @@ def test_a_depth_that_the_teacher_has_not_is_refused(teacher):
 
 def _data(**changes):
     values = dict(
-        path="embedded", max_episodes=3, cache="", image_key="img", action_key="action",
-        horizon=32, pad_after=7, val_ratio=0.02, split_seed=42, mirror="",
+        path="embedded", max_episodes=3, cache="", image_key="img", wrist_key="",
+        action_key="action", language="", vocabulary="", horizon=32, pad_after=7,
+        val_ratio=0.02, split_seed=42, mirror="",
     )  # fmt: skip
     return source.DataOptions(**(values | changes))
 
 
 def _read(buffer, strips, rows, data):
-    return source.read_strips(
-        buffer, strips, np.array(rows), options=data, n_frames=4, stride=4, n_actions=16
-    )
+    return source.WindowReader(buffer, data, make_policy()).read(strips, np.array(rows))
 
 
 def test_strips_give_the_windows_that_single_reads_give(buffer):
@@ -283,7 +282,7 @@ def test_captured_samples_do_not_depend_on_their_neighbours(teacher):
     actions = jax.random.uniform(key, (4, 2, 16, 2), maxval=512.0)
     samples = jnp.arange(8).reshape(4, 2)
     run = jax.jit(
-        lambda i, a, s: capture_strips(teacher, i, a, s, key, blocks=True), static_argnums=()
+        lambda i, a, s: capture_strips(teacher, {"image": i, "action": a}, s, key, blocks=True)
     )
     whole, part = run(images, actions, samples), run(images[2:], actions[2:], samples[2:])
     for name, x in whole.items():
@@ -310,7 +309,7 @@ strips = source.plan_strips(
 with MetricsWriter(folder, "capture") as metrics:
     cache = record.capture_cache(
         record.Site(__import__("pathlib").Path(folder) / "cache", metrics), make_policy(), strips,
-        buffer, _data(), options, seed=0, origin="tiny",
+        source.WindowReader(buffer, _data(), make_policy()), options, seed=0, origin="tiny",
     )
 np.savez(folder + "/all.npz", **{k: np.asarray(cache.read(k), np.float32) for k in cache.names})
 """

@@ -21,6 +21,7 @@ _CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "teacher.weights": ("ema", "model"),
     "data.mirror": ("", "pusht"),
+    "evaluate.simulator": ("", "pusht", "pusht_multitask"),
     "head.cross_attention": ("condition", "residual"),
     "head.memory": ("video", "video+aggregate"),
     "head.adapter": ("conv", "linear"),
@@ -33,7 +34,7 @@ _CHOICES = {
 _POSITIVE = (
     "capture.num_samples capture.held_out capture.strip capture.batch distill.epochs "
     "distill.batch distill.lr finetune.steps finetune.batch finetune.lr finetune.accumulate "
-    "finetune.noise_draws evaluate.num_seeds evaluate.max_steps data.horizon"
+    "finetune.noise_draws evaluate.num_seeds evaluate.max_steps evaluate.draws data.horizon"
 ).split()
 _FREE = ("finetune.unfreeze_at",)  # keys of these sections are the user's own
 

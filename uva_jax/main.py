@@ -1,12 +1,14 @@
 """The command line: `python -m uva_jax.main --config configs/pusht_tiny.py --workdir runs/tiny`.
 
-Reads flags, checks the configuration, and hands over to the pipeline.
+Reads flags, checks the configuration, and hands over to the pipeline. With `--checkpoint FILE` in
+the place of `--config`, the checkpoint says which configuration is its own.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,6 +16,9 @@ from ml_collections import config_flags
 from uva_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "UVA checkpoint to graft; it also picks the --config if none is given."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
 _STAGE = flags.DEFINE_list(
     "stage", None, "Stages to run, comma-separated (default: all that are not done)."
@@ -56,7 +61,8 @@ def _main(argv: list[str]) -> int:
         )
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError(
-            "say what to run and where: --config configs/pusht_tiny.py --workdir runs/tiny"
+            "say what to run and where: --config configs/pusht_tiny.py (or --checkpoint FILE) "
+            "--workdir runs/tiny"
         )
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     try:
@@ -86,12 +92,29 @@ def _parse(argv: list[str]) -> list[str]:
         if argument.startswith("--config."):
             check_name(argument.removeprefix("--config.").partition("=")[0])
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_config(argv))
     except flags.Error as error:
         # What `get_config` raised is told in its own words, not as the traceback made of it.
         raise _said_by_config(error) or UserError(f"{error}") from error
     except (SyntaxError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the --config file does not work: {error!r}") from error
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """The arguments with what `--checkpoint` stands for: its configuration and its setting."""
+    names = ("--checkpoint", "-checkpoint")
+    given = [(i, a) for i, a in enumerate(argv) if a.partition("=")[0] in names]
+    if not given:
+        return argv
+    i, argument = given[-1]
+    path = argument.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+    added = [f"--config.teacher.checkpoint={path}"]
+    if not any(a.split("=")[0] in ("--config", "-config") for a in argv):
+        from convert.describe import config_file_of
+
+        added.insert(0, f"--config={Path(__file__).parents[1] / config_file_of(path)}")
+    # A configuration has to be known before its settings are.
+    return [argv[0], *added[:-1], *argv[1:], added[-1]]
 
 
 def _said_by_config(error: BaseException | None) -> UserError | None:

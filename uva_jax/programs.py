@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from uva_jax import config as settings
 from uva_jax import diffusion, parallel, policy_io
 from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.source import WindowSpec
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.errors import UserError
 from uva_jax.graft import assemble, distill
@@ -77,6 +78,25 @@ def _frame_size(config) -> tuple[int, int]:
     return ReplayBuffer.open(path).shape(config.data.image_key)[1:3]
 
 
+def _windows(config, teacher: PolicyConfig, frames: tuple, lead: tuple, rows) -> dict:
+    """What `WindowReader.read` gives: images of shape `frames`, all else led by `lead`."""
+    spec = WindowSpec.of(teacher)
+    actions = _array(rows, (*lead, spec.n_actions, teacher.action_head.channels), jnp.float32)
+    image = _array(rows, (*frames, *_frame_size(config), 3), jnp.uint8)
+    batch = {"image": image, "action": actions}
+    if spec.wrist:
+        batch["wrist_image"] = image
+    if spec.past_actions:
+        batch["past_action"] = actions
+    if spec.text:
+        batch["text_latents"] = _array(rows, (*lead, teacher.mar.text_dim), jnp.float32)
+    for i, name in enumerate(spec.states):
+        # Only the width of all states together is known, and only that matters here.
+        width = 1 if i else teacher.mar.proprio_dim - len(spec.states) + 1
+        batch[name] = _array(rows, (*lead, spec.state_steps, width), jnp.float32)
+    return batch
+
+
 def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
     """One step of the capture, mapped over all chips."""
     options = settings.section(config.capture, CaptureOptions)
@@ -84,19 +104,17 @@ def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Prog
     policy = policy_io.abstract_policy(teacher, dtype=dtype)
     whole, rows = parallel.replicated(mesh), NamedSharding(mesh, P(mesh.axis_names))
     strips = options.batch * mesh.size
-    frames = (strips, options.strip + teacher.mar.n_frames - 1, *_frame_size(config), 3)
-    actions = (strips, options.strip, teacher.action_head.n_actions, teacher.action_head.channels)
+    frames = options.strip + teacher.mar.n_frames - 1
     run = make_capture(policy, mesh, blocks=options.blocks, encode_frames=options.encode_frames)
     per_step = strips * options.strip
-    mine, size = options.batch * frames[1], options.encode_frames
+    mine, size = options.batch * frames, options.encode_frames
     return Program(
         "capture",
         f"{options.batch * options.strip} windows a chip",
         mesh.size,
         run.lower(
             _place(nnx.state(policy), whole),
-            _array(rows, frames, jnp.uint8),
-            _array(rows, actions, jnp.float32),
+            _windows(config, teacher, (strips, frames), (strips, options.strip), rows),
             _array(rows, (strips, options.strip), jnp.int32),
             _key(whole),
         ),
@@ -105,7 +123,7 @@ def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Prog
             f"--config.capture.batch={max(1, options.batch // 2)}",
             f"--config.capture.encode_frames={max(1, (size or mine) // 4)}",
         ),
-        _encoding(policy, (size, *frames[2:]), -(-mine // size) - 1, devices)
+        _encoding(policy, (size, *_frame_size(config), 3), -(-mine // size) - 1, devices)
         if 0 < size < mine
         else None,
     )
@@ -216,9 +234,8 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
         batch = {"z": _array(rows, z, jnp.dtype(config.capture.dtype))}
         batch["actions"] = _array(rows, actions, jnp.float32)
     else:
-        frames = (options.batch, teacher.mar.n_frames, *_frame_size(config), 3)
-        batch = {"image": _array(rows, frames, jnp.uint8)}
-        batch["action"] = _array(rows, actions, jnp.float32)
+        frames = (options.batch, teacher.mar.n_frames)
+        batch = _windows(config, teacher, frames, frames[:1], rows)
     step = finetune.make_step(
         policy,
         finetune.loss_on_tokens if tokens else finetune.loss_on_images,
@@ -257,14 +274,15 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
     spacing = config.evaluate.sampling_steps or head.sampling_steps
     steps = len(diffusion.make_schedule(spacing, 1000))
 
-    def act(state, image, key):
+    def act(state, obs, key):
         policy = nnx.merge(graph, state)
-        return policy.predict_action({"image": image}, key=key, sampling_steps=spacing)
+        return policy.predict_action(obs, key=key, sampling_steps=spacing)
 
     def denoise(state, x, t, condition):
         return nnx.merge(graph, state).action_head.denoise(x, t, condition)
 
-    frames = (1, teacher.mar.n_frames, *_frame_size(config), 3)
+    obs = _windows(config, teacher, (1, teacher.mar.n_frames), (1,), one)
+    del obs["action"]
     body = jax.jit(denoise).lower(
         state,
         _array(one, (1, head.n_actions, head.channels), jnp.float32),
@@ -275,7 +293,7 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
         "policy call",
         f"1 observation, {steps} sampling steps",
         1,
-        jax.jit(act).lower(state, _array(one, frames, jnp.uint8), _key(one)),
+        jax.jit(act).lower(state, obs, _key(one)),
         loop=Loop(body, steps - 1),
     )
 

@@ -81,11 +81,13 @@ def run_convert(context: Context) -> dict:
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
-def open_data(context: Context):
-    """The replay buffer and options; rendering of the embedded data shows its progress."""
+def open_data(context: Context, policy: Policy) -> source.WindowReader:
+    """The data as the policy reads it; rendering of the embedded data shows its progress."""
     options = section(context.config.data, source.DataOptions)
+    extra = source.WindowSpec.of(policy.config).arrays(options)
     with _Rendering(context.metrics) as progress:
-        return source.open_buffer(options, progress), options
+        buffer = source.open_buffer(options, progress, extra)
+    return source.WindowReader(buffer, options, policy)
 
 
 class _Rendering:
@@ -120,21 +122,21 @@ def _teacher_hash(context: Context) -> str:
 def run_capture(context: Context) -> dict:
     """Windows -> activations/train and activations/held_out."""
     teacher = _load(context.inputs["convert"] / "policy", context.config)
-    buffer, data = open_data(context)
+    reader = open_data(context, teacher)
     options = section(context.config.capture, CaptureOptions)
-    train, held_out = source.split(buffer, data)
-    stride, seed = record.frame_stride(teacher), context.config.seed
+    train, held_out = source.split(reader.buffer, reader.options)
+    seed = context.config.seed
     result = {}
     for name, mask, samples in (
         ("train", train, options.num_samples),
         ("held_out", held_out, options.held_out),
     ):
         strips = source.plan_strips(
-            buffer.episode_ends,
+            reader.buffer.episode_ends,
             mask,
             strip=options.strip,
-            stride=stride,
-            options=data,
+            stride=reader.spec.stride,
+            options=reader.options,
             seed=seed,
             count=-(-samples // options.strip),
         )
@@ -142,8 +144,7 @@ def run_capture(context: Context) -> dict:
             _site(context, context.folder / name),
             teacher,
             strips,
-            buffer,
-            data,
+            reader,
             dataclasses.replace(options, num_samples=samples),
             seed=seed + (name == "held_out"),
             origin=_teacher_hash(context),
@@ -218,30 +219,28 @@ def run_finetune(context: Context) -> dict:
 def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOptions, tokens: bool):
     """Batches from `data_fraction` of the episodes, encoded first if the trunk is frozen."""
     config = context.config
-    buffer, data = open_data(context)
-    mask = finetune.chosen_episodes(buffer, data, options, config.seed)
+    reader = open_data(context, policy)
+    mask = finetune.chosen_episodes(reader.buffer, reader.options, options, config.seed)
     capture = section(config.capture, CaptureOptions)
-    stride = record.frame_stride(policy)
     strips = source.plan_strips(
-        buffer.episode_ends,
+        reader.buffer.episode_ends,
         mask,
         strip=capture.strip if tokens else 1,
-        stride=stride,
-        options=data,
+        stride=reader.spec.stride,
+        options=reader.options,
         seed=config.seed,
     )
     context.metrics.say(
-        f"{int(mask.sum())} of {buffer.n_episodes} episodes, {strips.current.size} windows"
+        f"{int(mask.sum())} of {reader.buffer.n_episodes} episodes, {strips.current.size} windows"
     )
     if not tokens:
-        return finetune.image_batches(buffer, strips, data, policy, stride, options, config.seed)
+        return finetune.image_batches(reader, strips, options, config.seed)
     teacher = _load(context.inputs["convert"] / "policy", config)
     record.capture_cache(
         _site(context, context.folder / "tokens"),
         teacher,
         strips,
-        buffer,
-        data,
+        reader,
         dataclasses.replace(capture, num_samples=strips.current.size, blocks=False),
         seed=config.seed + 2,
         origin=_teacher_hash(context),
@@ -251,13 +250,34 @@ def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOption
 
 
 def run_evaluate(context: Context) -> dict:
-    """Rollouts of teacher, graft after Stage 1 and graft after Stage 2; report.html."""
+    """Teacher, graft after Stage 1 and graft after Stage 2 on held-out windows and in rollouts."""
     policies = {
         "teacher": context.inputs["convert"] / "policy",
         "graft_stage1": context.workdir / "grafted",
         "graft": context.inputs["finetune"] / "policy",
     }
-    return evaluation.run(context, {k: _load(v, context.config) for k, v in policies.items()})
+    policies = {k: _load(v, context.config) for k, v in policies.items()}
+    return evaluation.run(context, policies, _held_out_windows(context, policies["teacher"]))
+
+
+def _held_out_windows(context: Context, policy: Policy):
+    """(reader, single windows of the held-out episodes), or None if none are wanted."""
+    if not (count := context.config.evaluate.windows):
+        return None
+    reader = open_data(context, policy)
+    _, held_out = source.split(reader.buffer, reader.options)
+    # Plain windows, never mirrored: what is asked is how well the demonstrations are met.
+    plain = dataclasses.replace(reader.options, mirror="")
+    reader = source.WindowReader(reader.buffer, plain, policy)
+    strips = source.plan_strips(
+        reader.buffer.episode_ends,
+        held_out,
+        strip=1,
+        stride=reader.spec.stride,
+        options=plain,
+        seed=context.config.evaluate.noise_seed,
+    )
+    return reader, strips.first(count)
 
 
 def run_export(context: Context) -> dict:
@@ -330,9 +350,10 @@ _STAGES = (
         "evaluate",
         run_evaluate,
         needs=("convert", "finetune"),
-        config_keys=("seed", "precision", "evaluate"),
+        config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
         describe="rollouts and report",
+        fingerprint=_data_files,
     ),
     Stage(
         "export",

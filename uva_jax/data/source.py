@@ -2,12 +2,13 @@
 
 A window is named by its current step: the observation ends there and the action chunk begins
 there. Strips are runs of windows one frame stride apart, so that neighbours share encoded frames.
+What a window holds beside images and actions is decided by the policy (`WindowSpec`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import validation_mask
 from uva_jax.errors import UserError
+from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.policy_config import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class DataOptions:
     max_episodes: int
     cache: str
     image_key: str
+    wrist_key: str
     action_key: str
+    language: str
+    vocabulary: str
     horizon: int
     pad_after: int
     val_ratio: float
@@ -45,27 +51,86 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(base) / "uva_jax"
 
 
-def open_buffer(options: DataOptions, progress=None) -> ReplayBuffer:
+def open_buffer(options: DataOptions, progress=None, extra: Sequence[str] = ()) -> ReplayBuffer:
     """Opens the data, rendering the embedded demonstrations on first use.
 
     Args:
       options: which data.
       progress: called with (frames done, frames in all) while rendering.
+      extra: arrays that must be there beside images and actions.
 
     Raises:
-      UserError: the buffer is missing, damaged, or lacks the image or action array.
+      UserError: the buffer is missing, damaged, or lacks an array.
     """
     if options.path == "embedded":
+        if extra:
+            raise UserError(
+                f"this policy reads {', '.join(extra)}, which the embedded demonstrations do not "
+                "have: give the data it was trained on with config.data.path"
+            )
         count = options.max_episodes or None
         name = f"pusht_demos_{count or 'all'}.zarr"
         return render_demos(cache_folder(options) / name, max_episodes=count, progress=progress)
-    return ReplayBuffer.open(options.path, required=(options.image_key, options.action_key))
+    return ReplayBuffer.open(options.path, required=(options.image_key, options.action_key, *extra))
 
 
 def split(buffer: ReplayBuffer, options: DataOptions) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) episode masks, upstream's split."""
     held_out = validation_mask(buffer.n_episodes, options.val_ratio, options.split_seed)
     return ~held_out, held_out
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What a policy reads of a window.
+
+    Attributes:
+      n_frames, stride: frames of the observation and the steps between them.
+      n_actions: actions to predict; `action_offset`: the first one's distance to the current step.
+      states: arrays of the proprioceptive state, in order; `state_steps`: observed steps of it.
+      past_actions: how many actions before the predicted ones are an input.
+      wrist: a second camera is an input.
+      text: a language vector is an input.
+    """
+
+    n_frames: int
+    stride: int
+    n_actions: int
+    action_offset: int = 0
+    states: tuple[str, ...] = ()
+    state_steps: int = 0
+    past_actions: int = 0
+    wrist: bool = False
+    text: bool = False
+
+    @classmethod
+    def of(cls, config: PolicyConfig) -> WindowSpec:
+        """The windows of a policy's `predict_action`."""
+        mar = config.mar
+        picks = eval_frame_indices(config.n_obs_steps, mar.n_frames)
+        return cls(
+            n_frames=mar.n_frames,
+            stride=picks[1] - picks[0],
+            n_actions=mar.n_actions,
+            action_offset=0 if config.shift_action else 1,
+            states=config.proprio_keys if mar.proprio_dim else (),
+            state_steps=config.n_obs_steps if mar.proprio_dim else 0,
+            past_actions=mar.n_actions if mar.history_action else 0,
+            wrist=mar.proprio_image,
+            text=mar.text_dim > 0,
+        )
+
+    def arrays(self, options: DataOptions) -> tuple[str, ...]:
+        """The replay buffer's arrays that are read beside images and actions.
+
+        Raises:
+          UserError: the policy has a wrist camera and `config.data.wrist_key` is empty.
+        """
+        if self.wrist and not options.wrist_key:
+            raise UserError(
+                "this policy sees a wrist camera: name its array with config.data.wrist_key"
+            )
+        return self.states + ((options.wrist_key,) if self.wrist else ())
 
 
 @dataclass(frozen=True)
@@ -81,6 +146,10 @@ class Strips:
 
     def __len__(self) -> int:
         return len(self.episode)
+
+    def first(self, count: int) -> Strips:
+        """The first `count` strips, or all if there are fewer."""
+        return Strips(self.episode[:count], self.current[:count], self.mirror[:count])
 
 
 def plan_strips(
@@ -141,33 +210,88 @@ def plan_strips(
     return Strips(episode[order], current, mirror[order])
 
 
-def read_strips(
-    buffer: ReplayBuffer,
-    strips: Strips,
-    rows: np.ndarray,
-    *,
-    options: DataOptions,
-    n_frames: int,
-    stride: int,
-    n_actions: int,
-) -> Mapping[str, np.ndarray]:
-    """Reads strips.
+class WindowReader:
+    """Reads strips of windows as a policy takes them."""
 
-    Returns:
-      "image" (b, strip + n_frames - 1, h, w, 3) uint8, where window k of a strip looks at frames
-      k ... k + n_frames - 1, and "action" (b, strip, n_actions, a) float32, in raw units.
-    """
-    starts = np.append(0, buffer.episode_ends[:-1])[strips.episode[rows]][:, None]
-    ends = buffer.episode_ends[strips.episode[rows]][:, None]
-    current = strips.current[rows]
-    early = current[:, :1] - stride * np.arange(n_frames - 1, 0, -1)
-    frames = starts + np.maximum(np.concatenate([early, current], axis=1), 0)
-    actions = starts[..., None] + current[..., None] + np.arange(n_actions)
-    actions = np.minimum(actions, ends[..., None] - 1)
-    read = buffer.read_rows({options.image_key: frames, options.action_key: actions})
-    image = np.asarray(read[options.image_key])
-    found = {
-        "image": image if image.dtype == np.uint8 else to_uint8(image, options.image_key),
-        "action": np.asarray(read[options.action_key], np.float32),
-    }
-    return mirror_pusht(found, strips.mirror[rows]) if options.mirror == "pusht" else found
+    def __init__(self, buffer: ReplayBuffer, options: DataOptions, policy: Policy):
+        """Looks up the language vector of every episode, if the policy takes one.
+
+        Raises:
+          UserError: the data lacks what the policy reads, or cannot be mirrored.
+        """
+        self.buffer, self.options, self.spec = buffer, options, WindowSpec.of(policy.config)
+        if options.mirror and (self.spec.states or self.spec.wrist or self.spec.text):
+            raise UserError(
+                f"config.data.mirror={options.mirror!r} mirrors images and actions, but this "
+                "policy reads more than those: set it to ''"
+            )
+        self.text = None
+        if self.spec.text:
+            if not buffer.tasks:
+                raise UserError(
+                    f"{options.path} says of no episode which task it shows, and this policy is "
+                    "told its task in language: import the data anew (see the README)"
+                )
+            from uva_jax.data.language import task_latents
+
+            latents = task_latents(
+                buffer.tasks, policy=policy, path=options.language, vocabulary=options.vocabulary
+            )
+            self.text = latents[buffer.episode_task]
+
+    def read(self, strips: Strips, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Reads the strips of those rows.
+
+        Returns:
+          "image" (b, strip + n_frames - 1, h, w, 3) uint8, where window k of a strip looks at
+          frames k ... k + n_frames - 1, and "action" (b, strip, n_actions, a) float32, in raw
+          units; as the policy takes them "wrist_image" like "image", every state
+          (b, strip, state_steps, k), "past_action" (b, strip, n_actions, a), and "text_latents"
+          (b, strip, text_dim).
+        """
+        spec, options, episode = self.spec, self.options, strips.episode[rows]
+        starts = np.append(0, self.buffer.episode_ends[:-1])[episode]
+        ends = self.buffer.episode_ends[episode]
+        current = strips.current[rows]
+
+        def steps(relative: np.ndarray) -> np.ndarray:
+            """Buffer rows of steps of the episodes; beyond an end, the end is repeated."""
+            axes = (slice(None), *[None] * (relative.ndim - 1))
+            return np.clip(starts[axes] + relative, starts[axes], ends[axes] - 1)
+
+        early = current[:, :1] - spec.stride * np.arange(spec.n_frames - 1, 0, -1)
+        frames = steps(np.concatenate([early, current], axis=1))
+        span = np.arange(
+            spec.action_offset - spec.past_actions, spec.action_offset + spec.n_actions
+        )
+        wanted = {options.image_key: frames, options.action_key: steps(current[..., None] + span)}
+        if spec.wrist:
+            wanted[options.wrist_key] = frames
+        observed = np.arange(1 - spec.state_steps, 1)
+        wanted |= {name: steps(current[..., None] + observed) for name in spec.states}
+        read = self.buffer.read_rows(wanted)
+        actions = np.asarray(read[options.action_key], np.float32)
+        found = {
+            "image": _as_uint8(read[options.image_key], options.image_key),
+            "action": actions[:, :, spec.past_actions :],
+        }
+        if spec.wrist:
+            found["wrist_image"] = _as_uint8(read[options.wrist_key], options.wrist_key)
+        if spec.past_actions:
+            found["past_action"] = actions[:, :, : spec.past_actions]
+        found |= {name: np.asarray(read[name], np.float32) for name in spec.states}
+        if options.mirror == "pusht":
+            found = mirror_pusht(found, strips.mirror[rows])
+        if self.text is not None:
+            found["text_latents"] = np.repeat(self.text[episode][:, None], current.shape[1], axis=1)
+        return found
+
+
+def single_windows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Strips of one window without the axis for it: an observation, and "action" (b, n, a)."""
+    # Images have no such axis: a strip of one window is its n_frames frames.
+    return {k: v if k in ("image", "wrist_image") else v[:, 0] for k, v in batch.items()}
+
+
+def _as_uint8(images: np.ndarray, key: str) -> np.ndarray:
+    return images if images.dtype == np.uint8 else to_uint8(images, key)

@@ -29,6 +29,15 @@ def initial_state(seed: int) -> np.ndarray:
     return np.array([*agent, *block, rng.randn() * 2 * np.pi - np.pi])
 
 
+def random_goal(seed: int) -> np.ndarray:
+    """A goal of PushT-M for a seed: x, y within 100 pixels of the centre, any angle; float64 (3,).
+
+    Distributed as in UVA's environment with `fix_goal: false`, which draws it from unseeded noise.
+    """
+    rng = np.random.RandomState((seed, 1))
+    return np.array([*rng.uniform(156, 356, 2), rng.uniform(0, 2 * np.pi)])
+
+
 class _Simulator(PushTEnv):
     """gym-pusht whose coverage, a third of a step's time, is left out where nobody asks."""
 
@@ -47,9 +56,11 @@ class PushT:
     def __init__(self):
         self._env = _Simulator(obs_type="state", render_mode="rgb_array")
 
-    def reset(self, seed: int) -> None:
-        """Starts UVA's episode of that seed (its `legacy_test: true`)."""
+    def reset(self, seed: int, *, fix_goal: bool = True) -> None:
+        """Starts UVA's episode of that seed (its `legacy_test: true`), or one with another goal."""
         self.reset_to(initial_state(seed))
+        if not fix_goal:
+            self._env.goal_pose = random_goal(seed)
 
     def reset_to(self, state: np.ndarray) -> None:
         """Starts an episode as a recording does: position before angle, then 0.01 s of physics.
@@ -115,9 +126,11 @@ class PushT:
 class _Episode:
     """One environment under UVA's multi-step protocol: history in, chunks of actions out."""
 
-    def __init__(self, seed: int, record: bool, n_obs_steps: int, chunk: int, frames: tuple):
+    def __init__(
+        self, seed: int, record: bool, n_obs_steps: int, chunk: int, frames: tuple, fix_goal: bool
+    ):
         self.env = PushT()
-        self.env.reset(seed)
+        self.env.reset(seed, fix_goal=fix_goal)
         self.best_coverage = 0.0
         self.reward = 0.0
         self.done = False
@@ -162,13 +175,14 @@ class _Episode:
 class RolloutWorker:
     """Steps several episodes; lives in a worker process, driven by `eval.rollout`."""
 
-    def __init__(self):
+    def __init__(self, fix_goal: bool = True):
         cv2.setNumThreads(1)  # the processes are the parallelism
+        self._fix_goal = fix_goal
         self._episodes: list[_Episode] = []
 
     def start(self, seeds, records, n_obs_steps, chunk, frames):
         self._episodes = [
-            _Episode(seed, record, n_obs_steps, chunk, frames)
+            _Episode(seed, record, n_obs_steps, chunk, frames, self._fix_goal)
             for seed, record in zip(seeds, records, strict=True)
         ]
         return self._observe(range(len(seeds)))

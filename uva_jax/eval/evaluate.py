@@ -1,4 +1,4 @@
-"""Evaluation: teacher and grafts on the same seeds and noise, then metrics.json and report.html."""
+"""Evaluation: teacher and grafts on the same seeds, windows and noise; metrics and report.html."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flax import nnx
 
 from uva_jax import diffusion, policy_io
 from uva_jax.config import leaves, section
-from uva_jax.eval import report, video
+from uva_jax.data import source
+from uva_jax.errors import UserError
+from uva_jax.eval import actions, report, video
 from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
 from uva_jax.graft.capture import encode_in_parts
 from uva_jax.identity import read_json, write_json
@@ -26,6 +28,9 @@ ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
 class EvaluateOptions:
     """`config.evaluate`; see `configs/common.py` for each field."""
 
+    simulator: str
+    windows: int
+    draws: int
     num_seeds: int
     start_seed: int
     max_steps: int
@@ -93,46 +98,99 @@ class Actor:
         return np.asarray(actions)
 
 
-def run(context, policies: Mapping[str, Policy]) -> dict:
-    """Rolls out every policy, writes metrics.json, videos and report.html; resumes by policy."""
+def run(
+    context,
+    policies: Mapping[str, Policy],
+    windows: tuple[source.WindowReader, source.Strips] | None,
+) -> dict:
+    """Judges every policy, writes metrics.json, videos and report.html; resumes by policy.
+
+    Args:
+      context: of the stage.
+      policies: "teacher", "graft_stage1" and "graft".
+      windows: held-out windows on which actions are compared, or None.
+
+    Raises:
+      UserError: the simulator cannot give what the policy observes.
+    """
     options = section(context.config.evaluate, EvaluateOptions)
+    metrics: dict = {name: {} for name in policies}
+    if windows is not None:
+        for name, policy in policies.items():
+            metrics[name]["actions"] = _act(context, name, policy, *windows, options)
     seeds = list(range(options.start_seed, options.start_seed + options.num_seeds))
+    seeds = seeds if options.simulator else []
     recorded = seeds[: options.videos]
-    results = {}
-    with RolloutPool(options.workers or None) as pool:
+    if seeds:
+        spec = source.WindowSpec.of(policies["teacher"].config)
+        if spec.states or spec.wrist or spec.text or spec.past_actions:
+            raise UserError(
+                f"config.evaluate.simulator={options.simulator!r} shows a policy images alone, but "
+                "this one takes more: set it to ''"
+            )
+        _roll_out_all(context, policies, metrics, seeds, recorded, options)
+    write_json(context.folder / "metrics.json", metrics)
+    path = report.write_report(
+        context.folder / "report.html", report_data(context, policies, metrics, seeds, recorded)
+    )
+    context.metrics.say(f"report: {path}")
+    result = {k: v for k, v in metrics.items() if k.startswith("paired")}
+    for name in policies:
+        found = metrics[name]
+        result[name] = found["test_mean_score"] if seeds else found.get("actions", {}).get("mse")
+    return result
+
+
+def _act(context, name, policy, reader, strips, options: EvaluateOptions) -> dict:
+    """Action figures of one policy; kept for a run that goes on."""
+    path = context.folder / f"actions_{name}.json"
+    found = read_json(path)
+    if found is None:
+        samples, truth = actions.sample_actions(
+            policy,
+            reader,
+            strips,
+            draws=options.draws,
+            sampling_steps=options.sampling_steps,
+            seed=options.noise_seed,
+        )
+        found = {"windows": len(strips)} | actions.action_figures(samples, truth)
+        write_json(path, found)
+    context.metrics.say(
+        f"{name}: on {found['windows']} held-out windows, action MSE {found['mse']:.5f}, "
+        f"mAP {found['map']:.3f}"
+    )
+    return found
+
+
+def _roll_out_all(context, policies, metrics: dict, seeds, recorded, options) -> None:
+    """Adds the scores of every policy, and the paired differences, to `metrics`."""
+    fix_goal = options.simulator != "pusht_multitask"
+    with RolloutPool(options.workers or None, fix_goal=fix_goal) as pool:
         for name, policy in policies.items():
             found = read_json(context.folder / f"{name}.json")
             if found is None:
                 found = _rollout(context, pool, name, policy, seeds, recorded, options)
                 write_json(context.folder / f"{name}.json", found)
-            results[name] = found
+            metrics[name] |= found
             context.metrics.say(
                 f"{name}: test_mean_score {found['test_mean_score']:.3f} "
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
             )
-    metrics = dict(results)
     for name, label in (
         ("graft", "paired_difference"),
         ("graft_stage1", "paired_difference_stage1"),
     ):
         interval = paired_difference(
-            np.array(results[name]["scores"]), np.array(results["teacher"]["scores"])
+            np.array(metrics[name]["scores"]), np.array(metrics["teacher"]["scores"])
         )
         metrics[label] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
         context.metrics.say(
             f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
             f"{interval.high:+.3f}) on the same seeds and noise"
         )
-    write_json(context.folder / "metrics.json", metrics)
     _side_by_side(context.folder, recorded)
-    path = report.write_report(
-        context.folder / "report.html", report_data(context, policies, metrics, seeds, recorded)
-    )
-    context.metrics.say(f"report: {path}")
-    return {k: v for k, v in metrics.items() if k.startswith("paired")} | {
-        name: found["test_mean_score"] for name, found in results.items()
-    }
 
 
 def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOptions) -> dict:
@@ -216,7 +274,7 @@ def report_data(context, policies, metrics: Mapping, seeds, recorded) -> report.
         "teacher.checkpoint data.path capture.num_samples distill.epochs distill.lr head.memory "
         "head.start finetune.steps finetune.lr finetune.data_fraction evaluate.sampling_steps seed"
     ).split()
-    paired = metrics["paired_difference"]
+    paired = metrics.get("paired_difference")
     return report.ReportData(
         title=f"Graft of {teacher.config.task}: {context.workdir.name}",
         config={k: shown[k] for k in picked},
@@ -240,13 +298,21 @@ def report_data(context, policies, metrics: Mapping, seeds, recorded) -> report.
                 "episodes": len(seeds),
             }
             for name in policies
+            if seeds
         ],
-        paired={"difference": paired["mean"], "ci": tuple(paired["ci95"])},
+        paired={"difference": paired["mean"], "ci": tuple(paired["ci95"])} if paired else {},
+        actions=[
+            {"policy": name} | metrics[name]["actions"]
+            for name in policies
+            if "actions" in metrics[name]
+        ],
         per_seed={
             "seeds": seeds,
             "teacher": metrics["teacher"]["scores"],
             "graft": metrics["graft"]["scores"],
-        },
+        }
+        if seeds
+        else {},
         videos=[
             {"path": path, "caption": f"seed {seed}: teacher, graft"}
             for seed in recorded

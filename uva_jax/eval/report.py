@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that holds everything it shows and asks the network nothing.
 
-The caller passes plain dictionaries; a section without data is left out. The look (`_STYLE`) is at
-the end of the file, the plots are in `uva_jax/eval/plots.py`.
+The caller passes plain dictionaries; a section without data is left out. The look is in
+`report_style.py`, the plots are in `plots.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from uva_jax.eval.plots import Plot, curves_plot, paired_plot
+from uva_jax.eval.report_style import STYLE
 from uva_jax.metrics import read_metrics
 
 MAX_VIDEO_BYTES = 20 * 2**20  # all videos of one page together
@@ -36,6 +37,7 @@ class ReportData:
       curves: rows of `title`, `series` (label to (steps, values)), optionally `ylabel`, `log`.
       scores: rows of `policy`, `score`, `ci` (low, high), `success` (share), `episodes`.
       paired: `difference` (graft - teacher), `ci` (low, high).
+      actions: rows of `policy`, `mse`, `map`, `accuracy` (tolerance to share); see `actions.py`.
       per_seed: `seeds`, `teacher`, `graft`, lists of one length.
       videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
       notes: sentences shown below the heading.
@@ -49,6 +51,7 @@ class ReportData:
     curves: Sequence[Mapping[str, Any]] = ()
     scores: Sequence[Mapping[str, Any]] = ()
     paired: Mapping[str, Any] = field(default_factory=dict)
+    actions: Sequence[Mapping[str, Any]] = ()
     per_seed: Mapping[str, Any] = field(default_factory=dict)
     videos: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -91,6 +94,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
     sections = [
         _headline(data),
         _section("Scores", _scores(data)),
+        _section("Actions on held-out windows", _actions(data.actions)),
         _section("Rollouts", _videos(data.videos)),
         _section("Stage 1: operators", _operators(data.operators)),
         _section("Training", _curves(data.curves)),
@@ -101,7 +105,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(data.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(data.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -148,7 +152,7 @@ def _scores(data: ReportData) -> str:
         _Column("Episodes", "episodes", _integer),
     ]
     html = _table(columns, data.scores)
-    if data.paired:
+    if html and data.paired:
         html += (
             "<p>Paired on the same seeds and noise, graft − teacher: "
             f"<strong>{_signed(data.paired['difference'])}</strong>, 95 % interval "
@@ -160,6 +164,22 @@ def _scores(data: ReportData) -> str:
             f'<div class="wide">{_figure(plot, "Score of teacher and graft on every seed")}</div>'
         )
     return html
+
+
+def _actions(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    columns = [
+        _Column("Policy", "policy"),
+        _Column("Mean squared error", "mse", _loss),
+        _Column("mAP", "map", _score),
+        *(_Column(f"Within {t}", t, _percent) for t in rows[0]["accuracy"]),
+    ]
+    return _table(columns, [dict(row) | dict(row["accuracy"]) for row in rows]) + (
+        '<p class="note">In normalised units, against the demonstrated actions. Within: the share '
+        "of steps whose distance to the demonstrated one is at most that. mAP: average precision, "
+        "ranked by how little a policy’s samples differ, averaged over the distances.</p>"
+    )
 
 
 def _operators(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -339,46 +359,3 @@ def _seconds(value: float) -> str:
 
 def _plain_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0;
-  --card: #f8fafc; --blue: #2563eb; --good: #047857; --bad: #b91c1c; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0f172a; --ink: #e2e8f0; --soft: #94a3b8;
-  --line: #334155; --card: #1e293b; --blue: #60a5fa; --good: #34d399; --bad: #f87171; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui,
-  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 0 0 .9rem; }
-section { margin-top: 2.25rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
-p { margin: .6rem 0; max-width: 46rem; }
-.note, figcaption, small { color: var(--soft); font-size: .875rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem;
-  margin-top: 1.25rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
-  padding: .85rem 1rem; }
-.card span, .card small { display: block; color: var(--soft); font-size: .875rem; }
-.card strong { display: block; font-size: 1.75rem; line-height: 1.3; }
-.card.better strong { color: var(--good); } .card.worse strong { color: var(--bad); }
-strong, td { font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; min-width: 60%; }
-th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap;
-  vertical-align: bottom; }
-th, td { padding: .42rem 1.5rem .42rem 0; border-bottom: 1px solid var(--line); }
-td:first-child { white-space: nowrap; } td.n { white-space: nowrap; }
-th:last-child, td:last-child { padding-right: .25rem; }
-.n { text-align: right; } .total td { font-weight: 600; border-bottom: 0; }
-.track { position: relative; display: inline-block; width: 9rem; height: .5rem;
-  border-radius: .25rem; background: var(--line); }
-.track i { position: absolute; top: 0; bottom: 0; min-width: 3px; border-radius: .25rem;
-  background: var(--blue); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr));
-  gap: 1.5rem; }
-figure { margin: .5rem 0 0; min-width: 0; }
-img, video { display: block; width: 100%; height: auto; border-radius: .4rem; }
-.wide { overflow-x: auto; } .wide figure { min-width: 42rem; }
-code { font-size: .85em; overflow-wrap: anywhere; }
-"""

@@ -55,12 +55,15 @@ class Interval(NamedTuple):
 class RolloutPool:
     """Worker processes that step environments; use as a context manager, for many policies."""
 
-    def __init__(self, workers: int | None = None):
-        """Starts the processes: `workers`, or one for each core that this process may use."""
+    def __init__(self, workers: int | None = None, *, fix_goal: bool = True):
+        """Starts the processes: `workers`, or one for each core that this process may use.
+
+        With `fix_goal=False` every seed has a goal of its own, as in PushT-M.
+        """
         if workers is not None and workers < 1:
             raise ValueError(f"a rollout pool needs at least one worker, got {workers}")
         target = "uva_jax.envs.pusht:RolloutWorker"
-        self._workers = [WorkerProcess(target) for _ in range(workers or usable_cores())]
+        self._workers = [WorkerProcess(target, fix_goal) for _ in range(workers or usable_cores())]
 
     def __enter__(self) -> "RolloutPool":
         return self

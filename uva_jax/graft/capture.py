@@ -98,8 +98,7 @@ def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.A
 
 def capture_strips(
     policy: Policy,
-    images: jax.Array,
-    actions: jax.Array,
+    batch: Mapping[str, jax.Array],
     samples: jax.Array,
     key: jax.Array,
     *,
@@ -110,8 +109,9 @@ def capture_strips(
 
     Args:
       policy: the teacher.
-      images: (b, strip + n_frames - 1, h, w, 3) uint8; window k sees frames k ... k + n_frames - 1.
-      actions: (b, strip, n, a) raw.
+      batch: what `WindowReader.read` gives: "image" (b, strip + n_frames - 1, h, w, 3), where
+        window k sees frames k ... k + n_frames - 1, "action" (b, strip, n, a) raw, and the further
+        inputs of this policy.
       samples: (b, strip) sample numbers, which seed the draws.
       key: base key.
       blocks: also give the blocks' activations.
@@ -121,26 +121,35 @@ def capture_strips(
       The arrays of `cache_arrays`, each with a leading axis b * strip.
     """
     b, strip = samples.shape
-    n_frames = policy.config.mar.n_frames
-    frames = rearrange(images, "b f h w c -> (b f) h w c")
-    mean, logvar = encode_in_parts(policy, frames, encode_frames)
-    window = np.arange(strip)[:, None] + np.arange(n_frames)
-
-    def windows(x):
-        x = rearrange(x, "(b f) h w c -> b f h w c", b=b)[:, window]
-        return rearrange(x, "b k t h w c -> (b k) t h w c")
-
+    window = np.arange(strip)[:, None] + np.arange(policy.config.mar.n_frames)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(samples.reshape(-1))
 
     def draw(stream, make):
         return jax.vmap(lambda k: make(jax.random.fold_in(k, stream)))(keys)
 
-    eps = draw(0, lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))
-    latents = policy.vae.sample(windows(mean), windows(logvar), eps)
-    z = policy.video_tokens(latents)
+    def latents(images, stream):
+        frames = rearrange(images, "b f h w c -> (b f) h w c")
+        moments = encode_in_parts(policy, frames, encode_frames)
+        mean, logvar = (
+            rearrange(
+                rearrange(x, "(b f) h w c -> b f h w c", b=b)[:, window],
+                "b k t h w c -> (b k) t h w c",
+            )
+            for x in moments
+        )
+        eps = draw(stream, lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))
+        return policy.vae.sample(mean, logvar, eps)
+
+    obs = {
+        name: rearrange(values, "b k ... -> (b k) ...")
+        for name, values in batch.items()
+        if name not in ("image", "wrist_image")
+    }
+    wrist = latents(batch["wrist_image"], 3) if policy.config.mar.proprio_image else None
+    z = policy.video_tokens(latents(batch["image"], 0), policy.streams(obs, wrist))
     head = policy.action_head
     e_c = head.condition(z)
-    nactions = policy.normalize("action", rearrange(actions, "b k n a -> (b k) n a"))
+    nactions = policy.normalize("action", obs["action"])
     found = {"z": z, "actions": nactions, "condition": e_c}
     if blocks:
         t = draw(1, lambda k: jax.random.randint(k, (), 0, head.config.train_steps))
@@ -153,18 +162,18 @@ def capture_strips(
 def make_capture(
     policy: Policy, mesh: Mesh, *, blocks: bool, encode_frames: int = 0
 ) -> Callable[..., Mapping[str, jax.Array]]:
-    """The mapped, jitted capture: f(variables, images, actions, samples, key) -> activations.
+    """The mapped, jitted capture: f(variables, batch, samples, key) -> activations.
 
-    `variables` is `nnx.state(policy)`, replicated; the other arrays are split over the mesh's data
-    axes by their leading (strip) axis, and so is every result.
+    `variables` is `nnx.state(policy)`, replicated; the arrays of `batch` and `samples` are split
+    over the mesh's data axes by their leading (strip) axis, and so is every result.
     """
     graphdef, _ = nnx.split(policy)
     rows = P(("data", "fsdp", "tensor"))
 
-    def per_device(variables, images, actions, samples, key):
+    def per_device(variables, batch, samples, key):
         policy = nnx.merge(graphdef, variables)
         return capture_strips(
-            policy, images, actions, samples, key, blocks=blocks, encode_frames=encode_frames
+            policy, batch, samples, key, blocks=blocks, encode_frames=encode_frames
         )
 
-    return sharded_map(per_device, mesh, in_specs=(P(), rows, rows, rows, P()), out_specs=rows)
+    return sharded_map(per_device, mesh, in_specs=(P(), rows, rows, P()), out_specs=rows)

@@ -16,11 +16,10 @@ from flax import nnx
 
 from uva_jax import parallel
 from uva_jax.data import source
-from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.graft.activations import ActivationCache
 from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
 from uva_jax.metrics import MetricsWriter
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.policy import Policy
 
 
 class Site(NamedTuple):
@@ -32,18 +31,11 @@ class Site(NamedTuple):
     barrier: Callable[[str], None] = lambda name: None
 
 
-def frame_stride(policy: Policy) -> int:
-    """Steps between the frames of an observation: 4 for the 16-step window."""
-    picks = eval_frame_indices(policy.config.n_obs_steps, policy.config.mar.n_frames)
-    return picks[1] - picks[0]
-
-
 def capture_cache(
     site: Site,
     teacher: Policy,
     strips: source.Strips,
-    buffer: ReplayBuffer,
-    data: source.DataOptions,
+    reader: source.WindowReader,
     options: CaptureOptions,
     *,
     seed: int,
@@ -55,7 +47,7 @@ def capture_cache(
       site: the cache's folder; progress and processes.
       teacher: the policy whose activations are taken.
       strips: from `source.plan_strips`, at least num_samples / strip of them.
-      buffer, data: where the windows are read.
+      reader: reads the windows.
       options: `config.capture`.
       seed: of the VAE's and the diffusion's draws, which depend on (seed, sample) alone.
       origin: the teacher's hash; a cache of another teacher is refused.
@@ -68,7 +60,7 @@ def capture_cache(
     chunk = options.batch * options.strip
     arrays = cache_arrays(teacher, options)
     samples = options.num_samples
-    meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(data)}
+    meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(reader.options)}
     for turn in (True, False):  # the primary creates, then the others join
         if site.is_primary == turn:
             cache = ActivationCache.create(site.folder, arrays, samples, chunk=chunk, meta=meta)
@@ -83,18 +75,10 @@ def capture_cache(
             chunks = mine[start : start + devices]
             padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
             rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
-            batch = source.read_strips(
-                buffer,
-                strips,
-                # The last chunk may be short of strips; repeats fill it and are not stored.
-                np.minimum(rows, len(strips) - 1),
-                options=data,
-                n_frames=teacher.config.mar.n_frames,
-                stride=frame_stride(teacher),
-                n_actions=teacher.config.mar.n_actions,
-            )
+            # The last chunk may be short of strips; repeats fill it and are not stored.
+            batch = reader.read(strips, np.minimum(rows, len(strips) - 1))
             numbers = rows[:, None] * options.strip + np.arange(options.strip)
-            found = run(variables, batch["image"], batch["action"], numbers, key)
+            found = run(variables, batch, numbers, key)
             found = {k: np.asarray(v).astype(cache.dtype(k)) for k, v in found.items()}
             for slot, index in enumerate(chunks):
                 first, last = cache.chunk_range(index)

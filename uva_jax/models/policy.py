@@ -154,36 +154,60 @@ class Policy(nnx.Module):
     # ---- acting ----
 
     def video_tokens(
-        self, cond: jax.Array, streams: Mapping[str, jax.Array] | None = None
+        self,
+        cond: jax.Array,
+        streams: Mapping[str, jax.Array] | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """The decoder's tokens z in policy mode.
 
         Args:
           cond: (b, t, h', w', z) history latents.
           streams: further inputs of `MAR.embed` (language, proprioception, past actions).
+          key: training key (dropout, random replacement of inputs). None: inference.
 
         Returns:
           (b, t * s, decoder_embed_dim).
         """
         tokens = mar.patchify(cond, self.config.patch_size)
-        return self.mar(None, None, tokens, task_mode="policy_model", **(streams or {}))
+        return self.mar(None, None, tokens, task_mode="policy_model", key=key, **(streams or {}))
 
-    def streams(self, obs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The inputs beside the images that this policy's transformer takes, from `obs`."""
-        streams = {}
-        if self.config.mar.text_dim:
-            if "text_latents" not in obs:
-                raise UserError("this policy needs obs['text_latents'], one vector per sample.")
+    def streams(
+        self, obs: Mapping[str, jax.Array], wrist_cond: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The inputs beside the images that this policy's transformer takes.
+
+        Args:
+          obs: "text_latents" (b, text_dim); "past_action" (b, n_actions, a) raw, which may be left
+            out; the states named in `config.proprio_keys` (b, steps, k) raw: each as the policy
+            takes it.
+          wrist_cond: (b, t, h', w', z) latents of the wrist camera's history.
+
+        Raises:
+          UserError: an input is missing.
+        """
+        c, streams = self.config.mar, {}
+        wanted = (("text_latents",) if c.text_dim else ()) + (
+            self.config.proprio_keys if c.proprio_dim else ()
+        )
+        if missing := [name for name in wanted if name not in obs]:
+            raise UserError(
+                f"this policy also takes {', '.join(missing)}, but the observation holds only "
+                f"{', '.join(obs)}."
+            )
+        if c.text_dim:
             streams["text_latents"] = obs["text_latents"]
-        if self.config.mar.history_action and "past_action" in obs:
+        if c.history_action and "past_action" in obs:
             streams["history_nactions"] = self.normalize("action", obs["past_action"])
-        if self.config.mar.proprio_dim:
+        if c.proprio_dim:
             parts = [self.normalize(k, obs[k]) for k in self.config.proprio_keys]
             state = jnp.concatenate(parts, axis=-1)
-            steps = self.config.mar.proprio_steps
-            if state.shape[1] != steps:
-                state = state[:, np.array(eval_frame_indices(state.shape[1], steps))]
+            if state.shape[1] != c.proprio_steps:
+                state = state[:, np.array(eval_frame_indices(state.shape[1], c.proprio_steps))]
             streams["proprio"] = state
+            if c.proprio_image:
+                streams["proprio_tokens"] = mar.patchify(wrist_cond, self.config.patch_size)
         return streams
 
     def encode_observation(
@@ -200,12 +224,38 @@ class Policy(nnx.Module):
             eps = jax.random.normal(key, self.latent_shape(images.shape[0]))
         return self.encode_frames(self.preprocess(images), eps)
 
+    def condition(
+        self,
+        obs: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        vae_eps: jax.Array | None = None,
+        wrist_eps: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """An observation as `video_tokens` takes it: history latents and further streams.
+
+        Args are those of `predict_action`; `key` draws the VAE's noises that are not given.
+
+        Raises:
+          UserError: the observation lacks an input of this policy.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        names = ("image", "wrist_image") if self.config.mar.proprio_image else ("image",)
+        if missing := [name for name in names if name not in obs]:
+            raise UserError(f"the observation has no {' and no '.join(missing)}.")
+        wrist = None
+        if self.config.mar.proprio_image:
+            wrist = self.encode_observation(obs["wrist_image"], key=keys[1], eps=wrist_eps)
+        cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
+        return cond, self.streams(obs, wrist)
+
     def predict_action(
         self,
         obs: Mapping[str, jax.Array],
         *,
         key: jax.Array | None = None,
         vae_eps: jax.Array | None = None,
+        wrist_eps: jax.Array | None = None,
         noise: jax.Array | None = None,
         sampling_steps: str | None = None,
         eta: float | None = None,
@@ -214,9 +264,10 @@ class Policy(nnx.Module):
 
         Args:
           obs: "image" (b, n_obs_steps, h, w, 3), uint8 or float in [0, 1] (or the n_frames that
-            UVA would pick), and whatever else the policy takes (see `streams`).
+            UVA would pick), "wrist_image" alike, and whatever else the policy takes (see
+            `streams`).
           key: draws what is not given.
-          vae_eps: (b, n_frames, h', w', z) the VAE's sampling noise.
+          vae_eps, wrist_eps: (b, n_frames, h', w', z) the VAE's sampling noise.
           noise: (K + 1, b, n_actions, action_dim) the action loop's noise.
           sampling_steps: respacing in place of the head's own, such as "10".
           eta: None for ancestral sampling, a number for DDIM.
@@ -225,15 +276,11 @@ class Policy(nnx.Module):
           "action" (b, n_action_steps, action_dim) to execute and "action_pred"
           (b, n_actions, action_dim), both in raw units.
         """
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        streams = self.streams(obs)
-        if self.config.mar.proprio_image:
-            wrist = self.encode_observation(obs["wrist_image"], key=keys[2])
-            streams["proprio_tokens"] = mar.patchify(wrist, self.config.patch_size)
-        cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
+        encode_key, sample_key = (None, None) if key is None else jax.random.split(key)
+        cond, streams = self.condition(obs, key=encode_key, vae_eps=vae_eps, wrist_eps=wrist_eps)
         nactions = self.action_head.sample(
             self.video_tokens(cond, streams),
-            key=keys[1],
+            key=sample_key,
             noise=noise,
             temperature=self.config.temperature,
             sampling_steps=sampling_steps,

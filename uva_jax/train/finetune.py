@@ -22,7 +22,6 @@ from uva_jax.data import source
 from uva_jax.data.sequences import select_episodes
 from uva_jax.errors import UserError
 from uva_jax.graft.activations import ActivationCache
-from uva_jax.models import mar
 from uva_jax.models.layers import sub_key
 from uva_jax.models.lora import PREFIX, init_lora, merge_lora
 from uva_jax.models.policy import Policy
@@ -79,16 +78,10 @@ def loss_on_tokens(policy: Policy, batch: Mapping, key: jax.Array, options: Fine
 
 
 def loss_on_images(policy: Policy, batch: Mapping, key: jax.Array, options: FinetuneOptions):
-    """The same from "image" (b, n_frames, h, w, 3) uint8 and raw "action" (b, n, a)."""
-    eps = jax.random.normal(sub_key(key, 0), policy.latent_shape(len(batch["image"])))
-    frames = policy.preprocess(batch["image"])
-    cond = jax.lax.stop_gradient(policy.encode_frames(frames, eps))
-    z = policy.mar(
-        None,
-        None,
-        mar.patchify(cond, policy.config.patch_size),
-        task_mode="policy_model",
-        key=sub_key(key, 1) if options.dropout else None,
+    """The same from raw windows: an observation as `Policy.condition` takes it, and "action"."""
+    cond, streams = policy.condition(batch, key=sub_key(key, 0))
+    z = policy.video_tokens(
+        jax.lax.stop_gradient(cond), streams, key=sub_key(key, 1) if options.dropout else None
     )
     actions = policy.normalize("action", batch["action"])
     rows = policy.action_head.loss(actions, z, key=sub_key(key, 2), draws=options.noise_draws)
@@ -270,30 +263,15 @@ def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed
 
 
 def image_batches(
-    buffer,
-    strips: source.Strips,
-    data: source.DataOptions,
-    policy: Policy,
-    stride: int,
-    options: FinetuneOptions,
-    seed: int,
+    reader: source.WindowReader, strips: source.Strips, options: FinetuneOptions, seed: int
 ):
-    """Batches of windows by step, read from the replay buffer."""
+    """Batches of windows by step, read from the replay buffer; `strips` are single windows."""
     batch = min(options.batch, len(strips))
 
     def batches(start: int, stop: int) -> Iterator:
         for step in range(start, stop):
             rows = _own(epoch_rows(seed, len(strips), batch, step, step + 1)[0])
-            found = source.read_strips(
-                buffer,
-                strips,
-                rows,
-                options=data,
-                n_frames=policy.config.mar.n_frames,
-                stride=stride,
-                n_actions=policy.config.mar.n_actions,
-            )
-            yield {"image": found["image"], "action": found["action"][:, 0]}
+            yield source.single_windows(reader.read(strips, rows))
 
     return batches
 

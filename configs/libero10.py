@@ -1,0 +1,21 @@
+"""Full size: graft the published `libero10.ckpt`, which is told its task in language.
+
+    python -m uva_jax.data.import_hdf5 --kind libero data/libero_10 --out data/libero_10.zarr
+    python -m uva_jax.main --config configs/libero10.py --workdir runs/libero10
+
+The task sentences are those of the files' names; their latents come from the language tower in
+the checkpoint and CLIP's vocabulary (`config.data.vocabulary`), or from a file of latents
+(`config.data.language`).
+There is no Libero simulator here: the graft is judged by its actions on held-out windows.
+"""
+
+from configs import pusht
+
+
+def get_config():
+    config = pusht.get_config()
+    config.teacher.checkpoint = "pretrained_models/libero10.ckpt"
+    config.data.path = "data/libero_10.zarr"
+    config.data.image_key = "agentview_rgb"
+    config.evaluate.simulator = ""
+    return config

@@ -1,0 +1,16 @@
+"""Full size: graft the published `pusht_multitask.ckpt` (PushT-M: a new goal in every episode).
+
+    python -m uva_jax.main --config configs/pusht_multitask.py --workdir runs/pusht_multitask
+
+As `configs/pusht.py`, on the data of PushT-M, and rolled out with a random goal for every seed.
+"""
+
+from configs import pusht
+
+
+def get_config():
+    config = pusht.get_config()
+    config.teacher.checkpoint = "pretrained_models/pusht_multitask.ckpt"
+    config.data.path = "data/pusht_multitask"
+    config.evaluate.simulator = "pusht_multitask"
+    return config

@@ -1,0 +1,22 @@
+"""Full size: graft a UVA policy of robomimic's tool hang (wrist camera, the robot's state).
+
+    python -m uva_jax.data.import_hdf5 --kind robomimic data/tool_hang/ph/image_abs.hdf5 \\
+        --out data/tool_hang.zarr
+    python -m uva_jax.main --config configs/toolhang.py --workdir runs/toolhang
+
+Whether the policy takes the wrist camera, the state and past actions is read from the checkpoint;
+what it does not take is not read. There is no robomimic simulator here: the graft is judged by its
+actions on held-out windows.
+"""
+
+from configs import pusht
+
+
+def get_config():
+    config = pusht.get_config()
+    config.teacher.checkpoint = "pretrained_models/toolhang.ckpt"
+    config.data.path = "data/tool_hang.zarr"
+    config.data.image_key = "sideview_image"
+    config.data.wrist_key = "robot0_eye_in_hand_image"
+    config.evaluate.simulator = ""
+    return config

@@ -1,0 +1,133 @@
+"""Action figures on held-out windows: how far a policy's actions are from the demonstrated ones.
+
+These need no simulator, so they exist for every task. Each policy draws several samples a window
+from equal noise; their spread says how sure it is, and average precision asks whether it is right
+where it is sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from uva_jax import diffusion
+from uva_jax.data import source
+from uva_jax.models.policy import Policy
+
+TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # distances in normalised units, whose range is 2
+
+
+def average_precision(correct: np.ndarray, confidence: np.ndarray) -> float:
+    """The mean precision at each correct prediction, walking from the surest to the least sure.
+
+    Args:
+      correct, confidence: (n,) booleans, and numbers that rank (ties keep their order).
+
+    Returns:
+      A number in 0..1; 0 if nothing is correct.
+    """
+    ranked = np.asarray(correct, bool)[np.argsort(-np.asarray(confidence), kind="stable")]
+    if not ranked.any():
+        return 0.0
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())
+
+
+def action_figures(
+    samples: np.ndarray, truth: np.ndarray, tolerances: Sequence[float] = TOLERANCES
+) -> dict:
+    """Error, accuracy and mean average precision of sampled actions.
+
+    A predicted step is right if its distance to the demonstrated one (root mean square over the
+    action's dimensions) is within a tolerance. It is ranked by how little the samples differ.
+
+    Args:
+      samples: (draws, windows, n, a) normalised; the first draw is the prediction.
+      truth: (windows, n, a) normalised.
+      tolerances: in normalised units.
+
+    Returns:
+      "mse", "accuracy" {tolerance: share of steps}, "average_precision" {tolerance: AP} and
+      "map", their mean over the tolerances.
+    """
+    distance = np.sqrt(np.mean((samples[0] - truth) ** 2, axis=-1)).ravel()
+    spread = np.sqrt(np.mean(np.var(samples, axis=0), axis=-1)).ravel()
+    accuracy = {str(t): float(np.mean(distance <= t)) for t in tolerances}
+    precision = {str(t): average_precision(distance <= t, -spread) for t in tolerances}
+    return {
+        "mse": float(np.mean((samples[0] - truth) ** 2)),
+        "accuracy": accuracy,
+        "average_precision": precision,
+        "map": float(np.mean(list(precision.values()))),
+    }
+
+
+def sample_actions(
+    policy: Policy,
+    reader: source.WindowReader,
+    strips: source.Strips,
+    *,
+    draws: int,
+    sampling_steps: str,
+    seed: int,
+    batch: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A policy's actions on single windows; the noise depends on the seed and the window alone.
+
+    Args:
+      policy: whose actions.
+      reader, strips: the windows, strips of one.
+      draws: samples a window.
+      sampling_steps: respacing of the head's diffusion ("": its own).
+      seed: of all noise.
+      batch: windows at a time.
+
+    Returns:
+      samples (draws, windows, n, a) and truth (windows, n, a), normalised.
+    """
+    graph, variables = nnx.split(policy)
+    head = policy.config.action_head
+    steps = sampling_steps or head.sampling_steps
+    loop = len(diffusion.make_schedule(steps, head.train_steps)) + 1
+
+    @jax.jit
+    def run(variables, obs, numbers):
+        policy = nnx.merge(graph, variables)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+
+        def normal(stream, shape):
+            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, stream), shape))(keys)
+
+        latent = policy.latent_shape(1)[1:]
+        cond, streams = policy.condition(
+            obs, vae_eps=normal(0, latent), wrist_eps=normal(1, latent)
+        )
+        z = policy.video_tokens(cond, streams)
+        noise = normal(2, (draws, loop, head.n_actions, head.channels))
+        return policy.normalize("action", obs["action"]), jnp.stack(
+            [
+                policy.action_head.sample(
+                    z,
+                    noise=rearrange(noise[:, i], "b k n a -> k b n a"),
+                    temperature=policy.config.temperature,
+                    sampling_steps=steps,
+                )
+                for i in range(draws)
+            ]
+        )
+
+    samples, truth = [], []
+    for start in range(0, len(strips), batch):
+        rows = np.arange(start, start + batch)
+        # Repeats fill the last batch and are cut off again.
+        obs = source.single_windows(reader.read(strips, np.minimum(rows, len(strips) - 1)))
+        found = run(variables, obs, rows)
+        kept = min(batch, len(strips) - start)
+        truth.append(np.asarray(found[0])[:kept])
+        samples.append(np.asarray(found[1])[:, :kept])
+    return np.concatenate(samples, axis=1), np.concatenate(truth)
