@@ -256,17 +256,16 @@ def test_windows_repeat_the_first_frame_and_the_last_action(buffer):
     )
 
 
-@pytest.mark.parametrize("strip", [1, 5])
-def test_strips_reach_from_the_first_window_to_the_last(buffer, strip):
+@pytest.mark.parametrize("strip", [1, 5, 13])
+def test_every_window_is_in_a_strip(buffer, strip):
     lengths = np.diff(buffer.episode_ends, prepend=0)
     strips = source.plan_strips(
         buffer.episode_ends, np.ones(3, bool), strip=strip, stride=4, options=_data(), seed=0
     )
     for episode, length in enumerate(lengths):
         steps = np.unique(strips.current[strips.episode == episode])
-        assert (steps[0], steps[-1]) == (0, length - 10)
-        if strip == 1:
-            np.testing.assert_array_equal(steps, np.arange(length - 9))
+        np.testing.assert_array_equal(steps, np.arange(length - 9))
+    assert strips.current.size < 1.6 * sum(lengths - 9)  # few windows come twice
 
 
 def test_an_episode_shorter_than_a_window_is_refused_with_a_sentence():

@@ -173,8 +173,7 @@ def plan_strips(
       seed: of the order.
       count: how many strips; they repeat in a new order when there are fewer.
 
-    The first and the last window of an episode are always in; with strips longer than one, up to
-    a strip's worth of windows before the last may be in none.
+    Every window of every chosen episode is in at least one strip.
 
     Raises:
       UserError: no episode is long enough for a window.
@@ -184,10 +183,11 @@ def plan_strips(
     last = lengths - (options.horizon // 2 + 1 - options.pad_after)
     episodes, starts = [], []
     for episode in np.flatnonzero(mask & (last >= 0)):
-        for phase in range(stride):
+        for phase in range(min(stride, last[episode] + 1)):
             first = np.arange(phase, last[episode] + 1, stride * strip)
-            # The last strip of an episode is moved back so that it ends with the last window.
-            first = np.minimum(first, last[episode] - stride * (strip - 1))
+            # The last strip is moved back so that it ends with the phase's last window.
+            final = first[-1] + (last[episode] - first[-1]) // stride * stride
+            first = np.minimum(first, final - stride * (strip - 1))
             starts.append(first)
             episodes.append(np.full(len(first), episode))
     if not episodes:
