@@ -36,7 +36,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "plan": ["libtpu>=0.0.40"],  # compile for a TPU slice that is not there
         "torch": ["torch>=2.4"],  # `convert verify` and the torch twin of the head
+        "hdf5": ["h5py>=3.10"],  # import recordings of Libero and robomimic
+        "codecs": ["imagecodecs>=2024.1.1"],  # import UMI's recordings and upstream's caches
         "dev": [
+            "h5py>=3.10",
+            "imagecodecs>=2024.1.1",
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.8",

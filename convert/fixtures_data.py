@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
 import types
 
@@ -14,7 +15,7 @@ from einops import rearrange
 
 from convert.checks import Checks
 from convert.golden import SINGLE, Golden
-from uva_jax.data import normalizer, sequences
+from uva_jax.data import normalizer, observations, sequences
 from uva_jax.errors import UserError
 from uva_jax.models.policy import Policy, resize_bilinear
 from uva_jax.train.optim import OptimOptions, ema_decay, ema_update, make_optimizer, warmup_cosine
@@ -25,6 +26,7 @@ _FLOAT32 = 2e-6  # relative, for a handful of float32 operations
 def check(golden: Golden, checks: Checks) -> None:
     """Runs every check of a data_path file that this project's training data path has code for."""
     _frames(golden, checks)
+    _windows(golden, checks)
     _trajectories(golden, checks)
     _resize(golden, checks)
     _normalizers(golden, checks)
@@ -52,19 +54,56 @@ def _frames(golden: Golden, checks: Checks) -> None:
         checks.compare(f"select_frames/{name}", got, expected, 0.0)
     table = golden.facts["history_combinations"]["all"]
     checks.compare("history_combinations", sequences.history_combinations(), np.array(table), 0.0)
+
+
+def _windows(golden: Golden, checks: Checks) -> None:
+    facts = golden.facts
+    table = sequences.history_combinations()
+    for entry in facts.get("select_frames_different_history_freq", []):
+        # Python's choice among a list draws one place in it.
+        drawn = table[random.Random(entry["py_seed"]).choice(range(len(table)))]
+        picks = observations.window_picks(32, train=True, history=drawn)
+        key = f"select_frames_different_history_freq/{entry['py_seed']}"
+        checks.compare(key, picks, np.array(entry["indices"]), 0.0)
     for case in golden.children("proc/"):
-        prefix = f"proc/{case}"
-        task, kind = case.split("_", 1)
-        if task == "umi" or kind.endswith("dhf"):
-            continue  # frames picked by the data set itself, or by Python's random
-        frames = golden[f"{prefix}/in/image"]
-        picks = sequences.select_frames(frames.shape[1], train=kind == "train")
+        prefix, train = f"proc/{case}", "_train" in case
+        obs = {k.rsplit("/", 1)[1]: golden[k] for k in golden.keys(f"{prefix}/in/")}
+        own = obs.pop("img_indices", None)  # the data set chose the frames, each sample its own
+        if own is not None:
+            picks = own[..., 0].astype(np.int64)
+        else:
+            draw = random.Random(facts["py_seed_for_dhf"]).choice(range(len(table)))
+            drawn = table[draw] if train and case.endswith("_dhf") else None
+            picks = observations.window_picks(obs["image"].shape[1], train=train, history=drawn)
         checks.compare(f"{prefix}/out/indices", picks, golden[f"{prefix}/out/indices"], 0.0)
-        images = rearrange(frames[:, picks], "b t c h w -> b t h w c")
-        # Pixels are recorded without resizing: a size of their own switches it off.
-        sized = types.SimpleNamespace(config=types.SimpleNamespace(image_size=images.shape[-2]))
-        got = rearrange(Policy.preprocess(sized, jnp.asarray(images)), "b t h w c -> b c t h w")
-        _compare(golden, checks, f"{prefix}/out/x", got, _FLOAT32)
+        history, future = observations.split_window(
+            obs,
+            train=train,
+            picks=picks,
+            states_at_frames=case.endswith("_dhf") or own is not None,
+        )
+        frames = np.concatenate([history["image"], *([future["image"]] if train else [])], axis=1)
+        _compare(golden, checks, f"{prefix}/out/x", _pixels(frames), _FLOAT32)
+        found = {"second_image": history.get("wrist_image")}
+        found["pred_second_image"] = future.get("wrist_image")
+        for name in sorted(set(obs) - set(observations.IMAGES)):
+            short = "state" if name == "agent_pos" else name
+            found |= {short: history[name], f"{short}_pred": future.get(name)}
+        for name, value in found.items():
+            key = f"{prefix}/out/prop/{name}"
+            # What the original gives as None is not recorded, and must be missing here too.
+            checks.compare(f"{key} is there", value is not None, key in golden, 0.0)
+            if value is not None and key in golden:
+                value = _pixels(value) if name.endswith("second_image") else value
+                _compare(golden, checks, key, value, _FLOAT32 if value.ndim == 5 else 0.0)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Images (b, t, c, h, w) in [0, 1] as the policy takes them, in the original's layout."""
+    images = jnp.asarray(rearrange(images, "b t c h w -> b t h w c"))
+    # They are recorded without resizing: a size of their own switches it off.
+    sized = types.SimpleNamespace(config=types.SimpleNamespace(image_size=images.shape[-2]))
+    return np.asarray(rearrange(Policy.preprocess(sized, images), "b t h w c -> b c t h w"))
 
 
 def _trajectories(golden: Golden, checks: Checks) -> None:
@@ -106,9 +145,18 @@ def _normalizers(golden: Golden, checks: Checks) -> None:
         }
         for name, value in found.items():
             _compare(golden, checks, f"{prefix}/{name}", value, _FLOAT32)
-    prefix = "norm/pusht_like/params_dict.image"
+    prefix = "norm/pusht_like"
     if golden.keys(prefix):
-        _field(golden, checks, prefix, normalizer.image_field())
+        # A policy's normalizer, fitted to the first four columns.
+        fields = {
+            "action": normalizer.fit_field(data[..., :2]),
+            "agent_pos": normalizer.fit_field(data[..., 2:4]),
+            "image": normalizer.image_field(),
+        }
+        for name, field in fields.items():
+            _field(golden, checks, f"{prefix}/params_dict.{name}", field)
+        got = normalizer.normalize(query[..., :2], fields["action"])
+        _compare(golden, checks, f"{prefix}/action_normalized", got, _FLOAT32)
 
 
 def _field(golden: Golden, checks: Checks, prefix: str, field: dict) -> None:
@@ -156,7 +204,8 @@ def _ema(golden: Golden, checks: Checks) -> None:
         steps = jnp.arange(len(golden[key]))
         got = ema_decay(steps, power=exponent, update_after_step=int(after))
         checks.compare(key, got, golden[key], _FLOAT32)
-    # Before update i (from 1) every parameter of the recorded net grows by 0.1 i.
+    # Before update i (from 1) every parameter of the recorded net grows by 0.1 i. Its frozen bias
+    # and its batch norm are copies in the original; here only what trains has an average.
     moved = jnp.asarray(golden["ema/step0/model/0.weight"])
     average = jnp.asarray(golden["ema/step0/ema/0.weight"])
     steps = [name for name in golden.children("ema/") if name.startswith("step")]

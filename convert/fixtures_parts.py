@@ -15,8 +15,9 @@ from convert.checks import Checks
 from convert.golden import SAMPLED, SINGLE, Golden, filled, load_module
 from uva_jax import diffusion
 from uva_jax.models import losses, mar
+from uva_jax.models.frames import frame_indices
 from uva_jax.models.mlp_head import MLPHead
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MLPHeadConfig
 from uva_jax.models.vae import VAE, Level
 
@@ -201,7 +202,7 @@ def end_to_end(golden: Golden, checks: Checks, checkpoint: Path) -> None:
 
 def _predict(golden: Golden, checks: Checks, policy: Policy) -> None:
     images = rearrange(golden["predict/image_uint8"], "b t c h w -> b t h w c")
-    picks = np.array(eval_frame_indices(images.shape[1], policy.config.mar.n_frames))
+    picks = np.array(frame_indices(images.shape[1], policy.config.mar.n_frames))
     frames = policy.preprocess(jnp.asarray(images[:, picks]))
     key = "predict/vae_input_stride8"
     got = rearrange(frames, "b t h w c -> b c t h w")[..., ::8, ::8]

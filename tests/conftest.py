@@ -63,9 +63,10 @@ def make_policy(config: PolicyConfig = CONFIG) -> Policy:
         if not path.startswith("normalizer/"):
             noise = jax.random.normal(jax.random.key(number), x.shape)
             arrays[path] = x + 0.05 * noise
-    for field, _ in config.normalizer_fields:
-        arrays[f"normalizer/{field}/scale"] = jnp.full(2, 1 / 256)
-        arrays[f"normalizer/{field}/offset"] = jnp.full(2, -1.0)
+    for field, width in config.normalizer_fields:
+        pixels = width == 2  # PushT's positions; other fields are about 1 in size
+        arrays[f"normalizer/{field}/scale"] = jnp.full(width, 1 / 256 if pixels else 0.9)
+        arrays[f"normalizer/{field}/offset"] = jnp.full(width, -1.0 if pixels else 0.1)
     return policy_io.replace(policy, arrays)
 
 

@@ -9,7 +9,12 @@ import pytest
 import tensorstore as ts
 
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.replay_writer import UNIT_STEPS, ReplayBufferWriter, write_replay_buffer
+from uva_jax.data.replay_writer import (
+    UNIT_STEPS,
+    ReplayBufferWriter,
+    to_uint8_cache,
+    write_replay_buffer,
+)
 from uva_jax.errors import UserError
 
 ENDS = np.array([40, 65, 125])
@@ -233,3 +238,75 @@ def test_the_writer_touches_nothing_that_is_not_its_own(tmp_path):
     long_writer(tmp_path / "w", source="a")
     with pytest.raises(UserError, match="holds a different replay buffer"):
         long_writer(tmp_path / "w", source="b")
+
+
+TASKS = ("pick up the mug", "fold the towel")
+
+
+@pytest.fixture
+def of_tasks(tmp_path):
+    values = {"action": arrays()["action"]}
+    path = tmp_path / "tasks.zarr"
+    write_replay_buffer(path, values, ENDS, tasks=TASKS, episode_task=np.array([1, 0, 1]))
+    return path
+
+
+def test_tasks_are_read_back_from_folder_and_zip(of_tasks, tmp_path):
+    for path in (of_tasks, zip_up(of_tasks, tmp_path / "b.zip", "inner/tasks.zarr/")):
+        buffer = ReplayBuffer.open(path)
+        assert buffer.tasks == TASKS and buffer.episode_task.tolist() == [1, 0, 1]
+
+
+def test_a_buffer_without_tasks_names_none(folder):
+    buffer = ReplayBuffer.open(folder)
+    assert buffer.tasks == () and buffer.episode_task.tolist() == [0, 0, 0]
+
+
+def test_tasks_are_part_of_the_fingerprint_and_of_a_uint8_copy(of_tasks, tmp_path):
+    buffer = ReplayBuffer.open(of_tasks)
+    plain = write_replay_buffer(tmp_path / "plain.zarr", {"action": buffer.read("action")}, ENDS)
+    assert plain.fingerprint() != buffer.fingerprint()
+    assert to_uint8_cache(buffer, tmp_path / "copy.zarr").fingerprint() == buffer.fingerprint()
+
+
+def rename_tasks(folder, tasks):
+    (folder / "meta/.zattrs").write_text(json.dumps({"tasks": tasks}))
+
+
+def renumber(folder, values):
+    shutil.rmtree(folder / "meta/episode_task")
+    values = np.array(values)
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/meta/episode_task/"},
+        "metadata": {"shape": list(values.shape), "dtype": values.dtype.str, "compressor": None},
+    }
+    ts.open(spec, create=True).result().write(values).result()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: rename_tasks(f, "pick"), "tasks of meta must be a list of sentences"),
+        (lambda f: rename_tasks(f, ["pick", 3]), "tasks of meta must be a list of sentences"),
+        (lambda f: rename_tasks(f, ["pick"]), "names the tasks 0 to 1, but .* holds 1 sentences"),
+        (lambda f: renumber(f, [0, -1, 0]), "names the tasks -1 to 0"),
+        (lambda f: renumber(f, [0, 1]), r"each of the 3 episodes, but has shape \(2,\)"),
+        (lambda f: renumber(f, [0.0, 1.0, 0.0]), "one whole number .* dtype float64"),
+        (lambda f: shutil.rmtree(f / "meta/episode_task"), "lacks meta/episode_task"),
+        (lambda f: (f / "meta/.zattrs").write_text("[]"), "should hold a JSON object"),
+    ],
+)
+def test_damaged_tasks_are_explained(of_tasks, damage, message):
+    damage(of_tasks)
+    with pytest.raises(UserError, match=message):
+        ReplayBuffer.open(of_tasks)
+
+
+def test_a_foreign_codec_is_named(folder):
+    file = folder / "data/img/.zarray"
+    described = json.loads(file.read_text())
+    described["compressor"] = {"id": "imagecodecs_jpegxl", "level": 99}
+    file.write_text(json.dumps(described))
+    with pytest.raises(UserError, match="data/img is stored with the codec imagecodecs_jpegxl"):
+        ReplayBuffer.open(folder)

@@ -16,7 +16,8 @@ from einops import rearrange
 
 from convert.from_torch import convert_checkpoint
 from uva_jax.models import mar
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy import Policy
 
 HERE = Path(__file__).parent
 TEACHER = HERE.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
@@ -55,7 +56,7 @@ def window(latents):
 
 
 def test_frames_are_picked_and_resized_as_the_original_does(teacher, reference):
-    picks = np.array(eval_frame_indices(16))
+    picks = np.array(frame_indices(16))
     frames = teacher.preprocess(jnp.asarray(reference["in/frames_uint8"])[:, picks])
     frames = rearrange(frames, "b t h w c -> (b t) c h w")[..., ::4, ::4]
     assert_close(frames, reference["in/resized_stride4"], SINGLE)

@@ -1,7 +1,9 @@
 """Diffusion-policy replay buffers: zarr v2, `data/<key>`, `meta/episode_ends`.
 
 A buffer is opened lazily with tensorstore, from a `.zarr` folder or from the zip in which such
-folders are published. `replay_writer` makes the same layout.
+folders are published. `replay_writer` makes the same layout. Buffers of several tasks also say
+which episode shows which: `meta/episode_task` numbers the sentences of the attribute `tasks` of
+`meta`.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from uva_jax.errors import UserError
 
 FRAME_BYTES = 1024  # a step of at least this size is an image
 OWN_ATTRIBUTES = "uva_jax"  # the writer's block among the root attributes
+_CODECS = ("blosc", "bz2", "gzip", "zlib", "zstd")  # what tensorstore decodes
 
 Progress = Callable[[int, int], None]  # (done, total), called as work advances
 
@@ -30,9 +33,15 @@ class ReplayBuffer:
       path: where it was opened.
       episode_ends: int64 (n_episodes,), the cumulative lengths.
       attributes: the root's zarr attributes.
+      tasks: the sentences of the tasks shown; empty if the buffer names none.
+      episode_task: int64 (n_episodes,), each episode's place in `tasks`; zeros if it names none.
     """
 
-    def __init__(self, path: Path, kvstore: dict, arrays: dict[str, dict], attributes: dict):
+    codecs = _CODECS  # those whose chunks this class reads
+
+    def __init__(
+        self, path: Path, kvstore: dict, arrays: dict[str, dict], attributes: dict, meta: dict
+    ):
         self.path = path
         self.attributes = attributes
         self._kvstore = kvstore
@@ -41,6 +50,17 @@ class ReplayBuffer:
         ends = self._finish("meta/episode_ends", self._store("meta/episode_ends").read())
         self.episode_ends = np.asarray(ends, np.int64)
         check_episode_ends(self.episode_ends, str(path))
+        tasks, episode_task = meta.get("tasks", []), np.zeros(self.n_episodes, np.int64)
+        if "meta/episode_task" in arrays:
+            name = "meta/episode_task"
+            episode_task = np.asarray(self._finish(name, self._store(name).read()))
+        elif len(tasks) > 1:
+            raise UserError(
+                f"{path} names {len(tasks)} tasks, but lacks meta/episode_task, which says which "
+                "episode shows which: the copy is incomplete"
+            )
+        check_tasks(tasks, episode_task, self.n_episodes, str(path))
+        self.tasks, self.episode_task = tuple(tasks), episode_task.astype(np.int64)
         for key in self.keys:
             if not self.shape(key) or self.shape(key)[0] != self.n_steps:
                 raise UserError(
@@ -54,12 +74,14 @@ class ReplayBuffer:
         """Opens the buffer at `path`, a `.zarr` folder or a zip that holds one.
 
         Raises UserError when nothing is there, when it is not such a buffer, when one of the
-        `required` arrays is missing, or when lengths disagree.
+        `required` arrays is missing, when images are stored by a codec that zarr v2 does not have
+        of its own, or when lengths disagree.
         """
         path = Path(path)
         if not path.exists():
             raise UserError(f"there is no replay buffer at {path}: check the path")
-        kvstore, arrays, attributes = _open_zip(path) if path.is_file() else _open_folder(path)
+        opened = _open_zip(path) if path.is_file() else _open_folder(path)
+        kvstore, arrays, attributes, meta = opened
         own = attributes.get(OWN_ATTRIBUTES)
         if isinstance(own, dict) and own.get("complete") is False:
             raise UserError(
@@ -72,7 +94,15 @@ class ReplayBuffer:
         if missing:
             wanted = ", ".join(f"data/{key}" for key in missing)
             raise UserError(f"{path} lacks {wanted}; it holds {_listing(arrays)}")
-        return cls(path, kvstore, arrays, attributes)
+        for name, metadata in arrays.items():
+            codec = (metadata.get("compressor") or {}).get("id")
+            if codec is not None and codec not in cls.codecs:
+                raise UserError(
+                    f"{path}: {name} is stored with the codec {codec}, which is not one of zarr "
+                    "v2's own: make a plain copy with python -m uva_jax.data.import_hdf5 --kind "
+                    f"zarr {path} --out COPY.zarr"
+                )
+        return cls(path, kvstore, arrays, attributes, meta)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -140,6 +170,8 @@ class ReplayBuffer:
         meant as the "hash of the inputs" of whatever is computed from a buffer.
         """
         digest = hashlib.sha256(self.episode_ends.tobytes())
+        if self.tasks:
+            digest.update(json.dumps(self.tasks).encode() + self.episode_task.tobytes())
         for key in self.keys:
             shape, dtype = self.shape(key), self.dtype(key)
             digest.update(f"{key} {shape} {dtype}".encode())
@@ -203,6 +235,22 @@ def check_episode_ends(ends: np.ndarray, name: str) -> None:
         )
 
 
+def check_tasks(tasks: Sequence, episode_task: np.ndarray, n_episodes: int, name: str) -> None:
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
+        raise UserError(f"{name}: the attribute tasks of meta must be a list of sentences")
+    if episode_task.shape != (n_episodes,) or episode_task.dtype.kind not in "iu":
+        raise UserError(
+            f"{name}: meta/episode_task must hold one whole number for each of the {n_episodes} "
+            f"episodes, but has shape {episode_task.shape} and dtype {episode_task.dtype}"
+        )
+    low, high = int(episode_task.min()), int(episode_task.max())
+    if low < 0 or high >= max(len(tasks), 1):
+        raise UserError(
+            f"{name}: meta/episode_task names the tasks {low} to {high}, but the attribute tasks "
+            f"of meta holds {len(tasks)} sentences"
+        )
+
+
 def _listing(arrays: Mapping) -> str:
     return ", ".join(sorted(arrays)) or "no arrays"
 
@@ -213,13 +261,16 @@ def read_json(path: Path) -> dict:
 
 def _parse(content: bytes, name: str) -> dict:
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:
         raise UserError(f"{name} is not readable JSON ({error}): the copy is damaged") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name} should hold a JSON object: the copy is damaged")
+    return found
 
 
-def _open_folder(path: Path) -> tuple[dict, dict, dict]:
-    """The store, the arrays' metadata by name, and the root's attributes."""
+def _open_folder(path: Path) -> tuple[dict, dict, dict, dict]:
+    """The store, the arrays' metadata by name, and the attributes of the root and of meta."""
     if not (path / "data").is_dir() or not (path / "meta").is_dir():
         inner = [p for p in path.iterdir() if (p / "meta" / "episode_ends").is_dir()]
         hint = f"; did you mean {inner[0]}?" if inner else ""
@@ -233,10 +284,10 @@ def _open_folder(path: Path) -> tuple[dict, dict, dict]:
     files = [f for group in ("data", "meta") for f in (path / group).glob("*/.zarray")]
     arrays = {f.parent.relative_to(path).as_posix(): read_json(f) for f in files}
     kvstore = {"driver": "file", "path": f"{path.resolve()}/"}
-    return kvstore, arrays, read_json(path / ".zattrs")
+    return kvstore, arrays, read_json(path / ".zattrs"), read_json(path / "meta" / ".zattrs")
 
 
-def _open_zip(path: Path) -> tuple[dict, dict, dict]:
+def _open_zip(path: Path) -> tuple[dict, dict, dict, dict]:
     """As `_open_folder`; the buffer may lie in a folder inside the zip."""
     tail = "meta/episode_ends/.zarray"
     try:
@@ -255,10 +306,11 @@ def _open_zip(path: Path) -> tuple[dict, dict, dict]:
                 for short, name in inner.items()
                 if short.endswith("/.zarray") and short.count("/") == 2
             }
-            attributes = {}
-            if ".zattrs" in inner:
-                attributes = _parse(archive.read(inner[".zattrs"]), f"{path}: .zattrs")
+            attributes, meta = (
+                _parse(archive.read(inner[name]), f"{path}: {name}") if name in inner else {}
+                for name in (".zattrs", "meta/.zattrs")
+            )
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is neither a zarr folder nor a readable zip: {error}") from error
     base = {"driver": "file", "path": str(path.resolve())}
-    return {"driver": "zip", "base": base, "path": roots[0]}, arrays, attributes
+    return {"driver": "zip", "base": base, "path": roots[0]}, arrays, attributes, meta

@@ -19,6 +19,7 @@ from uva_jax.data.replay_buffer import (
     Progress,
     ReplayBuffer,
     check_episode_ends,
+    check_tasks,
     is_frame,
     read_json,
     to_uint8,
@@ -61,6 +62,8 @@ class ReplayBufferWriter:
         episode_ends: np.ndarray,
         *,
         attributes: Mapping | None = None,
+        tasks: Sequence[str] = (),
+        episode_task: np.ndarray | None = None,
     ) -> "ReplayBufferWriter":
         """Starts a buffer at `path`, or goes on with a half-written one of the same description.
 
@@ -68,6 +71,8 @@ class ReplayBufferWriter:
           arrays: key -> (shape of one step, dtype), for instance ("img": ((96, 96, 3), "uint8")).
           episode_ends: (n_episodes,) cumulative lengths.
           attributes: JSON-able facts kept in the root's attributes; part of the description.
+          tasks: the sentences of the tasks shown, if there are several or a policy reads them.
+          episode_task: (n_episodes,) each episode's place in `tasks`; the first by default.
 
         Raises UserError when something else is at `path`.
         """
@@ -79,6 +84,11 @@ class ReplayBufferWriter:
             "episodes": hashlib.sha256(episode_ends.tobytes()).hexdigest(),
             **json.loads(json.dumps(attributes or {})),
         }
+        if tasks:
+            number = np.zeros(len(episode_ends)) if episode_task is None else episode_task
+            episode_task = np.asarray(number, np.int64)
+            check_tasks(tasks, episode_task, len(episode_ends), str(path))
+            about["tasks"] = [list(tasks), episode_task.tolist()]
         found = own_attributes(path)
         path.mkdir(parents=True, exist_ok=True)
         if found is None and any(p.suffix != ".tmp" for p in path.iterdir()):
@@ -96,6 +106,11 @@ class ReplayBufferWriter:
             for name, content in ((".zattrs", b"{}"), (".zgroup", b'{"zarr_format": 2}')):
                 if not (path / group / name).exists():
                     write_atomically(path / group / name, content)
+        if tasks:
+            numbers = _create_array(path, "meta/episode_task", episode_task.shape, np.int64)
+            numbers[...].write(episode_task).result()
+            named = json.dumps({"tasks": list(tasks)}, indent=2)
+            write_atomically(path / "meta" / ".zattrs", named.encode())
         return cls(path, arrays, episode_ends)
 
     @property
@@ -135,14 +150,24 @@ class ReplayBufferWriter:
 
 
 def write_replay_buffer(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], episode_ends: np.ndarray
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    episode_ends: np.ndarray,
+    *,
+    tasks: Sequence[str] = (),
+    episode_task: np.ndarray | None = None,
 ) -> ReplayBuffer:
-    """Writes arrays that are in memory, each (n_steps, *item), as one replay buffer."""
+    """Writes arrays that are in memory, each (n_steps, *item), as one replay buffer.
+
+    `tasks` and `episode_task` are those of `ReplayBufferWriter.create`.
+    """
     described = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
     for key, value in arrays.items():
         if len(value) != episode_ends[-1]:
             raise ValueError(f"{key} has {len(value)} steps, episode_ends says {episode_ends[-1]}")
-    writer = ReplayBufferWriter.create(path, described, episode_ends)
+    writer = ReplayBufferWriter.create(
+        path, described, episode_ends, tasks=tasks, episode_task=episode_task
+    )
     for unit in writer.missing_units():
         start, stop = writer.unit_range(unit)
         writer.write_unit(unit, {key: value[start:stop] for key, value in arrays.items()})
@@ -168,7 +193,14 @@ def to_uint8_cache(
         for key in keys
     }
     attributes = {"cast_from": source.fingerprint()}
-    writer = ReplayBufferWriter.create(path, described, source.episode_ends, attributes=attributes)
+    writer = ReplayBufferWriter.create(
+        path,
+        described,
+        source.episode_ends,
+        attributes=attributes,
+        tasks=source.tasks,
+        episode_task=source.episode_task,
+    )
     if writer.complete:
         return ReplayBuffer.open(path)
     for unit in writer.missing_units():

@@ -9,6 +9,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from uva_jax.errors import UserError
+from uva_jax.models.frames import frame_indices
 
 
 def create_indices(
@@ -110,24 +111,8 @@ def select_episodes(
 
 
 def select_frames(num_steps: int, *, n_frames: int = 4, train: bool) -> np.ndarray:
-    """The positions of a window whose frames the model sees; int64.
-
-    In training 2 * n_frames of them, the first half history and the second half target, in
-    evaluation n_frames of history. The stride is num_steps // count and the first one n_frames - 1,
-    whatever the stride, so 32 steps give 3, 7, ..., 31 and 16 give 3, 7, 11, 15.
-
-    Raises UserError for lengths for which upstream fails with an IndexError (24, 33, ...), and for
-    those at which its stride gives another number of frames than the model takes.
-    """
-    count = 2 * n_frames if train else n_frames
-    stride = num_steps // count
-    positions = np.arange(0, num_steps, stride) + n_frames - 1 if stride else np.arange(0)
-    if len(positions) != count or positions[-1] >= num_steps:
-        raise UserError(
-            f"{count} frames cannot be taken from a window of {num_steps} steps: with the stride "
-            f"{stride} they would be steps {positions.tolist()}; use {4 * count} steps"
-        )
-    return positions
+    """`models.frames.frame_indices` as an int64 array, to index and to gather with."""
+    return np.array(frame_indices(num_steps, n_frames, train=train))
 
 
 def history_combinations() -> np.ndarray:

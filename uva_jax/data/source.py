@@ -19,7 +19,8 @@ from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import validation_mask
 from uva_jax.errors import UserError
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
 
 
@@ -107,7 +108,7 @@ class WindowSpec:
     def of(cls, config: PolicyConfig) -> WindowSpec:
         """The windows of a policy's `predict_action`."""
         mar = config.mar
-        picks = eval_frame_indices(config.n_obs_steps, mar.n_frames)
+        picks = frame_indices(config.n_obs_steps, mar.n_frames)
         return cls(
             n_frames=mar.n_frames,
             stride=picks[1] - picks[0],

@@ -19,7 +19,8 @@ from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paire
 from uva_jax.graft.capture import encode_in_parts
 from uva_jax.identity import read_json, write_json
 from uva_jax.metrics import read_metrics
-from uva_jax.models.policy import Policy, eval_frame_indices
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy import Policy
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
 
@@ -210,7 +211,7 @@ def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOpti
             max_steps=options.max_steps,
             n_obs_steps=config.n_obs_steps,
             n_action_steps=config.n_action_steps,
-            frame_indices=eval_frame_indices(config.n_obs_steps, config.mar.n_frames),
+            frame_indices=frame_indices(config.n_obs_steps, config.mar.n_frames),
             record_seeds=recorded,
             progress=progress,
         )

@@ -15,6 +15,7 @@ from einops import rearrange
 
 from uva_jax.errors import UserError
 from uva_jax.models import mar
+from uva_jax.models.frames import frame_indices
 from uva_jax.models.layers import sub_key
 
 if TYPE_CHECKING:
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
 
 VIDEO_MODES = ("video_model", "dynamic_model", "full_dynamic_model")
 ACTION_MODES = ("policy_model", "inverse_model", "full_dynamic_model")
-
-
-def train_frame_indices(n_steps: int, n_frames: int = 4) -> tuple[int, ...]:
-    """The history and future frames of a training window: 32 -> (3, 7, ..., 31).
-
-    Raises:
-      UserError: the window length does not fit UVA's rule.
-    """
-    stride = max(1, n_steps // (2 * n_frames))
-    picks = tuple(i + n_frames - 1 for i in range(0, n_steps, stride))
-    if picks[-1] >= n_steps or len(picks) != 2 * n_frames:
-        raise UserError(
-            f"a window of {n_steps} steps cannot give {2 * n_frames} frames by UVA's rule "
-            f"(it would pick {picks}); use horizon=32."
-        )
-    return picks
 
 
 def latent_loss(
@@ -140,7 +125,7 @@ def encode_batch(
     n_frames, horizon = policy.config.mar.n_frames, batch["action"].shape[1]
     images = batch["image"]
     if images.shape[1] != 2 * n_frames:
-        images = images[:, jnp.array(train_frame_indices(images.shape[1], n_frames))]
+        images = images[:, jnp.array(frame_indices(images.shape[1], n_frames, train=True))]
     frames = policy.preprocess(images)
     shape = policy.latent_shape(len(frames))
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from uva_jax.errors import UserError
 from uva_jax.models import losses, mar
+from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
 from uva_jax.models.policy_config import HeadConfig, PolicyConfig
@@ -33,21 +34,6 @@ def make_head(config: HeadConfig | None, *, dtype=None, rngs: nnx.Rngs) -> Diffu
         return None
     kind = MLPHead if config.kind == "mlp" else GraftedHead
     return kind(config, dtype=dtype, rngs=rngs)
-
-
-def eval_frame_indices(n_steps: int, n_frames: int = 4) -> tuple[int, ...]:
-    """The frames of an observation window that the policy looks at: 16 -> (3, 7, 11, 15).
-
-    Raises:
-      UserError: the last index falls outside the window (upstream's rule cannot handle it).
-    """
-    picks = tuple(range(n_frames - 1, n_steps + n_frames - 1, max(1, n_steps // n_frames)))
-    if picks[-1] >= n_steps or len(picks) != n_frames:
-        raise UserError(
-            f"a window of {n_steps} observations cannot give {n_frames} frames by UVA's rule "
-            f"(it would pick {picks}); use n_obs_steps=16."
-        )
-    return picks
 
 
 def _divide(x: jax.Array, divisor: float) -> jax.Array:
@@ -204,7 +190,7 @@ class Policy(nnx.Module):
             parts = [self.normalize(k, obs[k]) for k in self.config.proprio_keys]
             state = jnp.concatenate(parts, axis=-1)
             if state.shape[1] != c.proprio_steps:
-                state = state[:, np.array(eval_frame_indices(state.shape[1], c.proprio_steps))]
+                state = state[:, np.array(frame_indices(state.shape[1], c.proprio_steps))]
             streams["proprio"] = state
             if c.proprio_image:
                 streams["proprio_tokens"] = mar.patchify(wrist_cond, self.config.patch_size)
@@ -219,7 +205,7 @@ class Policy(nnx.Module):
         """
         n_frames = self.config.mar.n_frames
         if images.shape[1] != n_frames:
-            images = images[:, np.array(eval_frame_indices(images.shape[1], n_frames))]
+            images = images[:, np.array(frame_indices(images.shape[1], n_frames))]
         if eps is None:
             eps = jax.random.normal(key, self.latent_shape(images.shape[0]))
         return self.encode_frames(self.preprocess(images), eps)

@@ -1,0 +1,326 @@
+"""Recordings of Libero, robomimic and UMI as replay buffers, in the form that the policies see.
+
+    python -m uva_jax.data.import_hdf5 --kind libero data/libero_10 --out data/libero_10.zarr
+    python -m uva_jax.data.import_hdf5 --kind robomimic image_abs.hdf5 --out data/tool_hang.zarr
+    python -m uva_jax.data.import_hdf5 --kind zarr cup.zarr.zip --task "pick up an espresso cup" \\
+        --out data/cup.zarr
+
+Arrays keep the names of upstream's `shape_meta`; `action` becomes position, rotation_6d and
+gripper. An interrupted run goes on where it stopped. Files are read a piece at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from uva_jax.data.replay_buffer import Progress, ReplayBuffer
+from uva_jax.data.replay_writer import ReplayBufferWriter
+from uva_jax.data.rotations import actions_to_10d
+from uva_jax.errors import UserError
+
+_LIBERO_FILE = "_demo.hdf5"
+# Absolute targets are within centimeters of the hand; relative ones, about 0, are not.
+_NEAR = 0.5  # meters
+_BLOCK = 128  # steps that are read at once
+
+
+class Recording(Protocol):
+    """Episodes that are read piece by piece.
+
+    Attributes:
+      name: where they come from, part of the description of what is written.
+      tasks: the sentence of each episode's task, or ().
+      lengths: (episodes,) steps.
+      arrays: key -> (shape of one step, dtype).
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    lengths: np.ndarray
+    arrays: dict[str, tuple[tuple[int, ...], str]]
+
+    def read(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Steps [start, stop) of the episodes laid end to end."""
+
+
+class _Layout(NamedTuple):
+    """Where a kind of HDF5 file keeps what a policy needs, below data/demo_<i>/obs."""
+
+    frames: tuple[str, ...]
+    states: tuple[str, ...]
+    position: str  # of the hand, in the frame of absolute actions
+    upside_down: bool  # MuJoCo's images, as Libero stores them, have their first row at the bottom
+
+
+_LAYOUTS = {
+    "libero": _Layout(("agentview_rgb",), (), "ee_pos", True),
+    "robomimic": _Layout(
+        ("robot0_eye_in_hand_image", "sideview_image"),
+        ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
+        "robot0_eef_pos",
+        False,
+    ),
+}
+
+
+class Hdf5Recording:
+    """The demonstrations of one HDF5 file of Libero or robomimic (a `Recording`)."""
+
+    def __init__(self, path: Path, layout: _Layout, task: str | None, limit: int | None):
+        """Opens the file and looks at every demonstration's shapes.
+
+        Raises:
+          UserError: no HDF5 file, no demonstrations, something is missing or does not fit, or the
+            actions are not absolute.
+        """
+        self.path, self.name = path, f"{path.name} {path.stat().st_size}"
+        self._layout = layout
+        h5py = _h5py()
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            raise UserError(f"{path} is not a readable HDF5 file: {error}") from error
+        group = self._file.get("data")
+        group = group if isinstance(group, h5py.Group) else {}
+        numbers = sorted(int(m[1]) for m in (re.fullmatch(r"demo_(\d+)", k) for k in group) if m)
+        self._demos = [group[f"demo_{number}"] for number in numbers[:limit]]
+        if not self._demos:
+            found = ", ".join(self._file) or "nothing"
+            raise UserError(f"{path} holds no demonstrations data/demo_<number>; it holds {found}")
+        self.tasks = () if task is None else (task,) * len(self._demos)
+        self.lengths = np.array([self._length(demo) for demo in self._demos])
+        first = self._demos[0]
+        self.arrays = {
+            key: (first[f"obs/{key}"].shape[1:], "uint8" if key in layout.frames else "float32")
+            for key in layout.frames + layout.states
+        }
+        self.arrays["action"] = ((10,), "float32")
+        self._check_absolute(first)
+        self._starts = np.append(0, np.cumsum(self.lengths))
+
+    def read(self, key: str, start: int, stop: int) -> np.ndarray:
+        """See `Recording.read`; images uint8, everything else float32."""
+        parts = []
+        episodes = zip(self._demos, self._starts[:-1], self._starts[1:], strict=True)
+        for demo, begin, end in episodes:
+            if begin < stop and end > start:
+                values = demo["actions" if key == "action" else f"obs/{key}"]
+                try:
+                    parts.append(values[max(start - begin, 0) : min(stop, end) - begin])
+                except OSError as error:
+                    raise UserError(f"{self.path}: {values.name} is damaged: {error}") from error
+        values = np.concatenate(parts)
+        if key == "action":
+            return actions_to_10d(values)
+        if key not in self._layout.frames:
+            return values.astype(np.float32)
+        return values[:, ::-1] if self._layout.upside_down else values
+
+    def _length(self, demo) -> int:
+        """The steps of a demonstration that has all that is needed."""
+        frames, states = self._layout.frames, self._layout.states
+        wanted = ["actions", *(f"obs/{key}" for key in (*frames, *states))]
+        if missing := [key for key in wanted if key not in demo]:
+            found = ", ".join([*demo, *(f"obs/{key}" for key in demo.get("obs", {}))]) or "nothing"
+            raise UserError(
+                f"{self.path}: {demo.name} lacks {', '.join(missing)}; it holds {found}"
+            )
+        steps, first = demo["actions"].shape[0], self._demos[0]
+        for key in wanted:
+            if demo[key].shape != (steps, *first[key].shape[1:]) or not steps:
+                raise UserError(
+                    f"{self.path}: {demo.name}/{key} has shape {demo[key].shape}, where {steps} "
+                    f"steps of {first[key].shape[1:]} are expected"
+                )
+        if demo["actions"].shape[1:] != (7,):
+            raise UserError(
+                f"{self.path}: {demo.name}/actions has shape {demo['actions'].shape}, but 7 "
+                "numbers a step are expected: position, axis-angle and gripper of one arm"
+            )
+        if bad := [key for key in frames if demo[f"obs/{key}"].dtype != np.uint8]:
+            raise UserError(f"{self.path}: {demo.name}/obs/{bad[0]} does not hold uint8 pixels")
+        return steps
+
+    def _check_absolute(self, demo) -> None:
+        """Raises UserError for relative actions, which a policy of absolute ones cannot learn."""
+        place = demo.get(f"obs/{self._layout.position}")
+        if place is None or place.shape != (len(demo["actions"]), 3):
+            return
+        distance = float(np.median(np.linalg.norm(demo["actions"][:, :3] - place[:], axis=-1)))
+        if distance > _NEAR:
+            raise UserError(
+                f"{self.path}: the actions' positions are {distance:.2f} m away from the hand's, "
+                "so they are relative ones, which UVA does not use: give the file of absolute "
+                "actions (robomimic: image_abs.hdf5; Libero: upstream's converted .zarr.zip with "
+                "--kind zarr)"
+            )
+
+
+def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf5Recording]:
+    """The recordings of files or folders of files, in the order of their names.
+
+    Raises:
+      UserError: there is nothing, or something does not fit.
+    """
+    files: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            found = sorted(source.glob("*.hdf5"))
+            if not found:
+                raise UserError(f"{source} holds no .hdf5 files")
+            files += found
+        elif source.exists():
+            files.append(source)
+        else:
+            raise UserError(f"there is no file {source}: check the path")
+    tasks: list[str | None] = [None] * len(files)
+    if kind == "libero":
+        for number, file in enumerate(files):
+            if not file.name.endswith(_LIBERO_FILE):
+                raise UserError(
+                    f"{file} is not named <task>{_LIBERO_FILE}, and Libero's files carry their "
+                    "task's sentence in their name"
+                )
+            tasks[number] = file.name.removesuffix(_LIBERO_FILE).replace("_", " ")
+    layout = _LAYOUTS[kind]
+    return [Hdf5Recording(f, layout, t, limit) for f, t in zip(files, tasks, strict=True)]
+
+
+def write_recordings(
+    out: str | os.PathLike,
+    recordings: Sequence[Recording],
+    *,
+    progress: Progress | None = None,
+) -> ReplayBuffer:
+    """Writes recordings end to end as one replay buffer, or goes on with a half-written one.
+
+    Args:
+      out: the folder.
+      recordings: of the same arrays; their tasks become the buffer's.
+      progress: called with (steps done, steps in all).
+
+    Raises:
+      UserError: the recordings' arrays differ, only some name a task, or something else is at
+        `out`.
+    """
+    first = recordings[0]
+    for other in recordings[1:]:
+        if other.arrays != first.arrays:
+            raise UserError(
+                f"{other.name} and {first.name} do not fit into one buffer: they hold "
+                f"{other.arrays} and {first.arrays}"
+            )
+    lengths = np.concatenate([r.lengths for r in recordings])
+    shown = [task for r in recordings for task in r.tasks]
+    if shown and len(shown) != len(lengths):
+        raise UserError("either all or none of the recordings must come with sentences of tasks")
+    tasks = list(dict.fromkeys(shown))
+    writer = ReplayBufferWriter.create(
+        out,
+        first.arrays,
+        np.cumsum(lengths),
+        attributes={"imported_from": [r.name for r in recordings]},
+        tasks=tasks,
+        episode_task=np.array([tasks.index(task) for task in shown], np.int64),
+    )
+    if writer.complete:
+        return ReplayBuffer.open(out)
+    ends = np.cumsum([r.lengths.sum() for r in recordings])
+    for unit in writer.missing_units():
+        start, stop = writer.unit_range(unit)
+        values = {k: np.empty((stop - start, *s), d) for k, (s, d) in first.arrays.items()}
+        for recording, end in zip(recordings, ends, strict=True):
+            begin = end - recording.lengths.sum()
+            for step in range(max(start, begin), min(stop, end), _BLOCK):
+                until = min(step + _BLOCK, stop, end)
+                for key, target in values.items():
+                    target[step - start : until - start] = recording.read(
+                        key, step - begin, until - begin
+                    )
+        writer.write_unit(unit, values)
+        del values  # before the next unit takes as much memory again
+        if progress is not None:
+            progress(stop, writer.n_steps)
+    return writer.finish()
+
+
+def _h5py():
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(
+            "reading HDF5 files needs h5py: install it with pip install 'uva_jax[hdf5]'"
+        ) from error
+    return h5py
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m uva_jax.data.import_hdf5",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SRC", help="files or folders")
+    parser.add_argument(
+        "--kind",
+        required=True,
+        choices=(*_LAYOUTS, "zarr"),
+        help="libero: *_demo.hdf5, one a task; robomimic: image_abs.hdf5; zarr: upstream's own "
+        "buffers, whose images have codecs that only Python's imagecodecs reads",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the replay buffer to write")
+    parser.add_argument("--limit", type=int, help="take the first LIMIT episodes of every file")
+    parser.add_argument(
+        "--task", action="append", help="zarr: a file's task as a sentence, once for every SRC"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        help="zarr: the folder of CLIP's vocab.json, to read the sentences of a Libero cache",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; bad input is one sentence and status 2."""
+    from tqdm import tqdm
+
+    args = _parser().parse_args(argv)
+    try:
+        if args.limit is not None and args.limit < 1:
+            raise UserError(f"--limit is {args.limit}, but at least one episode is needed")
+        if args.kind == "zarr":
+            from uva_jax.data.import_zarr import open_zarr
+
+            recordings = open_zarr(args.sources, args.task, args.vocabulary, args.limit)
+        elif args.task or args.vocabulary:
+            raise UserError("--task and --vocabulary go with --kind zarr only")
+        else:
+            recordings = open_hdf5(args.kind, args.sources, args.limit)
+        with tqdm(unit="step", unit_scale=True) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            buffer = write_recordings(args.out, recordings, progress=show)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    arrays = ", ".join(f"{k} {buffer.shape(k)[1:]}" for k in buffer.keys)
+    print(f"{args.out}: {buffer.n_episodes} episodes, {buffer.n_steps} steps of {arrays}")
+    for number, task in enumerate(buffer.tasks):
+        print(f"  {int((buffer.episode_task == number).sum())} episodes: {task}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

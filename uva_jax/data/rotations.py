@@ -1,0 +1,60 @@
+"""Rotations and poses of robots, as UVA stores them: pytorch3d's conventions, in numpy.
+
+A pose in 9 numbers is a position and the first two rows of the rotation matrix (`rotation_6d`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from einops import rearrange
+
+
+def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
+    """Rotation vectors (..., 3), the angle in radians as their length -> float64 (..., 3, 3)."""
+    vector = np.asarray(vector, np.float64)
+    angle = np.linalg.norm(vector, axis=-1)[..., None, None]
+    x, y, z = np.moveaxis(vector, -1, 0)
+    zero = np.zeros_like(x)
+    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1)
+    cross = rearrange(cross, "... (i j) -> ... i j", i=3)
+    # Rodrigues' formula with sin(a) / a and (1 - cos a) / a^2 that hold at 0 too.
+    first, half = np.sinc(angle / np.pi), np.sinc(angle / (2 * np.pi))
+    return np.eye(3) + first * cross + half**2 / 2 * (cross @ cross)
+
+
+def matrix_to_rotation_6d(matrix: np.ndarray) -> np.ndarray:
+    """Rotation matrices (..., 3, 3) -> their first two rows (..., 6)."""
+    return rearrange(matrix[..., :2, :], "... i j -> ... (i j)")
+
+
+def rotation_6d_to_matrix(rows: np.ndarray) -> np.ndarray:
+    """The rotation (..., 3, 3) nearest in its first row to any two rows (..., 6), float64."""
+    first, second = np.split(np.asarray(rows, np.float64), 2, axis=-1)
+    first = first / np.linalg.norm(first, axis=-1, keepdims=True)
+    second = second - (first * second).sum(axis=-1, keepdims=True) * first
+    second = second / np.linalg.norm(second, axis=-1, keepdims=True)
+    return np.stack([first, second, np.cross(first, second)], axis=-2)
+
+
+def pose_matrix(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Positions (..., 3) and rotation matrices (..., 3, 3) as float64 (..., 4, 4)."""
+    result = np.zeros((*np.shape(position)[:-1], 4, 4))
+    result[..., :3, :3], result[..., :3, 3], result[..., 3, 3] = rotation, position, 1
+    return result
+
+
+def pose_to_9d(pose: np.ndarray) -> np.ndarray:
+    """Poses (..., 4, 4) -> position and `rotation_6d` (..., 9)."""
+    return np.concatenate([pose[..., :3, 3], matrix_to_rotation_6d(pose[..., :3, :3])], axis=-1)
+
+
+def pose_from_9d(values: np.ndarray) -> np.ndarray:
+    """The inverse of `pose_to_9d`."""
+    return pose_matrix(values[..., :3], rotation_6d_to_matrix(values[..., 3:]))
+
+
+def actions_to_10d(actions: np.ndarray) -> np.ndarray:
+    """Position, axis-angle, gripper (..., 7) -> position, `rotation_6d`, gripper, float32."""
+    rotation = matrix_to_rotation_6d(axis_angle_to_matrix(actions[..., 3:6]))
+    parts = [actions[..., :3], rotation, actions[..., 6:]]
+    return np.concatenate(parts, axis=-1).astype(np.float32)

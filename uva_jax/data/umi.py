@@ -1,0 +1,79 @@
+"""UMI's recordings as windows: poses of the hand relative to where it is now.
+
+The recordings hold absolute poses at the camera's rate and no actions. A window takes every third
+step of them, expresses its poses in the hand's current frame, and its actions are those poses
+themselves, with the gripper's width. Upstream: `umi_lazy_dataset.py`, with its default settings.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from uva_jax.data.rotations import axis_angle_to_matrix, pose_from_9d, pose_matrix, pose_to_9d
+
+STRIDE = 3  # steps of the recording (59.94 Hz) a step of a window
+PAST = 15  # steps of a window before the current one
+HORIZON = 32
+START_NOISE = 0.05  # radians; upstream blurs the start's rotation so that it cannot be memorized
+
+
+def window_steps(current: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Steps within the episode that windows hold: current (...) -> (..., HORIZON) int64.
+
+    Beyond an end of the episode (of `length` steps) the end is repeated. Every step of an episode
+    can be the current one; its frames are those of `models.frames.frame_indices`.
+    """
+    steps = np.asarray(current)[..., None] + STRIDE * np.arange(-PAST, HORIZON - PAST)
+    return np.clip(steps, 0, np.asarray(length)[..., None] - 1)
+
+
+def relative_window(
+    position: np.ndarray,
+    axis_angle: np.ndarray,
+    width: np.ndarray,
+    start_pose: np.ndarray,
+    *,
+    current: int = PAST,
+    rng: np.random.Generator | None = None,
+) -> dict[str, np.ndarray]:
+    """A window of absolute poses as the policy is shown it.
+
+    Args:
+      position: (..., t, 3) the hand's, in meters.
+      axis_angle: (..., t, 3) its rotation vector, in radians.
+      width: (..., t, 1) the gripper's, in meters.
+      start_pose: (..., 6) position and rotation vector at the start of the demonstration.
+      current: the position of the current step in the window.
+      rng: draws upstream's noise on the start's rotation (for training); None: no noise.
+
+    Returns:
+      float32 arrays under upstream's names: "robot0_eef_pos" (..., t, 3) and
+      "robot0_eef_rot_axis_angle" (..., t, 6), a rotation_6d in spite of its name, relative to the
+      current pose; "robot0_gripper_width" (..., t, 1);
+      "robot0_eef_rot_axis_angle_wrt_start" (..., t, 6); and "action" (..., t, 10).
+    """
+    poses = pose_matrix(position, axis_angle_to_matrix(axis_angle))
+    relative = pose_to_9d(np.linalg.inv(poses[..., current, None, :, :]) @ poses)
+    turn = np.asarray(start_pose, np.float64)[..., 3:]
+    if rng is not None:
+        turn = turn + rng.normal(scale=START_NOISE, size=turn.shape)
+    start = pose_matrix(start_pose[..., :3], axis_angle_to_matrix(turn))
+    from_start = pose_to_9d(np.linalg.inv(start[..., None, :, :]) @ poses)
+    found = {
+        "robot0_eef_pos": relative[..., :3],
+        "robot0_eef_rot_axis_angle": relative[..., 3:],
+        "robot0_gripper_width": width,
+        "robot0_eef_rot_axis_angle_wrt_start": from_start[..., 3:],
+        "action": np.concatenate([relative, width], axis=-1),
+    }
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def absolute_poses(actions: np.ndarray, current_pose: np.ndarray) -> np.ndarray:
+    """Actions (..., n, 10) relative to a pose (..., 6) -> absolute poses (..., n, 4, 4), float64.
+
+    The pose is position and rotation vector; the gripper's width is the actions' last number.
+    """
+    turn = axis_angle_to_matrix(current_pose[..., 3:])
+    base = pose_matrix(current_pose[..., :3], turn)
+    return base[..., None, :, :] @ pose_from_9d(actions[..., :9])
