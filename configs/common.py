@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
                 "path": "embedded",
                 "max_episodes": 0,  # embedded only: render the first so many (0: all 1,200)
                 "cache": "",  # where rendered frames are kept ("": the user's cache folder)
+                # "": arrays hold what the policy takes; "umi": UMI's recordings, whose absolute
+                # poses become relative to each window's current one, and its actions.
+                "layout": "",
                 "image_key": "img",
                 "wrist_key": "",  # the second camera's array, for policies that see one
                 "action_key": "action",

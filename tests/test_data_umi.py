@@ -5,9 +5,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from uva_jax.data.rotations import axis_angle_to_matrix, matrix_to_rotation_6d, pose_matrix
-from uva_jax.data.umi import HORIZON, PAST, absolute_poses, relative_window, window_steps
+from uva_jax.data.umi import absolute_poses, relative_window
 
 IDENTITY_6D = [1, 0, 0, 0, 1, 0]
+HORIZON, PAST = 32, 15  # a window, and the place of its current step
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_rotation_vectors_turn_as_scipys_do(size):
 
 
 def test_the_current_pose_is_the_identity(recording):
-    window = relative_window(**recording)
+    window = relative_window(**recording, current=PAST)
     np.testing.assert_allclose(window["robot0_eef_pos"][:, PAST], 0, atol=1e-6)
     rotation = window["robot0_eef_rot_axis_angle"][:, PAST]
     np.testing.assert_allclose(rotation, [IDENTITY_6D] * 2, atol=1e-6)
@@ -39,7 +40,7 @@ def test_the_current_pose_is_the_identity(recording):
 
 
 def test_actions_are_the_poses_and_the_grippers_width(recording):
-    window = relative_window(**recording)
+    window = relative_window(**recording, current=PAST)
     names = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
     joined = np.concatenate([window[name] for name in names], axis=-1)
     np.testing.assert_array_equal(window["action"], joined)
@@ -47,7 +48,7 @@ def test_actions_are_the_poses_and_the_grippers_width(recording):
 
 
 def test_actions_lead_back_to_the_absolute_poses(recording):
-    actions = relative_window(**recording)["action"]
+    actions = relative_window(**recording, current=PAST)["action"]
     now = [recording[name][:, PAST] for name in ("position", "axis_angle")]
     found = absolute_poses(actions, np.concatenate(now, axis=-1))
     wanted = pose_matrix(recording["position"], axis_angle_to_matrix(recording["axis_angle"]))
@@ -68,35 +69,28 @@ def test_where_the_world_is_does_not_matter(recording):
     )
     shape = recording["position"].shape
     other = relative_window(
+        current=PAST,
         position.reshape(shape), axis_angle.reshape(shape), recording["width"], start
     )
-    for name, value in relative_window(**recording).items():
+    for name, value in relative_window(**recording, current=PAST).items():
         np.testing.assert_allclose(other[name], value, atol=2e-6)
 
 
 def test_the_rotation_since_the_start_is_the_identity_at_the_start(recording):
     now = np.concatenate([recording["position"], recording["axis_angle"]], axis=-1)[:, 4]
-    found = relative_window(**{**recording, "start_pose": now})
+    found = relative_window(**{**recording, "start_pose": now}, current=PAST)
     since = found["robot0_eef_rot_axis_angle_wrt_start"]
     np.testing.assert_allclose(since[:, 4], [IDENTITY_6D] * 2, atol=1e-6)
 
 
 def test_noise_blurs_only_the_rotation_since_the_start(recording):
-    plain = relative_window(**recording)
-    blurred = relative_window(**recording, rng=np.random.default_rng(3))
-    again = relative_window(**recording, rng=np.random.default_rng(3))
+    plain = relative_window(**recording, current=PAST)
+    blurred = relative_window(**recording, current=PAST, rng=np.random.default_rng(3))
+    again = relative_window(**recording, current=PAST, rng=np.random.default_rng(3))
     for name in plain:
         np.testing.assert_array_equal(blurred[name], again[name])
         same = np.array_equal(blurred[name], plain[name])
         assert same == (name != "robot0_eef_rot_axis_angle_wrt_start")
-
-
-def test_windows_take_every_third_step_and_repeat_the_ends():
-    steps = window_steps(np.array([0, 60, 99]), np.array([100, 300, 100]))
-    assert steps.shape == (3, HORIZON)
-    assert steps[1].tolist() == list(range(15, 111, 3))
-    assert steps[0, : PAST + 2].tolist() == [0] * 16 + [3]
-    assert (steps[2, PAST:] == 99).all() and steps[2, PAST - 1] == 96
 
 
 def test_rotation_6d_is_the_first_two_rows():

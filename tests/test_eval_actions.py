@@ -38,7 +38,7 @@ def test_a_policy_that_knows_where_it_is_wrong_ranks_higher():
 
 def test_samples_do_not_depend_on_the_batch_and_repeat(teacher, buffer):
     options = source.DataOptions(
-        path="embedded", max_episodes=3, cache="", image_key="img", wrist_key="",
+        path="embedded", max_episodes=3, cache="", layout="", image_key="img", wrist_key="",
         action_key="action", language="", vocabulary="", horizon=32, pad_after=7,
         val_ratio=0.02, split_seed=42, mirror="",
     )  # fmt: skip

@@ -221,7 +221,7 @@ def test_a_depth_that_the_teacher_has_not_is_refused(teacher):
 
 def _data(**changes):
     values = dict(
-        path="embedded", max_episodes=3, cache="", image_key="img", wrist_key="",
+        path="embedded", max_episodes=3, cache="", layout="", image_key="img", wrist_key="",
         action_key="action", language="", vocabulary="", horizon=32, pad_after=7,
         val_ratio=0.02, split_seed=42, mirror="",
     )  # fmt: skip

@@ -20,6 +20,7 @@ T = TypeVar("T")
 _CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "teacher.weights": ("ema", "model"),
+    "data.layout": ("", "umi"),
     "data.mirror": ("", "pusht"),
     "evaluate.simulator": ("", "pusht", "pusht_multitask"),
     "head.cross_attention": ("condition", "residual"),

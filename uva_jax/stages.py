@@ -19,6 +19,7 @@ from convert.to_torch import export_policy
 from uva_jax import parallel, policy_io
 from uva_jax.config import section
 from uva_jax.data import source
+from uva_jax.data.umi import UmiReader
 from uva_jax.errors import UserError
 from uva_jax.eval import evaluate as evaluation
 from uva_jax.graft import activations, assemble, distill, record, stage1
@@ -84,10 +85,11 @@ def run_convert(context: Context) -> dict:
 def open_data(context: Context, policy: Policy) -> source.WindowReader:
     """The data as the policy reads it; rendering of the embedded data shows its progress."""
     options = section(context.config.data, source.DataOptions)
-    extra = source.WindowSpec.of(policy.config).arrays(options)
+    kind = UmiReader if options.layout == "umi" else source.WindowReader
+    required = kind.arrays(source.WindowSpec.of(policy.config), options)
     with _Rendering(context.metrics) as progress:
-        buffer = source.open_buffer(options, progress, extra)
-    return source.WindowReader(buffer, options, policy)
+        buffer = source.open_buffer(options, required, progress)
+    return kind(buffer, options, policy)
 
 
 class _Rendering:
@@ -135,7 +137,7 @@ def run_capture(context: Context) -> dict:
             reader.buffer.episode_ends,
             mask,
             strip=options.strip,
-            stride=reader.spec.stride,
+            stride=reader.stride,
             options=reader.options,
             seed=seed,
             count=-(-samples // options.strip),
@@ -226,7 +228,7 @@ def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOption
         reader.buffer.episode_ends,
         mask,
         strip=capture.strip if tokens else 1,
-        stride=reader.spec.stride,
+        stride=reader.stride,
         options=reader.options,
         seed=config.seed,
     )
@@ -268,12 +270,12 @@ def _held_out_windows(context: Context, policy: Policy):
     _, held_out = source.split(reader.buffer, reader.options)
     # Plain windows, never mirrored: what is asked is how well the demonstrations are met.
     plain = dataclasses.replace(reader.options, mirror="")
-    reader = source.WindowReader(reader.buffer, plain, policy)
+    reader = type(reader)(reader.buffer, plain, policy)
     strips = source.plan_strips(
         reader.buffer.episode_ends,
         held_out,
         strip=1,
-        stride=reader.spec.stride,
+        stride=reader.stride,
         options=plain,
         seed=context.config.evaluate.noise_seed,
     )

@@ -31,6 +31,7 @@ class DataOptions:
     path: str
     max_episodes: int
     cache: str
+    layout: str
     image_key: str
     wrist_key: str
     action_key: str
@@ -52,19 +53,19 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(base) / "uva_jax"
 
 
-def open_buffer(options: DataOptions, progress=None, extra: Sequence[str] = ()) -> ReplayBuffer:
+def open_buffer(options: DataOptions, required: Sequence[str], progress=None) -> ReplayBuffer:
     """Opens the data, rendering the embedded demonstrations on first use.
 
     Args:
       options: which data.
+      required: the arrays that must be there.
       progress: called with (frames done, frames in all) while rendering.
-      extra: arrays that must be there beside images and actions.
 
     Raises:
       UserError: the buffer is missing, damaged, or lacks an array.
     """
     if options.path == "embedded":
-        if extra:
+        if extra := sorted(set(required) - {"img", "action"}):
             raise UserError(
                 f"this policy reads {', '.join(extra)}, which the embedded demonstrations do not "
                 "have: give the data it was trained on with config.data.path"
@@ -72,7 +73,7 @@ def open_buffer(options: DataOptions, progress=None, extra: Sequence[str] = ()) 
         count = options.max_episodes or None
         name = f"pusht_demos_{count or 'all'}.zarr"
         return render_demos(cache_folder(options) / name, max_episodes=count, progress=progress)
-    return ReplayBuffer.open(options.path, required=(options.image_key, options.action_key, *extra))
+    return ReplayBuffer.open(options.path, required=required)
 
 
 def split(buffer: ReplayBuffer, options: DataOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -120,18 +121,6 @@ class WindowSpec:
             wrist=mar.proprio_image,
             text=mar.text_dim > 0,
         )
-
-    def arrays(self, options: DataOptions) -> tuple[str, ...]:
-        """The replay buffer's arrays that are read beside images and actions.
-
-        Raises:
-          UserError: the policy has a wrist camera and `config.data.wrist_key` is empty.
-        """
-        if self.wrist and not options.wrist_key:
-            raise UserError(
-                "this policy sees a wrist camera: name its array with config.data.wrist_key"
-            )
-        return self.states + ((options.wrist_key,) if self.wrist else ())
 
 
 @dataclass(frozen=True)
@@ -212,7 +201,33 @@ def plan_strips(
 
 
 class WindowReader:
-    """Reads strips of windows as a policy takes them."""
+    """Reads strips of windows as a policy takes them, from arrays that hold just that.
+
+    Attributes:
+      spec: what a window holds.
+      stride: steps of the recording between neighbouring frames, and windows of a strip.
+    """
+
+    pace = 1  # steps of the recording a step of a window
+
+    @classmethod
+    def arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
+        """The replay buffer's arrays that are read.
+
+        Raises:
+          UserError: the policy has a wrist camera and `config.data.wrist_key` is empty.
+        """
+        if spec.wrist and not options.wrist_key:
+            raise UserError(
+                "this policy sees a wrist camera: name its array with config.data.wrist_key"
+            )
+        wrist = (options.wrist_key,) if spec.wrist else ()
+        return (options.image_key, *wrist, *cls.value_arrays(spec, options))
+
+    @classmethod
+    def value_arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
+        """Those of them that hold no images."""
+        return (options.action_key, *spec.states)
 
     def __init__(self, buffer: ReplayBuffer, options: DataOptions, policy: Policy):
         """Looks up the language vector of every episode, if the policy takes one.
@@ -221,6 +236,7 @@ class WindowReader:
           UserError: the data lacks what the policy reads, or cannot be mirrored.
         """
         self.buffer, self.options, self.spec = buffer, options, WindowSpec.of(policy.config)
+        self.stride = self.spec.stride * self.pace
         if options.mirror and (self.spec.states or self.spec.wrist or self.spec.text):
             raise UserError(
                 f"config.data.mirror={options.mirror!r} mirrors images and actions, but this "
@@ -260,32 +276,46 @@ class WindowReader:
             axes = (slice(None), *[None] * (relative.ndim - 1))
             return np.clip(starts[axes] + relative, starts[axes], ends[axes] - 1)
 
-        early = current[:, :1] - spec.stride * np.arange(spec.n_frames - 1, 0, -1)
+        early = current[:, :1] - self.stride * np.arange(spec.n_frames - 1, 0, -1)
         frames = steps(np.concatenate([early, current], axis=1))
-        span = np.arange(
-            spec.action_offset - spec.past_actions, spec.action_offset + spec.n_actions
-        )
-        wanted = {options.image_key: frames, options.action_key: steps(current[..., None] + span)}
+        wanted = {options.image_key: frames}
         if spec.wrist:
             wanted[options.wrist_key] = frames
-        observed = np.arange(1 - spec.state_steps, 1)
-        wanted |= {name: steps(current[..., None] + observed) for name in spec.states}
-        read = self.buffer.read_rows(wanted)
-        actions = np.asarray(read[options.action_key], np.float32)
-        found = {
-            "image": _as_uint8(read[options.image_key], options.image_key),
-            "action": actions[:, :, spec.past_actions :],
-        }
+        past = max(spec.past_actions - spec.action_offset, spec.state_steps - 1)
+        window = np.arange(-past, spec.n_actions + spec.action_offset)
+        rows = steps(current[..., None] + self.pace * window)
+        names = self.value_arrays(spec, options)
+        read = self.buffer.read_rows(wanted | dict.fromkeys(names, rows))
+        found = {"image": _as_uint8(read[options.image_key], options.image_key)}
         if spec.wrist:
             found["wrist_image"] = _as_uint8(read[options.wrist_key], options.wrist_key)
+        actions, states = self.values({name: read[name] for name in names}, past)
+        first = past + spec.action_offset
+        found["action"] = actions[:, :, first : first + spec.n_actions]
         if spec.past_actions:
-            found["past_action"] = actions[:, :, : spec.past_actions]
-        found |= {name: np.asarray(read[name], np.float32) for name in spec.states}
+            found["past_action"] = actions[:, :, first - spec.past_actions : first]
+        observed = slice(past + 1 - spec.state_steps, past + 1)
+        found |= {name: states[name][:, :, observed] for name in spec.states}
         if options.mirror == "pusht":
             found = mirror_pusht(found, strips.mirror[rows])
         if self.text is not None:
             found["text_latents"] = np.repeat(self.text[episode][:, None], current.shape[1], axis=1)
         return found
+
+    def values(
+        self, read: Mapping[str, np.ndarray], current: int
+    ) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        """Actions and states, float32, of windows of arrays (b, strip, t, k) as they are stored.
+
+        Args:
+          read: the `value_arrays` by name.
+          current: the place of the current step in a window.
+
+        Returns:
+          actions (b, strip, t, a) and the states by name, (b, strip, t, k).
+        """
+        values = {name: np.asarray(value, np.float32) for name, value in read.items()}
+        return values[self.options.action_key], values
 
 
 def single_windows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

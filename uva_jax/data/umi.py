@@ -7,24 +7,33 @@ themselves, with the gripper's width. Upstream: `umi_lazy_dataset.py`, with its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from uva_jax.data.rotations import axis_angle_to_matrix, pose_from_9d, pose_matrix, pose_to_9d
+from uva_jax.data.source import DataOptions, WindowReader, WindowSpec
 
 STRIDE = 3  # steps of the recording (59.94 Hz) a step of a window
-PAST = 15  # steps of a window before the current one
-HORIZON = 32
+_POSE = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
 START_NOISE = 0.05  # radians; upstream blurs the start's rotation so that it cannot be memorized
 
 
-def window_steps(current: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Steps within the episode that windows hold: current (...) -> (..., HORIZON) int64.
+class UmiReader(WindowReader):
+    """Reads UMI's recordings (`config.data.layout="umi"`), whose poses are absolute."""
 
-    Beyond an end of the episode (of `length` steps) the end is repeated. Every step of an episode
-    can be the current one; its frames are those of `models.frames.frame_indices`.
-    """
-    steps = np.asarray(current)[..., None] + STRIDE * np.arange(-PAST, HORIZON - PAST)
-    return np.clip(steps, 0, np.asarray(length)[..., None] - 1)
+    pace = STRIDE
+
+    @classmethod
+    def value_arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
+        return (*_POSE, "robot0_demo_start_pose")
+
+    def values(
+        self, read: Mapping[str, np.ndarray], current: int
+    ) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        start = read["robot0_demo_start_pose"][..., current, :]
+        found = relative_window(*(read[name] for name in _POSE), start, current=current)
+        return found["action"], found
 
 
 def relative_window(
@@ -33,7 +42,7 @@ def relative_window(
     width: np.ndarray,
     start_pose: np.ndarray,
     *,
-    current: int = PAST,
+    current: int,
     rng: np.random.Generator | None = None,
 ) -> dict[str, np.ndarray]:
     """A window of absolute poses as the policy is shown it.
