@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from convert import infer, rules, torch_file
 from convert.torch_file import Checkpoint, LazyTensor
+from convert.torch_tensors import in_c_order
 from uva_jax import policy_io
 from uva_jax.errors import UserError
 from uva_jax.models.policy import Policy
@@ -82,7 +83,7 @@ def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"has dtype {tensor.dtype}, which is no floating type")
     values = tensor.numpy()
-    array = np.ascontiguousarray(layout.forward(values.astype(np.float32)))
+    array = in_c_order(layout.forward(values.astype(np.float32, copy=False)))
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise ValueError(f"has {bad} of {array.size} values that are not finite")
@@ -126,7 +127,7 @@ def fill(
             problems.append(f"{name} {error}")
         else:
             if not problems:  # else nothing will be built, and the values are only looked at
-                arrays[path] = jnp.asarray(array)
+                arrays[path] = jax.device_put(array)  # without a copy where jax can do so
     for path in expected:
         if path not in arrays:
             back = rules.to_torch(path)
@@ -160,14 +161,16 @@ def convert_open(checkpoint: Checkpoint, *, weights: str = "ema") -> tuple[Polic
     """`convert_checkpoint` of a checkpoint that is already open."""
     tensors = state_tensors(checkpoint, weights)
     config = infer_policy(checkpoint, tensors)
-    policy, ignored = fill(policy_io.abstract_policy(config), tensors, str(checkpoint.path))
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(checkpoint.sha256)
+        policy, ignored = fill(policy_io.abstract_policy(config), tensors, str(checkpoint.path))
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
     raw = checkpoint.state_dict(WEIGHTS[weights])
     info = {
         "checkpoint": checkpoint.path.name,
-        "sha256": checkpoint.sha256(),
+        "sha256": digest.result(),
         "weights": weights,
         "module_prefix": any(name.startswith(_PREFIX) for name in raw),
         "dtypes": dtypes,

@@ -69,8 +69,11 @@ def test_where_the_world_is_does_not_matter(recording):
     )
     shape = recording["position"].shape
     other = relative_window(
+        position.reshape(shape),
+        axis_angle.reshape(shape),
+        recording["width"],
+        start,
         current=PAST,
-        position.reshape(shape), axis_angle.reshape(shape), recording["width"], start
     )
     for name, value in relative_window(**recording, current=PAST).items():
         np.testing.assert_allclose(other[name], value, atol=2e-6)

@@ -26,6 +26,8 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
 
 FORMAT = 1
+# Weights hardly shrink, and compressing them takes longer and more memory than writing them.
+_WRITER = functools.partial(ocp.PyTreeCheckpointHandler, use_compression=False)
 _JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
 
 
@@ -48,9 +50,19 @@ def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+class _OneKey:
+    """Stands for `nnx.Rngs` where only shapes are asked for.
+
+    The counters of the real ones are traced, which takes several times as long as all the rest.
+    """
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 @functools.lru_cache(maxsize=16)
 def _abstract_parts(config: PolicyConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=_OneKey())))
 
 
 def abstract_policy(config: PolicyConfig, *, dtype=None) -> Policy:
@@ -151,8 +163,8 @@ def save_policy(
         if records is not None:
             _write(partial / _RECORDS, records)
     _wait("policy folder opened")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / _PARAMS, nested(flatten(policy)))
+    with ocp.AsyncCheckpointer(_WRITER()) as checkpointer:
+        checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(flatten(policy))))
     _wait("policy folder written")
     if chief:
         if folder.exists():

@@ -1,4 +1,4 @@
-"""Rollout videos: tiling, mp4 files that browsers play, and the frame measures PSNR and SSIM.
+"""Videos: tiling, files (mp4 that browsers play, gif, png), and the measures PSNR and SSIM.
 
 Frames are uint8 RGB arrays (t, h, w, 3) throughout.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -28,12 +29,9 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
       ValueError: no frames, or not uint8 RGB.
     """
     frames = _checked(frames)
-    path = Path(path)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
-    try:
+    with atomic_path(path) as temporary:
         with imageio.get_writer(
             temporary,
             fps=fps,
@@ -45,12 +43,50 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
         ) as writer:
             for frame in frames:
                 writer.append_data(frame)
+    return Path(path)
+
+
+def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) -> Path:
+    """Writes frames (t, h, w, 3) uint8 as a gif that plays for ever, atomically.
+
+    Raises:
+      ValueError: no frames, or not uint8 RGB.
+    """
+    first, *rest = (Image.fromarray(frame) for frame in _checked(frames))
+    with atomic_path(path) as temporary:
+        # Equal frames would be merged into one of longer duration, were it not for disposal 2.
+        duration = round(1000 / fps)
+        first.save(
+            temporary, save_all=True, append_images=rest, duration=duration, loop=0, disposal=2
+        )
+    return Path(path)
+
+
+def write_strip(path: str | os.PathLike, frames: np.ndarray, gap: int = 8) -> Path:
+    """Writes frames (t, h, w, 3) uint8 side by side as one png, atomically.
+
+    Raises:
+      ValueError: no frames, or not uint8 RGB.
+    """
+    padded = np.pad(_checked(frames), ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=_PAPER)
+    with atomic_path(path) as temporary:
+        Image.fromarray(rearrange(padded, "t h w c -> h (t w) c")[:, :-gap]).save(temporary)
+    return Path(path)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` once the block has ended well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def tile(

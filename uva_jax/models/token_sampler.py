@@ -58,6 +58,7 @@ def sample_tokens(
     cfg: float = 1.0,
     cfg_schedule: str = "linear",
     temperature: float = 1.0,
+    sampling_steps: str | None = None,
     key: jax.Array | None = None,
     orders: jax.Array | None = None,
     noises: Sequence[jax.Array] | None = None,
@@ -76,6 +77,7 @@ def sample_tokens(
       cfg: guidance scale of the video heads; 1 is none. The actions are never guided.
       cfg_schedule: "linear" (grows with the share of filled tokens) or "constant".
       temperature: factor on the noise of each diffusion step.
+      sampling_steps: respacing in place of each head's own.
       key: draws what is not given.
       orders: (b, s) permutations; the masked tokens are always the first of them.
       noises: (K + 1, b, rows, c) of every diffusion loop in order of call: in each round the
@@ -103,6 +105,7 @@ def sample_tokens(
     if orders is None:
         uniform = jax.random.uniform(sub_key(key, 0), (batch, tokens_per_frame))
         orders = jnp.argsort(uniform, axis=-1)
+    loop = {"temperature": temperature, "sampling_steps": sampling_steps}
     calls = 0
 
     def draw():
@@ -123,7 +126,7 @@ def sample_tokens(
         )
 
     def act(z):
-        return policy.action_head.sample(z, temperature=temperature, **draw())
+        return policy.action_head.sample(z, **loop, **draw())
 
     if task_mode in _ONE_PASS:
         values = {}
@@ -153,7 +156,7 @@ def sample_tokens(
         frames = jnp.arange(config.n_frames) * tokens_per_frame
         positions = rearrange(frames[None, :, None] + filled[:, None], "b t n -> b (t n)")
         picked = jnp.take_along_axis(z, positions[..., None], axis=1)
-        options: dict = {"temperature": temperature}
+        options: dict = dict(loop)
         if cfg != 1.0:
             z_free = decoder(values, mask, True)
             picked_free = jnp.take_along_axis(z_free, positions[..., None], axis=1)
