@@ -11,6 +11,7 @@ from conftest import HEAD, make_policy, python
 
 from uva_jax import policy_io
 from uva_jax.data import source
+from uva_jax.data.augment import mirror_pusht
 from uva_jax.errors import UserError
 from uva_jax.graft import assemble, distill, judge
 from uva_jax.graft.capture import capture_strips, head_activations
@@ -254,6 +255,16 @@ def test_windows_repeat_the_first_frame_and_the_last_action(buffer):
     np.testing.assert_array_equal(
         found["action"][1, 0, 10:], np.repeat(found["action"][1, 0, 9:10], 6, axis=0)
     )
+
+
+def test_mirrored_strips_are_the_mirror_of_the_plain_ones(buffer):
+    episode, current = np.array([1, 2]), np.array([[0, 4], [8, 12]])
+    plain = source.Strips(episode, current, np.zeros(2, bool))
+    mixed = source.Strips(episode, current, np.array([False, True]))
+    want, found = (_read(buffer, s, [1, 0], _data(mirror="pusht")) for s in (plain, mixed))
+    for name, image in mirror_pusht(want).items():
+        np.testing.assert_array_equal(found[name][0], image[0])
+        np.testing.assert_array_equal(found[name][1], want[name][1])
 
 
 @pytest.mark.parametrize("strip", [1, 5, 13])

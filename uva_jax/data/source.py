@@ -283,9 +283,9 @@ class WindowReader:
             wanted[options.wrist_key] = frames
         past = max(spec.past_actions - spec.action_offset, spec.state_steps - 1)
         window = np.arange(-past, spec.n_actions + spec.action_offset)
-        rows = steps(current[..., None] + self.pace * window)
+        taken = steps(current[..., None] + self.pace * window)
         names = self.value_arrays(spec, options)
-        read = self.buffer.read_rows(wanted | dict.fromkeys(names, rows))
+        read = self.buffer.read_rows(wanted | dict.fromkeys(names, taken))
         found = {"image": _as_uint8(read[options.image_key], options.image_key)}
         if spec.wrist:
             found["wrist_image"] = _as_uint8(read[options.wrist_key], options.wrist_key)
