@@ -36,6 +36,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "plan": ["libtpu>=0.0.40"],  # compile for a TPU slice that is not there
         "torch": ["torch>=2.4"],  # `convert verify` and the torch twin of the head
+        "language": ["tokenizers>=0.15"],  # task sentences for a policy's own language tower
         "hdf5": ["h5py>=3.10"],  # import recordings of Libero and robomimic
         "codecs": ["imagecodecs>=2024.1.1"],  # import UMI's recordings and upstream's caches
         "dev": [
@@ -44,7 +45,9 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.8",
+            "safetensors>=0.5",  # the tests' referee
             "omegaconf>=2.3",
+            "tokenizers>=0.15",
             "dill>=0.3.8",
             "tensorboardX>=2.6",
             "torch>=2.4",

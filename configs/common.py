@@ -127,6 +127,68 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 1000,
                 "log_every": 50,
             },
+            "pretrain": {  # training a policy; runs with --stage pretrain alone
+                # Weights to start from: MAR's .pth and a KL-VAE's .ckpt, as they were published.
+                "mar": "",
+                "vae": "",
+                "from_scratch": False,  # may start from random weights where none are given
+                "model": {  # upstream's sizes for PushT
+                    "image_size": 256,
+                    "vae_width": 128,
+                    "vae_multipliers": (1, 1, 2, 2, 4),
+                    "width": 768,
+                    "depth": 12,  # blocks of the encoder, and of the decoder
+                    "heads": 12,
+                    "dropout": 0.1,
+                    "video_head": (1024, 6),  # width, blocks
+                    "action_head": (1024, 6),
+                    "n_action_steps": 8,  # of the predicted actions executed
+                },
+                "vae_training": {
+                    "steps": 0,  # 0: the VAE stays as it was given
+                    "batch": 32,
+                    "lr": 8e-4,
+                    "warmup": 100,
+                    "betas": (0.9, 0.95),
+                    "weight_decay": 0.01,
+                    "clip_norm": 1.0,
+                    "accumulate": 1,
+                    "ema": {"inv_gamma": 1.0, "power": 0.75, "max_value": 0.999},
+                    "frames": 20_000,  # random frames that it trains on
+                    "kl_weight": 2e-6,
+                    "edge_weight": 0.5,  # of differences between neighbouring pixels
+                    "focus": 40.0,  # what rare pixels may count over the background
+                    "readout_weight": 0.05,
+                    "steps_per_call": 4,
+                    "checkpoint_every": 500,
+                    "log_every": 20,
+                },
+                # An array of the data that is read out while training, as a further loss ("": none)
+                # and its columns that are angles in radians.
+                "readout": "",
+                "readout_angles": (),
+                "readout_weight": 1.0,  # falls to a tenth of it
+                # Task modes with their shares of the batches, {}: upstream's five, uniformly.
+                "modes": {},
+                "video_steps": 0,  # first phase: so many steps of video_model alone
+                "noise_draws": 4,  # of the action head for each window; upstream: 1
+                "steps": 100_000,
+                "batch": 64,
+                "lr": 1e-4,
+                "warmup": 1000,
+                "betas": (0.9, 0.95),
+                "weight_decay": 0.02,
+                "clip_norm": 1.0,
+                "accumulate": 1,
+                "gradient_checkpointing": False,
+                "ema": {"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+                "steps_per_call": 4,  # steps in one call of the compiled program
+                "checkpoint_every": 1000,
+                "log_every": 50,
+                "judge_windows": 512,  # held-out windows that losses are judged by
+                "memory_gb": 4.0,  # latents stay in memory if they fit, else on the disk
+                "save_dtype": "float32",  # or bfloat16: the policy rounded, its file half as large
+            },
             "evaluate": {
                 # Rollouts in gym-pusht: "pusht", "pusht_multitask" (a goal of its own for every
                 # seed), or "": none.

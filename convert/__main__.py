@@ -1,4 +1,4 @@
-"""`python -m convert inspect | from_torch | to_torch | verify`: see `--help` of each.
+"""`python -m convert inspect | from_torch | to_torch | latents | verify`: see `--help` of each.
 
 Problems with the input are one sentence on stderr and exit status 2; a failed check is status 1.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from uva_jax.errors import UserError
 
@@ -24,7 +25,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _from_torch(args: argparse.Namespace) -> int:
     from convert.from_torch import from_torch
 
-    policy, info = from_torch(args.checkpoint, args.out, weights=args.weights)
+    _, info = from_torch(args.checkpoint, args.out, weights=args.weights)
     count = sum(info["dtypes"].values())
     print(f"{args.checkpoint}: {count} tensors of the {info['weights']} weights -> {args.out}")
     for name, why in info["ignored"].items():
@@ -35,11 +36,19 @@ def _from_torch(args: argparse.Namespace) -> int:
 def _to_torch(args: argparse.Namespace) -> int:
     from convert.to_torch import export_policy
 
-    facts = export_policy(args.policy, args.out, base=args.base)
+    facts = export_policy(args.policy, args.out, format=args.format, base=args.base)
     print(
         f"{args.policy} -> {args.out}: {facts['tensors']} tensors as "
         f"{' and '.join(facts['state_dicts'])}, {facts['bytes'] / 1e6:.1f} MB"
     )
+    return 0
+
+
+def _latents(args: argparse.Namespace) -> int:
+    from convert.latents import convert_latents
+
+    widths = convert_latents(args.latents, args.out)
+    print(f"{args.latents} -> {args.out}: {', '.join(f'{k} ({n})' for k, n in widths.items())}")
     return 0
 
 
@@ -55,6 +64,12 @@ def _verify(args: argparse.Namespace) -> int:
 
         checks = verify_checkpoint(args.checkpoint, weights=args.weights)
     return 0 if all(check.ok for check in checks) else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from convert import bench
+
+    return bench.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,11 +91,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("to_torch", help="turn a policy folder into a checkpoint")
     command.add_argument("policy", metavar="POLICY", help="a policy folder")
-    command.add_argument("out", metavar="OUT.ckpt")
+    command.add_argument("out", metavar="OUT", help="a .ckpt or .safetensors file to write")
+    command.add_argument(
+        "--format", choices=("ckpt", "safetensors"), help="by default what OUT ends in"
+    )
     command.add_argument(
         "--base", metavar="CKPT", help="take cfg, pickles, dtypes and language tower from here"
     )
     command.set_defaults(run=_to_torch)
+
+    command = commands.add_parser("latents", help="turn upstream's language_latents.pkl into .npz")
+    command.add_argument("latents", metavar="PKL")
+    command.add_argument("out", metavar="OUT.npz")
+    command.set_defaults(run=_latents)
 
     command = commands.add_parser(
         "verify", help="compare with PyTorch, or with a folder of reference outputs"
@@ -90,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fixtures", metavar="DIR", help="a folder in the golden format")
     command.add_argument("--only", metavar="NAME", nargs="+", help="only these files of the folder")
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser("bench", help="time and memory of converting a whole policy")
+    command.add_argument("--size", choices=("pusht", "tiny"), default="pusht")
+    command.add_argument(
+        "--out", metavar="DIR", type=Path, help="where to work (5 GB for pusht); removed afterwards"
+    )
+    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    command.set_defaults(run=_bench)
     return parser
 
 

@@ -7,6 +7,7 @@ and everything that is wrong is reported together. Tensors are read one at a tim
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,14 @@ from convert.torch_file import Checkpoint, LazyTensor
 from convert.torch_tensors import in_c_order
 from uva_jax import policy_io
 from uva_jax.errors import UserError
+from uva_jax.lazy_array import LazyArray
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
 
 WEIGHTS = {"ema": "ema_model", "model": "model"}
 _PREFIX = "module."
+# What numbers that make no sense run into while an architecture is read or built.
+_CONTRADICTIONS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
@@ -65,13 +69,47 @@ def infer_policy(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> P
     if stored is not None:
         return stored
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = infer.infer_config(shapes, checkpoint.cfg, source)
+    try:
+        config = infer.infer_config(shapes, checkpoint.cfg, source)
+    except _CONTRADICTIONS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{source}: its configuration or a tensor's shape makes no sense ({error}); give a "
+            "checkpoint that UVA's training wrote."
+        ) from error
     if config.action_head is None:
         raise UserError(
             f"{source} holds a grafted action head, but not the 'uva_jax' entry that describes it; "
             "export the policy again with 'python -m convert to_torch'."
         )
     return config
+
+
+def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source: str) -> Policy:
+    """The policy without arrays.
+
+    Raises:
+      UserError: no model of that description can be built, or it has more layers than tensors.
+    """
+    deepest = max(
+        (config.mar.encoder_depth, config.mar.decoder_depth)
+        + (config.vae.num_res_blocks, config.vae.num_res_blocks * len(config.vae.ch_mult))
+        + tuple(head.depth for head in (config.action_head, config.video_head) if head)
+        + tuple(head.depth for head in (config.wrist_head, config.proprio_head) if head)
+    )
+    if deepest > len(tensors):
+        raise UserError(
+            f"{source} describes a part of {deepest} layers, and has {len(tensors)} tensors in "
+            "all; it is damaged."
+        )
+    try:
+        return policy_io.abstract_policy(config)
+    except _CONTRADICTIONS as error:
+        raise UserError(
+            f"{source} describes a model that cannot be built ({str(error).splitlines()[0]}); "
+            "it is damaged."
+        ) from error
 
 
 def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
@@ -92,27 +130,27 @@ def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
     return array
 
 
-def fill(
-    policy: Policy, tensors: Mapping[str, LazyTensor], source: str
-) -> tuple[Policy, dict[str, str]]:
-    """Puts a checkpoint's tensors into an abstract policy.
+def plan(
+    expected: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, LazyArray], dict[str, str], list[str]]:
+    """Finds the tensor of every array of a policy.
+
+    Args:
+      expected: `policy_io.shapes` of the policy.
+      tensors: a checkpoint's, by name.
 
     Returns:
-      The policy, and {tensor that was left out: why}.
-
-    Raises:
-      UserError: tensors without a rule, targets without a tensor, wrong shapes or dtypes, values
-        that are not finite; all in one sentence.
+      {path: array}; {tensor that was left out: why}; [what is wrong]: tensors without a rule,
+      paths without a tensor, wrong shapes. While the arrays are loaded, values that are not
+      finite and wrong dtypes are added to that list, and zeros stand for them.
     """
     targets, ignored, problems = rules.plan(tensors)
-    expected = policy_io.shapes(policy)
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, LazyArray] = {}
     for path, (name, layout) in targets.items():
         if path not in expected:
             problems.append(f"{name} has no place in this architecture (it would be {path})")
             continue
         tensor, want = tensors[name], expected[path].shape
-        arrays[path] = expected[path]  # filled, rightly or not: only listed once
         try:
             # The layout's effect on the shape, tried on an array that takes no memory.
             got = layout.forward(np.broadcast_to(np.float32(0), tensor.shape)).shape
@@ -120,23 +158,36 @@ def fill(
             got = None
         if got != want:
             problems.append(f"{name} has shape {tensor.shape}, but {path} takes {want}")
-            continue
-        try:
-            array = to_array(tensor, layout)
-        except ValueError as error:
-            problems.append(f"{name} {error}")
         else:
-            if not problems:  # else nothing will be built, and the values are only looked at
-                arrays[path] = jax.device_put(array)  # without a copy where jax can do so
+            load = functools.partial(_load, name, tensor, layout, want, problems)
+            arrays[path] = LazyArray(want, np.dtype(np.float32), load)
     for path in expected:
-        if path not in arrays:
+        if path not in targets:
             back = rules.to_torch(path)
             problems.append(f"{back[0] if back else path} is missing")
+    return arrays, ignored, problems
+
+
+def _load(
+    name: str, tensor: LazyTensor, layout: rules.Layout, shape: tuple[int, ...], problems: list[str]
+) -> np.ndarray:
+    try:
+        return to_array(tensor, layout)
+    except UserError:  # the file cannot be read
+        raise
+    except ValueError as error:
+        problems.append(f"{name} {error}")
+        return np.zeros(shape, np.float32)
+
+
+def _refuse(source: str, arrays: Mapping[str, LazyArray], problems: list[str]) -> None:
+    """Raises what is wrong, if anything is; then `arrays` are loaded to name all that is."""
     if problems:
+        for array in arrays.values():
+            array.load()
         raise UserError(
             f"{source} cannot be converted, {len(problems)} problem(s): {'; '.join(problems)}."
         )
-    return policy_io.replace(policy, arrays), ignored
 
 
 def convert_checkpoint(path: str | os.PathLike, *, weights: str = "ema") -> tuple[Policy, dict]:
@@ -159,24 +210,34 @@ def convert_checkpoint(path: str | os.PathLike, *, weights: str = "ema") -> tupl
 
 def convert_open(checkpoint: Checkpoint, *, weights: str = "ema") -> tuple[Policy, dict]:
     """`convert_checkpoint` of a checkpoint that is already open."""
-    tensors = state_tensors(checkpoint, weights)
+    tensors, source = state_tensors(checkpoint, weights), str(checkpoint.path)
     config = infer_policy(checkpoint, tensors)
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint.sha256)
-        policy, ignored = fill(policy_io.abstract_policy(config), tensors, str(checkpoint.path))
+        empty = empty_policy(config, tensors, source)
+        arrays, ignored, problems = plan(policy_io.shapes(empty), tensors)
+        _refuse(source, arrays, problems)
+        # Without a copy where jax can take the memory over.
+        held = {path: jax.device_put(array.load()) for path, array in arrays.items()}
+        _refuse(source, {}, problems)
+        return policy_io.replace(empty, held), _facts(checkpoint, weights, ignored, digest.result())
+
+
+def _facts(
+    checkpoint: Checkpoint, weights: str, ignored: Mapping[str, str], digest: str
+) -> dict[str, object]:
     dtypes: dict[str, int] = {}
-    for tensor in tensors.values():
+    for tensor in state_tensors(checkpoint, weights).values():
         dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
     raw = checkpoint.state_dict(WEIGHTS[weights])
-    info = {
+    return {
         "checkpoint": checkpoint.path.name,
-        "sha256": digest.result(),
+        "sha256": digest,
         "weights": weights,
         "module_prefix": any(name.startswith(_PREFIX) for name in raw),
         "dtypes": dtypes,
-        "ignored": ignored,
+        "ignored": dict(ignored),
     }
-    return policy, info
 
 
 def export_records(checkpoint: Checkpoint, weights: str) -> bytes:
@@ -194,9 +255,30 @@ def export_records(checkpoint: Checkpoint, weights: str) -> bytes:
 
 def from_torch(
     path: str | os.PathLike, out: str | os.PathLike, *, weights: str = "ema"
-) -> tuple[Policy, dict]:
-    """Converts a checkpoint into a policy folder; the same as `convert_checkpoint`, and saved."""
+) -> tuple[PolicyConfig, dict]:
+    """Converts a checkpoint into a policy folder, without ever holding the whole policy.
+
+    Returns:
+      The architecture, and the facts that `convert_checkpoint` gives.
+
+    Raises:
+      UserError: as `convert_checkpoint`, or the folder holds something that is not a policy.
+    """
     checkpoint = torch_file.read(path)
-    policy, info = convert_open(checkpoint, weights=weights)
-    policy_io.save_policy(out, policy, source=info, records=export_records(checkpoint, weights))
-    return policy, info
+    tensors, source = state_tensors(checkpoint, weights), str(checkpoint.path)
+    config = infer_policy(checkpoint, tensors)
+    info: dict = {}
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(checkpoint.sha256)
+        empty = empty_policy(config, tensors, source)
+        arrays, ignored, problems = plan(policy_io.shapes(empty), tensors)
+        _refuse(source, arrays, problems)
+
+        def facts() -> dict:
+            _refuse(source, {}, problems)
+            info.update(_facts(checkpoint, weights, ignored, digest.result()))
+            return info
+
+        records = export_records(checkpoint, weights)
+        policy_io.save_arrays(out, config, arrays, source=facts, records=records)
+    return config, info

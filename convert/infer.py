@@ -31,6 +31,8 @@ _UMI_STATE = (
     "robot0_gripper_width",
     "robot0_eef_rot_axis_angle_wrt_start",
 )
+_TOWER = "text_model.text_model."
+_CLIP_HEAD_WIDTH = 64  # of every attention head in every CLIP: their number is width // 64
 _ROBOMIMIC_STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
@@ -153,6 +155,7 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
         cfg_schedule=str(_get(ar, "cfg_schedule", "linear")),
         language_model=_get(cfg, "task.dataset.language_emb_model"),
         task_modes=modes,
+        text_tower=_text_tower(get),
     )
 
 
@@ -173,6 +176,28 @@ def _vae(get: _Reader) -> pc.VAEConfig:
             i for i in range(levels) if f"vae_model.encoder.down.{i}.attn.0.q.weight" in get
         ),
         z_channels=get["vae_model.post_quant_conv.weight"][0],
+    )
+
+
+def _text_tower(get: _Reader) -> pc.TextTowerConfig | None:
+    """CLIP's text half, or None: checkpoints of tasks without sentences hold none."""
+    if not any(name.startswith(_TOWER) for name in get.shapes):
+        return None
+    vocab_size, width = get[f"{_TOWER}embeddings.token_embedding.weight"]
+    if width % _CLIP_HEAD_WIDTH:
+        raise UserError(
+            f"{get.source}: its language tower has width {width}, which is no multiple of "
+            f"{_CLIP_HEAD_WIDTH}, so it is not CLIP's and its attention heads cannot be counted; "
+            "give a checkpoint that UVA's training wrote."
+        )
+    return pc.TextTowerConfig(
+        vocab_size=vocab_size,
+        width=width,
+        depth=_count(get.shapes, rf"{re.escape(_TOWER)}encoder\.layers\.(\d+)\."),
+        num_heads=width // _CLIP_HEAD_WIDTH,
+        max_length=get[f"{_TOWER}embeddings.position_embedding.weight"][0],
+        projection=get["text_model.text_projection.weight"][0],
+        mlp_width=get[f"{_TOWER}encoder.layers.0.mlp.fc1.weight"][0],
     )
 
 

@@ -52,7 +52,10 @@ KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
 
 IGNORED = {
     r"_dummy_variable": "an empty marker of the original policy class",
-    r"text_model\..*": "the language tower (language latents are an input)",
+    r"text_model\.(vision_model\..*|visual_projection\.weight|logit_scale)": (
+        "the vision half of CLIP, which UVA never runs"
+    ),
+    r"text_model\.text_model\.embeddings\.position_ids": "a constant, the numbers of positions",
 }
 
 
@@ -192,6 +195,23 @@ def _grafted_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
     return lines
 
 
+def _text_tower() -> list[tuple[str, str, str]]:
+    torch, flax = "text_model.text_model", "text_model"
+    lines = [
+        (f"{torch}.embeddings.{n}.weight", f"{flax}/{n}", "param")
+        for n in ("token_embedding", "position_embedding")
+    ]
+    lines += [
+        (f"{torch}.final_layer_norm", f"{flax}/final_layer_norm", "norm"),
+        ("text_model.text_projection", f"{flax}/text_projection", "linear"),
+    ]
+    t, f = f"{torch}.encoder.layers.{{i}}", f"{flax}/layers/{{i}}"
+    lines += [(f"{t}.layer_norm{n}", f"{f}/layer_norm{n}", "norm") for n in (1, 2)]
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        lines += [(f"{t}.self_attn.{part}", f"{f}/self_attn/{part}", "linear")]
+    return lines + [(f"{t}.mlp.{n}", f"{f}/mlp/{n}", "linear") for n in ("fc1", "fc2")]
+
+
 def _normalizer() -> list[tuple[str, str, str]]:
     t, f = "normalizer.params_dict.{f}", "normalizer/{f}"
     return [(f"{t}.{n}", f"{f}/{n}", "param") for n in ("scale", "offset")] + [
@@ -217,6 +237,7 @@ TABLE: tuple[tuple[str, str, str], ...] = tuple(
     + _mar()
     + [line for torch, flax in HEADS.items() for line in _mlp_head(torch, flax)]
     + _grafted_head("model.diffactloss", "action_head")
+    + _text_tower()
     + _normalizer()
 )
 

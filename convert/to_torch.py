@@ -1,10 +1,10 @@
-"""A policy becomes a checkpoint that the original PyTorch code loads.
+"""A policy becomes a checkpoint that the original PyTorch code loads, or a .safetensors file.
 
-The layout is the original's: `cfg`, `state_dicts`, `pickles`; beside them `uva_jax`, a json text
-with the architecture, which the original ignores and `from_torch` reads back. Tensors that have
-not changed keep every bit and their dtype. The action head of a grafted policy is written under
-the names of its twin in `torch_head.py`; everything else loads with strict=True once that head is
-left out.
+A checkpoint's layout is the original's: `cfg`, `state_dicts`, `pickles`; beside them `uva_jax`, a
+json text with the architecture, which the original ignores and `from_torch` reads back. Tensors
+that have not changed keep every bit and their dtype. The action head of a grafted policy is written
+under the names of its twin in `torch_head.py`; everything else loads with strict=True once that
+head is left out. A .safetensors file holds one state dict under the same names.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from convert import rules, torch_file
+from convert import rules, safetensors_file, torch_file
 from convert.from_torch import WEIGHTS, export_records, state_tensors
 from uva_jax import policy_io
 from uva_jax.errors import UserError
+from uva_jax.lazy_array import LazyArray
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, to_dict
 
@@ -32,39 +34,51 @@ _DTYPES = {
 _MARKER = "_dummy_variable"  # an empty tensor that the original policy class registers
 
 
-def torch_arrays(policy: Policy) -> dict[str, np.ndarray]:
-    """Every variable of a policy under its torch name, in torch layout, float32.
+def torch_arrays(arrays: Mapping[str, jax.Array | LazyArray]) -> dict[str, LazyArray]:
+    """A policy's arrays (by flax path) under their torch names, in torch layout, float32.
 
     Raises:
       UserError: a variable has no torch name.
     """
-    arrays, problems = {}, []
-    for path, value in policy_io.flatten(policy).items():
+    turned, problems = {}, []
+    for path, value in arrays.items():
         found = rules.to_torch(path)
         if found is None:
             problems.append(path)
         else:
-            arrays[found[0]] = np.ascontiguousarray(found[1].inverse(np.asarray(value)))
+            turned[found[0]] = _turned(value, found[1])
     if problems:
         raise UserError(
             f"these parameters have no place in a PyTorch checkpoint: {', '.join(problems)}; "
             "merge or remove what was added to the model before exporting it."
         )
-    return arrays
+    return turned
 
 
-def narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The values in the source's dtype if that loses nothing, else as they are.
+def _turned(value: jax.Array | LazyArray, layout: rules.Layout) -> LazyArray:
+    def load() -> np.ndarray:
+        return layout.inverse(value.load() if isinstance(value, LazyArray) else np.asarray(value))
+
+    shape = layout.inverse(np.broadcast_to(np.float32(0), value.shape)).shape
+    return LazyArray(shape, np.dtype(value.dtype), load)
+
+
+def narrowed(array: LazyArray, dtype: np.dtype) -> LazyArray:
+    """The array in the source's dtype if that loses nothing, else as it is.
 
     So an unchanged tensor gets its old bits back, and a trained one is not rounded.
     """
-    cast = values.astype(dtype)
-    same = np.array_equal(cast.astype(values.dtype).view(np.uint32), values.view(np.uint32))
-    return cast if same else values
+    if dtype == array.dtype:
+        return array
+    values = array.load()
+    back = values.astype(dtype).astype(values.dtype)
+    if not np.array_equal(back.view(np.uint32), values.view(np.uint32)):
+        return array
+    return LazyArray(array.shape, dtype, array.load)  # cast when it is written
 
 
 def _state_dict(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, LazyArray],
     described: Mapping[str, tuple[str, tuple[int, ...]]],
     kept: Mapping[str, object],
 ) -> OrderedDict:
@@ -156,15 +170,17 @@ def export_policy(
     policy: Policy | str | os.PathLike,
     out: str | os.PathLike,
     *,
+    format: str | None = None,
     base: str | os.PathLike | None = None,
     records: bytes | None = None,
     weights: str = "ema",
 ) -> dict:
-    """Writes a policy as a checkpoint in the original's payload layout.
+    """Writes a policy as a checkpoint in the original's payload layout, or as safetensors.
 
     Args:
       policy: a policy folder, or a policy.
-      out: the .ckpt file to write.
+      out: the file to write.
+      format: "ckpt" or "safetensors"; without it `out` decides by its ending.
       base: a checkpoint to take cfg, pickles, dtypes and the language tower from; without it
         they come from what the policy folder (or `records`) keeps of its source.
       records: for a policy in memory, what `policy_io.read_records` gives of its source.
@@ -176,13 +192,22 @@ def export_policy(
       {"tensors", "bytes", "state_dicts"} of the file.
 
     Raises:
-      UserError: the folder, the base or a parameter does not fit.
+      UserError: the folder, the base, the format or a parameter does not fit.
     """
-    if not isinstance(policy, Policy):
+    safe = os.fspath(out).endswith(safetensors_file.ENDING)
+    if format is not None and safe != (format == "safetensors"):
+        raise UserError(
+            f"--format is {format}, but the file to write is {out}: name it .{format}, which is "
+            "also how it is known again."
+        )
+    origin: dict = {}
+    if isinstance(policy, Policy):
+        config, arrays = policy.config, policy_io.flatten(policy)
+    else:
         folder = policy
-        _, source = policy_io.read_description(folder)
-        policy, records = policy_io.load_policy(folder), policy_io.read_records(folder)
-        weights = source.get("weights", "ema")
+        config, origin = policy_io.read_description(folder)
+        arrays, records = policy_io.read_arrays(folder), policy_io.read_records(folder)
+        weights = origin.get("weights", "ema")
     kept: dict[str, object] = {}
     if base is not None:
         checkpoint = torch_file.read(base)
@@ -194,22 +219,31 @@ def export_policy(
     if records is not None:
         source = torch_file.load_records(records, "the policy's record of its source")
     else:
-        cfg = torch_file.records_from_dict(plain_cfg(policy.config))
-        source = {"cfg": cfg, "pickles": {}, "tensors": {}}
-    state = _state_dict(torch_arrays(policy), source["tensors"], kept)
+        source = {"cfg": None, "pickles": {}, "tensors": {}}
+    state = _state_dict(torch_arrays(arrays), source["tensors"], kept)
     lost = [n for n in source["tensors"] if n not in state and rules.ignored(n)]
     if lost:
         raise UserError(
             f"the source held {len(lost)} tensors that no policy keeps ({lost[0]}, ...): "
             f"{rules.ignored(lost[0])}; give the source as --base to write them back."
         )
-    described = {"policy": to_dict(policy.config)}
+    if safe:
+        safetensors_file.write(out, state, policy_io.describe(config, origin))
+        return _facts(out, state, ["ema_model"])
+    cfg = source["cfg"]
+    if cfg is None:  # made here, or read from a file without one
+        cfg = torch_file.records_from_dict(plain_cfg(config))
+    described = {"policy": to_dict(config)}
     names = ["ema_model"] if weights == "ema" else ["model", "ema_model"]
     payload = {
-        "cfg": source["cfg"],
+        "cfg": cfg,
         "state_dicts": {name: state for name in names},
         "pickles": source["pickles"],
         "uva_jax": json.dumps(described),
     }
     torch_file.write(out, payload)
+    return _facts(out, state, names)
+
+
+def _facts(out: str | os.PathLike, state: Mapping, names: list[str]) -> dict:
     return {"tensors": len(state), "bytes": Path(out).stat().st_size, "state_dicts": names}

@@ -1,22 +1,23 @@
 """Reads and writes PyTorch checkpoints (.ckpt, .pth, .pt) without torch and without running them.
 
 `read` gives the payload as plain values, with tensors as `LazyTensor` (bytes read on demand) and
-everything else that a pickle can name as inert `Record`. `write` gives a file that torch.load
-opens. Records go back as the calls they came from, so what is not understood is not lost.
+everything else that a pickle can name as inert `Record`; a .safetensors file with its json is read
+as the checkpoint that it could have been. `write` gives a file that torch.load opens. Records go
+back as the calls they came from, so what is not understood is not lost.
 """
 
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from convert import omegaconf_records
+from convert import omegaconf_records, safetensors_file
 from convert.omegaconf_records import records_from_dict
+from convert.open_file import OpenFile
 from convert.pickle_records import Global, Persistent, Record, loads
 from convert.pickle_writer import dumps
 from convert.torch_tensors import (
@@ -33,9 +34,11 @@ from convert.torch_tensors import (
     Size,
     Storage,
     size_record,
+    stored_bytes,
 )
-from convert.torch_zip import Archive, Member, file_chunks, write_archive
+from convert.torch_zip import Archive, Member, write_archive
 from uva_jax.errors import UserError
+from uva_jax.lazy_array import LazyArray
 
 __all__ = [
     "Checkpoint",
@@ -60,7 +63,7 @@ class Checkpoint:
 
     path: Path
     payload: object
-    archive: Archive
+    archive: OpenFile
 
     @property
     def state_dict_names(self) -> tuple[str, ...]:
@@ -100,8 +103,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     """Open the checkpoint at `path`; tensor bytes stay on disk until they are asked for.
 
     Raises UserError, one sentence that names the file, for everything that is no sound zip
-    checkpoint of PyTorch 1.6 or later in little-endian order.
+    checkpoint of PyTorch 1.6 or later in little-endian order, or sound .safetensors file.
     """
+    if os.fspath(path).endswith(safetensors_file.ENDING):
+        file, payload = safetensors_file.read(path)
+        return Checkpoint(file.path, payload, file)
     archive = Archive(path)
     if "byteorder" in archive.entries and archive.read("byteorder", 64) != b"little":
         raise UserError(
@@ -141,7 +147,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
 def write(path: str | os.PathLike, payload: object) -> None:
     """Write `payload` as a file for torch.load(path, weights_only=False).
 
-    numpy arrays and LazyTensors become contiguous CPU tensors, records the calls they hold.
+    arrays, LazyArrays and LazyTensors become contiguous CPU tensors, records the calls they hold.
     Tensors are copied one after another. Raises UserError for what cannot be written, and leaves
     nothing behind then.
     """
@@ -174,21 +180,21 @@ class _Tensors:
             return size_record(value)
         if isinstance(value, Storage):
             key = (id(value), value.dtype, 0, value.nbytes)
-            return self.persistent(key, value.dtype, value.nbytes, _FileBytes(value))
+            chunks = value.archive.chunks(value.offset, value.nbytes)
+            return self.persistent(key, value.dtype, value.nbytes, chunks)
         if isinstance(value, LazyTensor):
             view = (value.nbytes,) if value.contiguous else (value.shape, value.strides)
             key = (id(value.storage), value.dtype, value.offset, *view)
-            tensor = self.tensor(key, value, value.dtype, value.requires_grad, _FileBytes(value))
+            tensor = self.tensor(key, value, value.dtype, value.requires_grad)
             if value.parameter:
                 args = (tensor, value.requires_grad, OrderedDict())
                 return Record(REBUILD_PARAMETER, args)
             return tensor
-        if isinstance(value, np.ndarray):
-            dtype = value.dtype.newbyteorder("=")
-            return self.tensor((id(value),), value, dtype, False, _ArrayBytes(value, dtype))
+        if isinstance(value, np.ndarray | LazyArray):
+            return self.tensor((id(value),), value, value.dtype.newbyteorder("="), False)
         return NotImplemented
 
-    def tensor(self, key, value, dtype: np.dtype, requires_grad: bool, chunks) -> Record:
+    def tensor(self, key, value, dtype: np.dtype, requires_grad: bool) -> Record:
         if dtype not in STORAGE_NAMES and dtype not in UNTYPED_NAMES:
             raise UserError(
                 f"{self.name} cannot be written: torch has no tensors of dtype {dtype}; convert "
@@ -199,7 +205,7 @@ class _Tensors:
             strides.insert(0, step)
             step *= max(extent, 1)
         typed = dtype if dtype in STORAGE_NAMES else None
-        storage = self.persistent(key, typed, value.nbytes, chunks)
+        storage = self.persistent(key, typed, value.nbytes, stored_bytes(value))
         args = (storage, 0, tuple(value.shape), tuple(strides), requires_grad, OrderedDict())
         if typed is not None:
             return Record(REBUILD_V2, args)
@@ -212,30 +218,6 @@ class _Tensors:
         kind = Global("torch", STORAGE_NAMES[dtype]) if dtype is not None else UNTYPED_STORAGE
         numel = nbytes // (dtype.itemsize if dtype is not None else 1)
         return Persistent(("storage", kind, number, "cpu", numel))
-
-
-@dataclass(frozen=True, slots=True)
-class _FileBytes:
-    source: LazyTensor | Storage
-
-    def __iter__(self) -> Iterator:
-        source = self.source
-        if isinstance(source, Storage):
-            yield from file_chunks(source.archive, source.offset, source.nbytes)
-        elif source.contiguous:
-            yield from file_chunks(source.storage.archive, source.file_offset, source.nbytes)
-        else:
-            yield memoryview(source.numpy().reshape(-1).view(np.uint8))
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrayBytes:
-    array: np.ndarray
-    dtype: np.dtype
-
-    def __iter__(self) -> Iterator:
-        flat = np.asarray(self.array, self.dtype, order="C").reshape(-1)
-        yield memoryview(flat.view(np.uint8))
 
 
 def dump_records(value: object) -> bytes:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from convert import torch_diffusion
 from convert.torch_head import GraftedActionHead
 from convert.torch_layers import Aggregator, attend, modulate, timestep_features
+from convert.torch_reference_text import TextTower
 from convert.torch_reference_vae import VAE
 from uva_jax.models.policy_config import HeadConfig, MARConfig, MLPHeadConfig, PolicyConfig
 
@@ -306,6 +307,8 @@ class Policy(nn.Module):
         self._dummy_variable = nn.Parameter(torch.zeros(0))
         self.vae_model = VAE(config.vae)
         self.model = MAR(config)
+        if config.text_tower is not None:
+            self.text_model = TextTower(config.text_tower)
         fields = {name: _Field(width) for name, width in config.normalizer_fields}
         self.normalizer = nn.Module()
         self.normalizer.params_dict = nn.ModuleDict(fields)

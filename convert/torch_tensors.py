@@ -4,13 +4,15 @@ The names and argument orders are those of torch.serialization and torch._utils.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
+from convert.open_file import OpenFile, aligned
 from convert.pickle_records import Global, Record
-from convert.torch_zip import Archive, aligned
+from uva_jax.lazy_array import LazyArray
 
 MAX_DIMENSIONS = 32
 # An expanded view (stride 0) may be larger than its storage, up to this many elements.
@@ -86,7 +88,7 @@ class Storage:
     `dtype` is None for torch's untyped storages.
     """
 
-    archive: Archive
+    archive: OpenFile
     key: str
     dtype: np.dtype | None
     offset: int
@@ -162,6 +164,19 @@ class LazyTensor:
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         view = np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
         return view.copy(order="C")
+
+
+def stored_bytes(value: LazyTensor | LazyArray | np.ndarray) -> Iterator[memoryview]:
+    """The bytes of a tensor as files hold them: C order, little-endian; a part at a time."""
+    if isinstance(value, LazyTensor) and value.contiguous:
+        yield from value.storage.archive.chunks(value.file_offset, value.nbytes)
+        return
+    if isinstance(value, LazyTensor):
+        array = value.numpy()
+    else:
+        array = value.load() if isinstance(value, LazyArray) else value
+        array = array.astype(value.dtype.newbyteorder("="), copy=False)
+    yield memoryview(in_c_order(array).reshape(-1).view(np.uint8))
 
 
 def _rebuild_tensor(args: tuple) -> object:

@@ -4,90 +4,38 @@ torch.save stores every entry uncompressed, so a tensor's bytes can be read stra
 place in the file, and an archive that says it will unpack to more than it holds is refused.
 """
 
-import contextlib
-import errno
-import hashlib
+import itertools
 import os
-import shutil
 import struct
-import weakref
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
+from convert.open_file import OpenFile, Section, ahead, written_whole
 from uva_jax.errors import UserError
 
 ALIGNMENT = 64  # torch starts the data of each entry at a multiple of this, for memory mapping
-CHUNK = 8 << 20
-_HASH_CHUNK = 32 << 20  # larger: hashing runs beside other work and waits for the GIL each time
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP64_LIMIT_MARGIN = 1.05  # zipfile's own rule for when an entry gets the 64-bit header
-
-
-def aligned(size: int) -> np.ndarray:
-    """Room for `size` bytes, uint8; it starts where jax takes an array over without a copy."""
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + size]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     offset: int
     size: int
+    crc: int
 
 
-class Archive:
+class Archive(OpenFile):
     """An open checkpoint file; `entries` maps names below the archive's folder to their place.
 
-    The file stays open as long as the archive lives, so a file replaced meanwhile is still read
-    as it was. Raises UserError for anything but a sound, uncompressed torch zip.
+    Raises UserError for anything but a sound, uncompressed torch zip.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file")
-            self.size = os.fstat(self._file).st_size
-            self._refuse_other_formats(bytes(self.read_at(0, min(self.size, 512))))
-            self.entries = self._list()
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} does not exist: give the path of a .ckpt or .pth file."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be read ({error.strerror or error}): give the path of a "
-                "checkpoint file that you may read."
-            ) from None
-
-    def read_at(self, offset: int, size: int) -> np.ndarray:
-        """`size` bytes from `offset` of the file, uint8, in memory that starts at `ALIGNMENT`."""
-        out = aligned(size)
-        self._read_into(memoryview(out), offset)
-        return out
-
-    def _read_into(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self._file, [view[done : done + CHUNK]], offset + done)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path} cannot be read ({error.strerror}): copy it to a disk that works."
-                ) from None
-            if got == 0:
-                raise UserError(
-                    f"{self.path} ends in the middle of its data: it was cut short after it was "
-                    "opened; take a fresh copy."
-                )
-            done += got
+        super().__init__(path)
+        self._refuse_other_formats(bytes(self.read_at(0, min(self.size, 512))))
+        self.entries = self._list()
 
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of the entry `name`, which must not be larger than `limit`."""
@@ -100,13 +48,12 @@ class Archive:
         return bytes(self.read_at(entry.offset, entry.size))
 
     def sha256(self) -> str:
-        """The hash of the whole file, in hexadecimal."""
-        digest, buffer = hashlib.sha256(), memoryview(aligned(min(self.size, _HASH_CHUNK)))
-        for start in range(0, self.size, _HASH_CHUNK):
-            part = buffer[: self.size - start]
-            self._read_into(part, start)
-            digest.update(part)
-        return digest.hexdigest()
+        """The hash of the whole file; raises UserError if an entry differs from its checksum."""
+        # torch can be told to compute none, and writes zeros then.
+        entries = self.entries.items()
+        return super().sha256(
+            Section(name, e.offset, e.size, e.crc) for name, e in entries if e.crc
+        )
 
     def _refuse_other_formats(self, head: bytes) -> None:
         start = head.lstrip().lower()
@@ -122,8 +69,8 @@ class Archive:
         elif head.startswith(b"\x80") and head[1:2] in b"\1\2\3\4\5":
             found, way_out = "is a bare pickle, not a torch zip file", again
         elif head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < self.size:
-            found = "is a safetensors file, which has no place for a policy's configuration"
-            way_out = "give the .ckpt or .pth that it was made from"
+            found = "is a safetensors file under another name"
+            way_out = "let its name end in .safetensors, with the policy's .json beside it"
         elif not head.startswith((b"PK\3\4", b"PK\5\6")):
             found, way_out = "is not a PyTorch checkpoint (no zip file)", "give a .ckpt or .pth"
         else:
@@ -175,7 +122,7 @@ class Archive:
             raise self._damaged(f"has no room for its entry {name!r}")
         header = bytes(self.read_at(info.header_offset, 30))
         name_size, extra_size = struct.unpack("<HH", header[26:])
-        entry = Entry(info.header_offset + 30 + name_size + extra_size, info.file_size)
+        entry = Entry(info.header_offset + 30 + name_size + extra_size, info.file_size, info.CRC)
         if header[:4] != b"PK\3\4" or entry.offset + entry.size > self.size:
             raise self._damaged(f"has no room for its entry {name!r}")
         return entry
@@ -193,35 +140,25 @@ class Member:
 def write_archive(path: str | os.PathLike, members: Iterable[Member], total: int) -> None:
     """Write the members, in order, as a torch zip at `path`; `total` bytes of data are expected.
 
-    The file appears under its name only when it is complete and on disk. Raises UserError if the
-    folder is missing, may not be written, or is full.
+    Raises UserError if the folder is missing, may not be written, or is full.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        free = shutil.disk_usage(path.parent).free
-        if free < total:
-            raise OSError(errno.ENOSPC, f"{free >> 20} MiB are free")
-        with open(unfinished, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for member in members:
-                    _write_member(archive, member)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else "the file cannot be written"
-        raise UserError(
-            f"{path} was not written: {reason} ({error.strerror}), and {max(total >> 20, 1)} MiB "
-            "are needed; make room or choose another folder."
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    with (
+        written_whole(path, total) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for member, chunks in ahead(map(_begun, members)):
+            _write_member(archive, member, chunks)
 
 
-def _write_member(archive: zipfile.ZipFile, member: Member) -> None:
+def _begun(member: Member) -> tuple[Member, Iterator[bytes | memoryview]]:
+    """The member with its first bytes already there."""
+    chunks = iter(member.chunks)
+    return member, itertools.chain([next(chunks, b"")], chunks)
+
+
+def _write_member(
+    archive: zipfile.ZipFile, member: Member, chunks: Iterable[bytes | memoryview]
+) -> None:
     info = zipfile.ZipInfo(f"archive/{member.name}")
     info.file_size = member.size
     wide = member.size * _ZIP64_LIMIT_MARGIN > zipfile.ZIP64_LIMIT
@@ -230,12 +167,6 @@ def _write_member(archive: zipfile.ZipFile, member: Member) -> None:
     gap = -(header + 4) % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", gap) + b"Z" * gap
     with archive.open(info, "w") as entry:
-        for chunk in member.chunks:
+        for chunk in chunks:
             entry.write(chunk)
     info.extra = b""  # the table of contents at the end needs no filling
-
-
-def file_chunks(archive: Archive, offset: int, size: int) -> Iterator[memoryview]:
-    """The bytes [offset, offset + size) of the archive's file, a few MiB at a time."""
-    for start in range(0, size, CHUNK):
-        yield memoryview(archive.read_at(offset + start, min(CHUNK, size - start)))

@@ -23,6 +23,7 @@ from uva_jax import diffusion
 from uva_jax.errors import UserError
 from uva_jax.models import mar
 from uva_jax.models.policy import Policy
+from uva_jax.models.text_tower import attention_mask
 
 _BATCH = 2
 _HEADS = {
@@ -66,6 +67,8 @@ def verify_checkpoint(
         comparison.transformer("policy_model")
         if policy.video_head is not None:
             comparison.transformer("full_dynamic_model")
+        if policy.text_model is not None:
+            comparison.text_tower()
         comparison.normalizer()
     show(comparison.checks.summary())
     return comparison.checks.results
@@ -107,6 +110,7 @@ def _embed(module, tokens, mask, cond, *, task_mode, **streams):
     return module.embed(tokens, mask, cond, task_mode=task_mode, **streams)
 
 
+_run_layer = jax.jit(lambda layer, x, seen: layer(x, seen))
 _run_block = jax.jit(lambda block, x: block(x))
 _encode = jax.jit(lambda module, x: module.encode(x))
 _decode = jax.jit(lambda module, x: module.decode(x))
@@ -256,6 +260,24 @@ class _Comparison:
         want = torch_head.sample(_torch(z), temperature, noise=_torch(noise))
         got = _sample(head, z, noise, temperature)
         self.compare(f"{title}.sample", got, want, SAMPLED)
+
+    def text_tower(self) -> None:
+        """The language tower, layer by layer, on sentences of several lengths."""
+        tower = self.policy.text_model
+        length, end = tower.config.max_length, tower.config.vocab_size - 1
+        lengths = self.random.integers(2, length, (_BATCH, 1))
+        mask = (np.arange(length) < lengths).astype(np.int32)
+        words = self.random.integers(0, end, mask.shape)
+        tokens = np.where(np.arange(length) < lengths - 1, words, end)
+        want = self.reference.text_model.stages(_torch(tokens), _torch(mask))
+        seen = attention_mask(jnp.asarray(mask))
+        self.compare("text_model.embed", tower.embed(jnp.asarray(tokens)), want["embed"])
+        x = jnp.asarray(want["embed"].numpy())
+        for i, layer in enumerate(tower.layers):
+            self.compare(f"text_model.layer{i}", _run_layer(layer, x, seen), want[f"layer{i}"])
+            x = jnp.asarray(want[f"layer{i}"].numpy())
+        got = tower.pool(x, jnp.asarray(tokens))
+        self.compare("text_model.text_embeds", got, want["text_embeds"])
 
     def normalizer(self) -> None:
         """Scales and offsets, which must be the same numbers."""

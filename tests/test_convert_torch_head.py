@@ -124,7 +124,8 @@ def test_the_twin_has_the_originals_interface_and_trains():
 def grafted(tmp_path_factory):
     """An export of the teacher with a grafted head, and the policy it came from."""
     folder = tmp_path_factory.mktemp("graft")
-    teacher, _ = from_torch.from_torch(TEACHER, folder / "teacher")
+    from_torch.from_torch(TEACHER, folder / "teacher")
+    teacher = policy_io.load_policy(folder / "teacher")
     head = teacher.config.action_head
     config = GraftedHeadConfig(
         channels=head.channels,

@@ -16,6 +16,7 @@ from uva_jax.models.policy_config import (
     MARConfig,
     MLPHeadConfig,
     PolicyConfig,
+    TextTowerConfig,
     VAEConfig,
 )
 from uva_jax.train.optim import (
@@ -141,6 +142,7 @@ def policy_config():
         action_head=action,
         proprio_head=MLPHeadConfig(channels=3, grid=grid, aggregator="conv_fc", **head),
         normalizer_fields=(("action", 2),),
+        text_tower=TextTowerConfig(8, 8, 1, 2, 4, 5, 8),
     )
 
 
@@ -243,6 +245,7 @@ def test_releasing_at_step_0_makes_exceptions_to_freezing(policy_paths):
         ({"freeze": ["mar/decoder"]}, "'mar/decoder' matches no parameter"),
         ({"unfreeze_at": {7: ["mar/nothing"]}}, "'mar/nothing' matches no parameter"),
         ({"unfreeze_at": {7: ["vae"]}}, r"unfreeze_at\[7\] frees 'vae', which .* does not reach"),
+        ({"unfreeze_at": {7: ["text_model"]}}, "frees 'text_model', which .* does not reach"),
         ({"unfreeze_at": {7: ["video_head"]}}, "frees 'video_head'"),
         ({"unfreeze_at": {-1: ["mar"]}}, "step -1"),
         ({"freeze": ["*"]}, "no parameter that trains at step 0"),

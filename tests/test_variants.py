@@ -7,7 +7,9 @@ import pytest
 from conftest import make_policy, silently
 from variants import TASKS, VARIANTS, write_recording
 
+from convert import torch_file
 from convert.describe import config_file, describe
+from convert.from_torch import state_tensors
 from convert.to_torch import export_policy
 from convert.verify import verify_checkpoint
 from uva_jax import policy_io
@@ -87,7 +89,8 @@ def test_captured_tokens_are_those_of_the_policy_on_each_window(name, settings):
 def test_every_input_changes_the_tokens(settings):
     policy = make_policy(VARIANTS["everything"])
     reader = reader_of(policy, settings())
-    obs = source.single_windows(reader.read(strips_of([[20], [30]]), np.arange(2)))
+    strips = source.Strips(np.array([0, 1]), np.array([[20], [9]]), np.zeros(2, bool))
+    obs = source.single_windows(reader.read(strips, np.arange(2)))
     run_policy = jax.jit(
         lambda obs: policy.video_tokens(*policy.condition(obs, key=jax.random.key(0)))
     )
@@ -160,7 +163,15 @@ def test_episodes_are_told_their_own_task(settings, recorded):
 
 def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
     policy = make_policy(VARIANTS["everything"])
-    export_policy(policy, tmp_path / "teacher.ckpt")
+    export_policy(policy, tmp_path / "plain.ckpt")
+    # As a checkpoint with a language tower, whose vision half no policy keeps.
+    payload = dict(torch_file.read(tmp_path / "plain.ckpt").payload)
+    vision = np.ones(3, np.float32)
+    payload["state_dicts"] = {
+        name: {**state, "text_model.vision_model.post_layernorm.weight": vision}
+        for name, state in payload["state_dicts"].items()
+    }
+    torch_file.write(tmp_path / "teacher.ckpt", payload)
     config = settings(
         teacher__checkpoint=str(tmp_path / "teacher.ckpt"),
         finetune__reuse_cache=False,
@@ -176,7 +187,11 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
     for path in before:
         if path.startswith(("vae/", "mar/encoder_blocks/", "normalizer/", "proprio_head/")):
             np.testing.assert_array_equal(before[path], after[path], err_msg=path)
-    checks = verify_checkpoint(tmp_path / "run" / "export" / "grafted.ckpt", show=lambda line: None)
+    exported = tmp_path / "run" / "export" / "grafted.ckpt"
+    again = state_tensors(torch_file.read(exported), "ema")
+    kept = again["text_model.vision_model.post_layernorm.weight"]
+    np.testing.assert_array_equal(kept.numpy(), vision)
+    checks = verify_checkpoint(exported, show=lambda line: None)
     assert len(checks) > 60 and all(check.ok for check in checks)
     report = (tmp_path / "run" / "eval" / "report.html").read_text()
     assert "Actions on held-out windows" in report and "Rollouts" not in report

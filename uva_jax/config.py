@@ -27,6 +27,7 @@ _CHOICES = {
     "head.memory": ("video", "video+aggregate"),
     "head.adapter": ("conv", "linear"),
     "head.start": ("preserve", "random"),
+    "pretrain.save_dtype": ("float32", "bfloat16"),
     "capture.dtype": ("bfloat16", "float16", "float32"),
     "distill.loss.cross_attn": ("l1", "l2", "huber"),
     "distill.loss.self_attn": ("l1", "l2", "huber"),
@@ -35,9 +36,11 @@ _CHOICES = {
 _POSITIVE = (
     "capture.num_samples capture.held_out capture.strip capture.batch distill.epochs "
     "distill.batch distill.lr finetune.steps finetune.batch finetune.lr finetune.accumulate "
-    "finetune.noise_draws evaluate.num_seeds evaluate.max_steps evaluate.draws data.horizon"
+    "finetune.noise_draws pretrain.steps pretrain.batch pretrain.accumulate pretrain.noise_draws "
+    "pretrain.steps_per_call pretrain.checkpoint_every evaluate.num_seeds "
+    "evaluate.max_steps evaluate.draws data.horizon"
 ).split()
-_FREE = ("finetune.unfreeze_at",)  # keys of these sections are the user's own
+_FREE = ("finetune.unfreeze_at", "pretrain.modes")  # keys of these sections are the user's own
 
 
 def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Stage:
       describe: what it does, in a few words.
       fingerprint: from the configuration to the external files or folders it reads, by label. They
         are hashed by content.
+      on_request: it runs only where it is named.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Stage:
     folder: str
     describe: str = ""
     fingerprint: Callable[[FrozenConfigDict], Mapping[str, str | os.PathLike]] | None = None
+    on_request: bool = False
 
 
 def run_pipeline(
@@ -95,7 +97,8 @@ def run_pipeline(
 
     Args:
       stages: the table, each stage after the ones it needs.
-      only: names of the stages to run; all of them by default. What they need must be up to date.
+      only: names of the stages to run; by default all but those on request. What they
+        need must be up to date.
       is_primary, barrier: for several processes on one shared workdir. Only the primary locks and
         keeps records; all of them run the stages and meet at the barriers.
 
@@ -108,7 +111,11 @@ def run_pipeline(
     unknown = [name for name in only or () if name not in table]
     if unknown:
         raise UserError(f"there is no stage {unknown[0]!r}: the stages are {', '.join(table)}")
-    chosen = [name for name in table if only is None or name in only]
+    chosen = [
+        name
+        for name, stage in table.items()
+        if (not stage.on_request if only is None else name in only)
+    ]
     engine = _Engine(table, FrozenConfigDict(config), Path(workdir).absolute(), is_primary, barrier)
     with ExitStack() as guards:
         guards.enter_context(stops_are_told(engine.say))

@@ -8,11 +8,12 @@ silence, so everything that is put into a module goes through `replace`, which d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -21,13 +22,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from uva_jax import policy_arrays
 from uva_jax.errors import UserError
+from uva_jax.lazy_array import LazyArray
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
+from uva_jax.policy_arrays import flat, nested
 
 FORMAT = 1
-# Weights hardly shrink, and compressing them takes longer and more memory than writing them.
-_WRITER = functools.partial(ocp.PyTreeCheckpointHandler, use_compression=False)
 _JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
 
 
@@ -102,29 +104,6 @@ def replace(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def nested(arrays: Mapping[str, object]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, value in arrays.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict:
-    """The inverse of `nested`."""
-    result = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}/")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
 def save_policy(
     folder: str | os.PathLike,
     policy: Policy,
@@ -145,6 +124,45 @@ def save_policy(
     Raises:
       UserError: the folder holds something that is not a policy.
     """
+    with _appearing(folder) as partial:
+        if jax.process_index() == 0:
+            _write_description(partial, policy.config, source, records)
+        arrays = flatten(policy)
+        with policy_arrays.checkpointer(arrays) as checkpointer:
+            checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(arrays)))
+
+
+def save_arrays(
+    folder: str | os.PathLike,
+    config: PolicyConfig,
+    arrays: Mapping[str, LazyArray],
+    *,
+    source: Callable[[], Mapping],
+    records: bytes | None = None,
+) -> None:
+    """`save_policy` of arrays that are never all in memory.
+
+    Args:
+      folder: where; an older policy there is replaced.
+      config: the architecture.
+      arrays: every array of it by path; they are loaded once, one after another.
+      source: asked after that, so that it can still refuse what was read.
+      records: as for `save_policy`.
+
+    Raises:
+      UserError: the folder holds something that is not a policy; the arrays are not those of the
+        architecture; or what `source` raises. Nothing is left behind then.
+    """
+    if problems := mismatches(shapes(abstract_policy(config)), arrays):
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+    with _appearing(folder) as partial:
+        policy_arrays.write(partial / _PARAMS, arrays)
+        _write_description(partial, config, source(), records)
+
+
+@contextlib.contextmanager
+def _appearing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to, which takes the name of a policy folder once it is complete."""
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give the name of a folder to write the policy to.")
@@ -154,24 +172,30 @@ def save_policy(
         )
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     chief = jax.process_index() == 0
-    if chief:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        described = {"format": FORMAT, "policy": to_dict(policy.config), "source": dict(source)}
-        _write(partial / _JSON, (json.dumps(described, indent=1) + "\n").encode())
-        if records is not None:
-            _write(partial / _RECORDS, records)
-    _wait("policy folder opened")
-    with ocp.AsyncCheckpointer(_WRITER()) as checkpointer:
-        checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(flatten(policy))))
-    _wait("policy folder written")
-    if chief:
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.ExitStack() as undo:
+        if chief:
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        _wait("policy folder opened")
+        yield partial
+        _wait("policy folder written")
+        if chief:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        undo.pop_all()
     _wait("policy folder named")
+
+
+def _write_description(
+    folder: Path, config: PolicyConfig, source: Mapping, records: bytes | None
+) -> None:
+    _write(folder / _JSON, (json.dumps(describe(config, source), indent=1) + "\n").encode())
+    if records is not None:
+        _write(folder / _RECORDS, records)
 
 
 def _wait(what: str) -> None:
@@ -186,6 +210,11 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def describe(config: PolicyConfig, source: Mapping) -> dict:
+    """What `policy.json` says of a policy, as plain JSON values."""
+    return {"format": FORMAT, "policy": to_dict(config), "source": dict(source)}
+
+
 def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
     """The architecture and the source of a policy folder.
 
@@ -198,15 +227,25 @@ def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
             f"{folder} is not a policy folder (it has no {_JSON}); make one with "
             "'python -m convert from_torch CKPT OUT'."
         )
+    config, described = parse_description(path)
+    return config, described["source"]
+
+
+def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
+    """The architecture that a json file of `describe` holds, and all that it says.
+
+    Raises:
+      UserError: the file is damaged or of a newer format.
+    """
     try:
         described = json.loads(path.read_text())
-        version, policy, source = (described[k] for k in ("format", "policy", "source"))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        version, policy, _ = (described[k] for k in ("format", "policy", "source"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
     try:
-        return from_dict(policy), source
+        return from_dict(policy), described
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -246,18 +285,37 @@ def load_policy(
         for path, leaf in expected.items()
     }
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with policy_arrays.checkpointer(expected) as checkpointer:
             found = flat(checkpointer.metadata(params).item_metadata.tree)
-            if problems := mismatches(expected, found):
-                raise UserError(
-                    f"the arrays in {params} do not fit the architecture in "
-                    f"{Path(folder) / _JSON}: {'; '.join(problems)}."
-                )
-            arrays = flat(checkpointer.restore(params, nested(target)))
+            _refuse_mismatches(folder, expected, found)
+            tree = nested(target)
+            how = ocp.checkpoint_utils.construct_restore_args(tree)
+            wanted = ocp.args.PyTreeRestore(tree, restore_args=how)
+            arrays = flat(checkpointer.restore(params, args=wanted))
     except UserError:
         raise
-    except (FileNotFoundError, KeyError, AttributeError, ValueError) as error:
+    except policy_arrays.DAMAGE as error:
         raise UserError(
             f"{params} is missing or damaged ({error}); make the policy folder anew."
         ) from error
     return replace(policy, arrays)
+
+
+def read_arrays(folder: str | os.PathLike) -> dict[str, LazyArray]:
+    """The arrays of a policy folder by path; each is read when it is loaded.
+
+    Raises:
+      UserError: the folder is no policy, or its arrays do not fit its architecture.
+    """
+    config, _ = read_description(folder)
+    found = policy_arrays.read(Path(folder).absolute() / _PARAMS)
+    _refuse_mismatches(folder, shapes(abstract_policy(config)), found)
+    return found
+
+
+def _refuse_mismatches(folder: str | os.PathLike, expected: Mapping, found: Mapping) -> None:
+    if problems := mismatches(expected, found):
+        raise UserError(
+            f"the arrays in {Path(folder).absolute() / _PARAMS} do not fit the architecture in "
+            f"{Path(folder) / _JSON}: {'; '.join(problems)}."
+        )

@@ -7,6 +7,7 @@ work itself is in `graft/`, `train/` and `eval/`: a stage opens its inputs, call
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ from uva_jax.graft.capture import CaptureOptions
 from uva_jax.identity import external_hash
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline import Context, Stage
-from uva_jax.train import finetune
+from uva_jax.train import finetune, pretrain_stage
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -62,6 +63,12 @@ def _mesh(config):
 
 def _load(folder: Path, config) -> Policy:
     return policy_io.load_policy(folder, dtype=compute_dtype(config))
+
+
+def run_pretrain(context: Context) -> dict:
+    """A recording -> pretrain/policy and pretrain/policy.ckpt."""
+    config, data = context.config, functools.partial(open_data, context)
+    return pretrain_stage.run(context, data, mesh=_mesh(config), dtype=compute_dtype(config))
 
 
 def run_convert(context: Context) -> dict:
@@ -284,8 +291,12 @@ def _held_out_windows(context: Context, policy: Policy):
 
 def run_export(context: Context) -> dict:
     """finetune/policy -> export/grafted.ckpt, in the original's layout."""
-    out = context.folder / context.config.export.filename
-    found = export_policy(context.inputs["finetune"] / "policy", out)
+    out, policy = context.folder / context.config.export.filename, context.inputs["finetune"]
+    _, about = policy_io.read_description(policy / "policy")
+    # What no policy keeps (CLIP's vision half beside a language tower) comes from the teacher.
+    kept = set(about.get("ignored", ())) - {"_dummy_variable"}
+    base = teacher_checkpoint(context.config) if kept else None
+    found = export_policy(policy / "policy", out, base=base)
     context.metrics.say(f"{out} ({found['bytes'] / 1e6:.1f} MB, {found['tensors']} tensors)")
     return {"file": str(out), "bytes": found["bytes"]}
 
@@ -299,6 +310,16 @@ def _init_paths(config) -> dict:
 
 
 _STAGES = (
+    Stage(
+        "pretrain",
+        run_pretrain,
+        needs=(),
+        config_keys=("seed", "precision", "data", "pretrain"),
+        folder="pretrain",
+        describe="a policy from a recording",
+        fingerprint=lambda config: _data_files(config) | pretrain_stage.starts(config),
+        on_request=True,
+    ),
     Stage(
         "convert",
         run_convert,
@@ -361,7 +382,7 @@ _STAGES = (
         "export",
         run_export,
         needs=("finetune",),
-        config_keys=("export",),
+        config_keys=("teacher", "export"),
         folder="export",
         describe="back to a torch checkpoint",
     ),
@@ -371,14 +392,8 @@ _STAGES = (
 def stages(config) -> tuple[Stage, ...]:
     """The table for a configuration: given operators make capture and distillation needless."""
     given = any(config.head.init_paths.values())
-    wanted = {"capture", "distill"} - (
-        set()
-        if not given
-        else {"distill"}
-        if config.finetune.reuse_cache
-        else {"capture", "distill"}
-    )
-    table = [s for s in _STAGES if s.name in wanted or s.name not in ("capture", "distill")]
+    skipped = ("distill",) if config.finetune.reuse_cache else ("capture", "distill")
+    table = [s for s in _STAGES if not (given and s.name in skipped)]
     names = {s.name for s in table}
     return tuple(
         dataclasses.replace(s, needs=tuple(n for n in s.needs if n in names)) for s in table

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.language import task_latents
 from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import validation_mask
@@ -249,8 +250,6 @@ class WindowReader:
                     f"{options.path} says of no episode which task it shows, and this policy is "
                     "told its task in language: import the data anew (see the README)"
                 )
-            from uva_jax.data.language import task_latents
-
             latents = task_latents(
                 buffer.tasks, policy=policy, path=options.language, vocabulary=options.vocabulary
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
     frames = _checked(frames)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # jax warns of any fork; this one is followed by exec at once, so it cannot deadlock.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
         with imageio.get_writer(
             temporary,
             fps=fps,
@@ -49,16 +52,15 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
 def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) -> Path:
     """Writes frames (t, h, w, 3) uint8 as a gif that plays for ever, atomically.
 
+    Equal neighbours become one frame that is shown for longer.
+
     Raises:
       ValueError: no frames, or not uint8 RGB.
     """
     first, *rest = (Image.fromarray(frame) for frame in _checked(frames))
     with atomic_path(path) as temporary:
-        # Equal frames would be merged into one of longer duration, were it not for disposal 2.
         duration = round(1000 / fps)
-        first.save(
-            temporary, save_all=True, append_images=rest, duration=duration, loop=0, disposal=2
-        )
+        first.save(temporary, save_all=True, append_images=rest, duration=duration, loop=0)
     return Path(path)
 
 

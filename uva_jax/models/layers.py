@@ -91,6 +91,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     *,
+    mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -100,6 +101,7 @@ def attend(
       q: (b, n, heads, head_dim) queries.
       k: (b, m, heads, head_dim) keys.
       v: (b, m, heads, value_dim) values.
+      mask: booleans that broadcast to (b, heads, n, m): which keys a query sees. None: all.
       dropout_rate: share of attention weights dropped when `key` is given.
       key: random key, or None for inference.
 
@@ -110,7 +112,10 @@ def attend(
     # three times faster on them than on the transposed form.
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    logits = logits * q.shape[-1] ** -0.5
+    if mask is not None:  # finite, so that a query which sees nothing gives no NaN
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
     weights = dropout(weights, dropout_rate, key).astype(v.dtype)
     return rearrange(jnp.einsum("bhnm,bhmd->bhnd", weights, v), "b h n d -> b n h d")
 

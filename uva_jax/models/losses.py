@@ -38,6 +38,7 @@ def latent_loss(
     wrist_target: jax.Array | None = None,
     proprio_target: jax.Array | None = None,
     train: bool = True,
+    noise_draws: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss from latents on.
 
@@ -53,6 +54,7 @@ def latent_loss(
       wrist_target: (b, t, h', w', z) future wrist latents, where the policy predicts them.
       proprio_target: (b, n_actions, k), where the policy predicts proprioception.
       train: dropout and random replacement on.
+      noise_draws: diffusion draws of the action head for each sample; upstream makes one.
 
     Returns:
       The scalar loss and the parts: "video_loss", "act_loss", "z" (b, t * s, c), "mask", and
@@ -80,13 +82,14 @@ def latent_loss(
     parts = {"z": z, "mask": mask, "video_loss": jnp.zeros(()), "act_loss": jnp.zeros(())}
     weights = rearrange(mask, "b t s -> b (t s)")
 
-    def rows(name, head, values, index):
+    def rows(name, head, values, index, **more):
         out = head.loss(
             values,
             z,
             key=sub_key(key, index),
             t=draws.get(f"t/{name}"),
             noise=draws.get(f"noise/{name}"),
+            **more,
         )
         parts[f"rows/{name}"] = out
         return out["loss"]
@@ -100,7 +103,8 @@ def latent_loss(
             wrist = rows("wrist", policy.wrist_head, flat, 3)
             parts["video_loss"] += jnp.sum(wrist * weights) / jnp.sum(weights)
     if task_mode in ACTION_MODES:
-        parts["act_loss"] = jnp.mean(rows("act", policy.action_head, nactions, 4))
+        action = rows("act", policy.action_head, nactions, 4, draws=noise_draws)
+        parts["act_loss"] = jnp.mean(action)
     loss = parts["video_loss"] + parts["act_loss"]
     if policy.proprio_head is not None:
         if proprio_target is None:

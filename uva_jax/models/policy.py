@@ -21,6 +21,7 @@ from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
 from uva_jax.models.policy_config import HeadConfig, PolicyConfig
+from uva_jax.models.text_tower import TextTower
 from uva_jax.models.vae import VAE
 
 
@@ -77,6 +78,8 @@ class Policy(nnx.Module):
         self.wrist_head = make_head(config.wrist_head, dtype=dtype, rngs=rngs)
         self.action_head = make_head(config.action_head, dtype=dtype, rngs=rngs)
         self.proprio_head = make_head(config.proprio_head, dtype=dtype, rngs=rngs)
+        tower = config.text_tower
+        self.text_model = None if tower is None else TextTower(tower, rngs=rngs)
         self.normalizer = nnx.Dict(
             {
                 name: nnx.Dict(

@@ -134,6 +134,19 @@ HeadConfig = MLPHeadConfig | GraftedHeadConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """CLIP's text transformer (the defaults are ViT-B/32's), which turns a task into a vector."""
+
+    vocab_size: int = 49408
+    width: int = 512
+    depth: int = 12
+    num_heads: int = 8  # width // 64 in every CLIP
+    max_length: int = 77  # tokens that a sentence can have
+    projection: int = 512  # width of the language vector
+    mlp_width: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """A whole policy: image -> VAE -> MAR -> heads, and how it is called."""
 
@@ -159,6 +172,7 @@ class PolicyConfig:
     cfg_schedule: str = "linear"
     language_model: str | None = None
     task_modes: tuple[str, ...] = TASK_MODES
+    text_tower: TextTowerConfig | None = None  # None: language vectors come from elsewhere
 
     @property
     def action_dim(self) -> int:

@@ -145,6 +145,8 @@ def optim_options(options: FinetuneOptions) -> OptimOptions:
 def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
     """Which parameters train from which step on; with LoRA, adapters in place of their targets."""
     freeze, unfreeze = list(options.freeze), dict(options.unfreeze_at)
+    if any(path.startswith("proprio_head/") for path in arrays):
+        freeze.append("proprio_head")  # Stage 2's loss is the action head's alone
     if options.use_lora:
         freeze += [
             path.removeprefix(PREFIX).removesuffix("/a")

@@ -21,6 +21,7 @@ from uva_jax.models.policy_config import TASK_MODES
 # The modes whose loss reaches a part of the policy; parts that are not named are always reached.
 _TRAINED_IN = {
     "vae": (),
+    "text_model": (),
     "normalizer": (),
     "video_head": VIDEO_MODES,
     "wrist_head": VIDEO_MODES,
@@ -54,8 +55,8 @@ def training_phases(
 ) -> tuple[Phase, ...]:
     """Which of a policy's parameters train when.
 
-    Never trained are the VAE, the normalizer, and heads and inputs that the loss of the task modes
-    does not reach: weight decay alone would only wear them down.
+    Never trained are the VAE, the language tower, the normalizer, and heads and inputs that the
+    loss of the task modes does not reach: weight decay alone would only wear them down.
 
     Args:
       paths: those of all the policy's variables, as from `tree_paths`.

@@ -1,0 +1,37 @@
+"""Train a small PushT policy from scratch on the embedded demonstrations, on two CPU cores.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 \
+        python -m uva_jax.main --config configs/pretrain_tiny.py --workdir runs/own --stage pretrain
+
+It writes `runs/own/pretrain/policy` and, for PyTorch and as a teacher to graft
+(`--config.teacher.checkpoint`), `runs/own/pretrain/policy.ckpt`. Two devices, one a core: they work
+better side by side than two threads on one.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.mirror = "pusht"
+    config.data.max_episodes = 720
+    p = config.pretrain
+    p.from_scratch = True
+    p.save_dtype = "bfloat16"
+    p.model.update(
+        image_size=64,
+        vae_width=32,
+        vae_multipliers=(1, 1, 1, 1, 2),
+        width=128,
+        depth=3,
+        heads=4,
+        dropout=0.0,
+        video_head=(128, 3),
+        action_head=(256, 3),
+    )
+    p.vae_training.steps = 3000
+    p.readout, p.readout_angles = "state", (4,)
+    p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
+    p.steps, p.batch, p.lr, p.warmup = 10_000, 96, 1e-3, 300
+    p.ema.max_value = 0.9995
+    return config

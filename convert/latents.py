@@ -1,0 +1,83 @@
+"""Upstream's language latents (`prepared_data/language_latents.pkl`) as a plain .npz file.
+
+The pickle is a dictionary of numpy vectors by task. It is read as records (`pickle_records.py`), so
+that nothing in it is run; numpy's calls are understood here, and any other is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from convert.open_file import written_whole
+from convert.pickle_records import Global, Record, loads
+from uva_jax.errors import UserError
+
+MAX_BYTES = 64 << 20
+_ARRAYS = {
+    Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+}  # numpy 1 and 2
+_DTYPE = Global("numpy", "dtype")
+
+
+def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The vectors (width,) float32 of a language_latents.pkl by task.
+
+    Raises:
+      UserError: the file is missing, damaged, or no pickled dictionary of vectors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: give upstream's language_latents.pkl.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: it holds no latents by task.")
+    found = loads(path.read_bytes(), str(path))
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} holds no dictionary of vectors by task, so it cannot be used.")
+    return {str(task): _vector(value, f"{path}: {task!r}") for task, value in found.items()}
+
+
+def _vector(value: object, name: str) -> np.ndarray:
+    match value:
+        case Record(
+            function=function, state=(_, (int() as width,), dtype, bool(), bytes() as data)
+        ):
+            known = function in _ARRAYS
+        case _:
+            known = False
+    if not known:
+        raise UserError(f"{name} is no vector of numpy; nothing in the file was run.")
+    match dtype:
+        case Record(function=kind, args=(("f2" | "f4" | "f8") as code, *_), state=(_, "<", *_)):
+            known = kind == _DTYPE
+        case _:
+            known = False
+    if not known:
+        raise UserError(f"{name} is no vector of little-endian real numbers.")
+    values = np.frombuffer(data[: len(data) // int(code[1]) * int(code[1])], f"<{code}")
+    if values.nbytes != len(data) or len(values) != width or not np.isfinite(values).all():
+        raise UserError(f"{name} is damaged: its {width} numbers are not there, or not finite.")
+    return values.astype(np.float32)
+
+
+def convert_latents(path: str | os.PathLike, out: str | os.PathLike) -> dict[str, int]:
+    """Writes the vectors of a language_latents.pkl as an .npz, one array by task.
+
+    Returns:
+      {task: width}.
+
+    Raises:
+      UserError: as `read_latents`, or the file cannot be written.
+    """
+    if Path(out).suffix != ".npz":
+        raise UserError(f"{out} should end in .npz: that is the format that is written.")
+    vectors = read_latents(path)
+    total = sum(v.nbytes for v in vectors.values()) + 1024 * len(vectors)
+    with written_whole(out, total) as file, zipfile.ZipFile(file, "w") as archive:
+        for task, vector in vectors.items():  # not np.savez: a task can have any name
+            with archive.open(zipfile.ZipInfo(f"{task}.npy"), "w") as member:
+                np.lib.format.write_array(member, vector)
+    return {task: len(vector) for task, vector in vectors.items()}

@@ -1,0 +1,323 @@
+"""Training a policy: losses fall, every bit resumes, devices and accumulation change nothing."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIG, make_policy, python
+
+from convert import torch_file
+from convert.from_torch import convert_checkpoint
+from convert.partial import start_from
+from convert.to_torch import torch_arrays
+from uva_jax import parallel, policy_io
+from uva_jax.data import source
+from uva_jax.errors import UserError
+from uva_jax.graft.record import Site
+from uva_jax.metrics import MetricsWriter, read_metrics
+from uva_jax.train import latents, loop, pretrain
+
+OPTIONS = pretrain.PretrainOptions(
+    steps=6,
+    batch=8,
+    lr=3e-3,
+    warmup=1,
+    betas=(0.9, 0.95),
+    weight_decay=0.02,
+    clip_norm=1.0,
+    accumulate=1,
+    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
+    steps_per_call=2,
+    checkpoint_every=3,
+    log_every=2,
+    modes={"policy_model": 1.0},
+    video_steps=0,
+    noise_draws=2,
+    readout_weight=0.1,
+    gradient_checkpointing=False,
+    judge_windows=8,
+)
+DATA = source.DataOptions(
+    **{f.name: "" for f in dataclasses.fields(source.DataOptions)}
+    | {"horizon": 32, "pad_after": 7, "val_ratio": 0.3, "split_seed": 0, "mirror": "pusht"}
+    | {"image_key": "img", "action_key": "action", "path": "embedded", "max_episodes": 3}
+)
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def encode(folder, policy, buffer):
+    with MetricsWriter(folder.parent, "pretrain") as metrics:
+        site = Site(folder, metrics)
+        return latents.encode_frames(site, policy, buffer, "img", mirror=True)
+
+
+@pytest.fixture(scope="module")
+def cache(shared, teacher, buffer):
+    return encode(shared / "latents", teacher, buffer)
+
+
+def windows(buffer, policy, **more):
+    train, held_out = source.split(buffer, DATA)
+    return [pretrain.Windows(buffer, m, policy, DATA, 0, **more) for m in (train, held_out)]
+
+
+def train(folder, teacher, buffer, cache, **changes):
+    folder.mkdir(exist_ok=True)
+    scale = pretrain.StateScale.fit(buffer.read("state"), (4,))
+    with MetricsWriter(folder, "pretrain") as metrics:
+        return pretrain.pretrain(
+            teacher,
+            latents.Latents.open(cache, 2**30),
+            *windows(buffer, teacher, state_key="state"),
+            options=dataclasses.replace(OPTIONS, **changes),
+            mesh=parallel.make_mesh(),
+            seed=0,
+            folder=folder / "states",
+            metrics=metrics,
+            state_scale=scale,
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(shared, teacher, buffer, cache):
+    return train(shared / "pretrained", teacher, buffer, cache)
+
+
+def test_the_loss_falls_and_held_out_losses_are_logged(tmp_path, teacher, buffer, cache):
+    train(tmp_path, teacher, buffer, cache, steps=40, checkpoint_every=20)
+    lines = read_metrics(tmp_path, "pretrain")
+    assert lines[-1]["policy/loss"] < 0.7 * lines[0]["policy/loss"]
+    judged = [
+        line["policy/held_out/policy_model/act_loss"]
+        for line in lines
+        if "policy/held_out/policy_model/act_loss" in line
+    ]
+    assert len(judged) == 2 and judged[1] < judged[0]
+
+
+def test_a_resumed_run_gives_the_same_parameters_to_the_bit(
+    tmp_path, teacher, buffer, cache, trained, monkeypatch
+):
+    saved = loop.Checkpoints.save
+
+    def save_and_die(self, step, state):
+        saved(self, step, state)
+        raise Killed
+
+    monkeypatch.setattr(loop.Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        train(tmp_path, teacher, buffer, cache)
+    monkeypatch.setattr(loop.Checkpoints, "save", saved)
+    resumed = policy_io.flatten(train(tmp_path, teacher, buffer, cache))
+    for path, x in policy_io.flatten(trained).items():
+        np.testing.assert_array_equal(x, resumed[path], err_msg=path)
+
+
+def test_the_vae_and_the_normaliser_stay_and_the_rest_moves(teacher, trained):
+    before, after = policy_io.flatten(teacher), policy_io.flatten(trained)
+    assert before.keys() == after.keys()
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert {k.split("/")[0] for k in moved} == {"mar", "action_head"}
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
+    def loss(params, frozen, batch, key, step):
+        error = jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+        return error, {"loss": error}
+
+    rng = np.random.default_rng(0)
+    group = {"x": rng.normal(size=(3, 8, 4)), "y": rng.normal(size=(3, 8, 2))}
+    group = {k: v.astype(np.float32) for k, v in group.items()}
+    mesh, found = parallel.make_mesh(), []
+    for parts in (1, 4):
+        options = dataclasses.replace(OPTIONS, accumulate=parts)
+        state = loop.start_state({"w": jnp.ones((4, 2))}, options, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        run = loop.make_steps(loss, options, mesh, shardings)
+        state, scalars = run(state, {}, group, jnp.int32(0), jax.random.key(0))
+        found.append((np.asarray(state.params["w"]), float(scalars["loss"])))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+_ON_DEVICES = """
+import json, jax, jax.numpy as jnp, numpy as np
+from conftest import make_policy
+from test_train_pretrain import OPTIONS
+from uva_jax import parallel, policy_io
+from uva_jax.train import loop, pretrain
+policy, rng = make_policy(), np.random.default_rng(0)
+shape = (2, 8, 8, *policy.latent_shape(1)[2:])
+group = {"mean": rng.normal(size=shape), "logvar": np.full(shape, -2.0)}
+group["action"] = rng.uniform(0, 512, (2, 8, 16, 2))
+group = {k: v.astype(np.float32) for k, v in group.items()}
+group["mode"] = np.array([[0] * 8, [1] * 8], np.int32)
+arrays = policy_io.flatten(policy)
+params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/", "video_head/"))}
+frozen = {k: v for k, v in arrays.items() if k not in params}
+mesh = parallel.make_mesh(fsdp=len(jax.devices()) // 4 or 1)
+state = loop.start_state(params, OPTIONS, mesh)
+modes = ("full_dynamic_model", "policy_model")
+loss = pretrain.pretrain_loss(policy, OPTIONS, modes)
+run = loop.make_steps(loss, OPTIONS, mesh, jax.tree.map(lambda x: x.sharding, state))
+group = loop._put(mesh, group)
+_, scalars = run(state, frozen, group, jnp.int32(0), jax.random.key(0))
+print(json.dumps({k: float(v) for k, v in scalars.items()}))
+"""
+
+
+def test_the_loss_is_the_same_on_one_device_and_on_eight():
+    found = []
+    for process in [python(_ON_DEVICES, devices=n) for n in (1, 8)]:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        found.append(json.loads(out.splitlines()[-1]))
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_modes_come_with_their_shares_after_the_video_phase():
+    options = dataclasses.replace(OPTIONS, video_steps=10)
+    names, mode = pretrain.task_modes({"policy_model": 0.8, "inverse_model": 0.2}, options, 0)
+    drawn = [names[mode(step)] for step in range(1010)]
+    assert set(drawn[:10]) == {"video_model"}
+    assert drawn[10:].count("policy_model") / 1000 == pytest.approx(0.8, abs=0.04)
+    assert drawn == [names[mode(step)] for step in range(1010)]
+    given = dataclasses.replace(OPTIONS, modes={"policy_model": 3.0, "inverse_model": 1.0})
+    assert given.shares(("a",)) == {"policy_model": 0.75, "inverse_model": 0.25}
+    plain = dataclasses.replace(OPTIONS, modes={})
+    assert plain.shares(("a", "b", "c", "d")) == dict.fromkeys("abcd", 0.25)
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(UserError, match="policy_modell"):
+        dataclasses.replace(OPTIONS, modes={"policy_modell": 1.0})
+
+
+def test_windows_are_those_of_the_policy_and_go_on_into_the_future(teacher, buffer):
+    train_windows, _ = windows(buffer, teacher)
+    mask, _ = source.split(buffer, DATA)
+    strips = source.plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=DATA, seed=0)
+    rows = np.arange(len(train_windows))[:64]
+    assert len(train_windows) == len(strips)
+    found = train_windows.read(rows)
+    wanted = source.single_windows(source.WindowReader(buffer, DATA, teacher).read(strips, rows))
+    np.testing.assert_array_equal(found["action"], wanted["action"])
+    numbers, n = found["frames"], buffer.n_steps
+    mirrored = strips.mirror[rows]
+    assert ((numbers >= n) == mirrored[:, None]).all()
+    plain = np.flatnonzero(~mirrored)
+    seen = buffer.read_rows({"img": numbers[plain][:, :4]})["img"]
+    np.testing.assert_array_equal(seen, wanted["image"][plain])
+    steps = np.diff(numbers, axis=1)
+    assert steps.max() == 4 and steps.min() >= 0
+
+
+def test_encoding_resumes_and_gives_the_mirror_image_too(
+    tmp_path, teacher, buffer, cache, monkeypatch
+):
+    write, written = latents.ActivationCache.write_chunk, []
+
+    def write_and_die(self, index, values):
+        write(self, index, values).result()
+        written.append(index)
+        if len(written) == 1:
+            raise Killed
+
+    monkeypatch.setattr(latents.ActivationCache, "write_chunk", write_and_die)
+    with pytest.raises(Killed):
+        encode(tmp_path / "latents", teacher, buffer)
+    again = encode(tmp_path / "latents", teacher, buffer)
+    assert sorted(written) == list(range(again.num_chunks))  # none twice
+    np.testing.assert_array_equal(again.read("mean"), cache.read("mean"))
+    frame = latents._frames(buffer, "img", np.array([buffer.n_steps + 5]))
+    mean, _ = teacher.vae.encode(teacher.preprocess(jnp.asarray(frame)))
+    stored = cache.read("mean", buffer.n_steps + 5, buffer.n_steps + 6)
+    np.testing.assert_allclose(stored, mean, atol=5e-3 * float(jnp.abs(mean).max()))
+
+
+def test_latents_of_another_vae_are_refused(cache, teacher, buffer):
+    arrays = policy_io.flatten(teacher)
+    arrays["vae/quant_conv/bias"] = arrays["vae/quant_conv/bias"] + 1
+    other = policy_io.replace(teacher, arrays)
+    with pytest.raises(UserError, match="vae"):
+        encode(cache.folder, other, buffer)
+
+
+def test_latents_on_the_disk_are_those_in_memory(cache):
+    rows = np.array([[3, 700], [0, 3]])
+    held, lazy = latents.Latents.open(cache, 2**30), latents.Latents.open(cache, 0)
+    assert lazy.held is None
+    for name, x in held.read(rows).items():
+        np.testing.assert_array_equal(x, lazy.read(rows)[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "prefix"),
+    [("mar", "model_ema", "model."), ("vae", "state_dict", "vae_model.")],
+)
+def test_a_published_start_fills_what_fits_and_says_what_did_not(
+    tmp_path, teacher, kind, key, prefix
+):
+    named = {
+        k.removeprefix(prefix): v for k, v in torch_arrays(teacher).items() if k.startswith(prefix)
+    }
+    left = sorted(named)[0]
+    del named[left]
+    named["loss.logvar"] = np.zeros(1, np.float32)
+    torch_file.write(tmp_path / "start.pth", {key: named})
+    fresh = make_policy(dataclasses.replace(CONFIG, task="other"))
+    zeros = {k: jnp.zeros_like(v) for k, v in policy_io.flatten(fresh).items()}
+    filled, said = start_from(policy_io.replace(fresh, zeros), tmp_path / "start.pth", kind)
+    assert "loss.logvar" in said and "1 of the policy's start fresh" in said
+    got = torch_arrays(filled)
+    for name, value in named.items():
+        if name != "loss.logvar":
+            np.testing.assert_array_equal(got[prefix + name], value)
+    with pytest.raises(UserError, match="no 'model_ema'|no 'state_dict'"):
+        torch_file.write(tmp_path / "no.pth", {"other": {}})
+        start_from(fresh, tmp_path / "no.pth", kind)
+
+
+@pytest.fixture(scope="module")
+def stage_config(make_config):
+    config = make_config(data__mirror="pusht")
+    p = config.pretrain
+    p.model.update(image_size=32, vae_width=32, vae_multipliers=(1, 1, 1, 1), width=32, depth=1)
+    p.model.update(heads=2, dropout=0.0, video_head=(32, 1), action_head=(32, 1))
+    p.vae_training.update(steps=2, batch=8, warmup=1, frames=64)
+    p.update(steps=2, batch=8, warmup=1, readout="state", readout_angles=(4,), judge_windows=8)
+    p.save_dtype, p.modes = "bfloat16", {"policy_model": 1.0}
+    return config
+
+
+def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
+    from uva_jax.main import run
+
+    stage_config.pretrain.from_scratch = True
+    run(stage_config, str(tmp_path), ["pretrain"])
+    folder = tmp_path / "pretrain"
+    policy = policy_io.load_policy(folder / "policy")
+    again, _ = convert_checkpoint(folder / "policy.ckpt")
+    for path, x in policy_io.flatten(policy).items():
+        np.testing.assert_array_equal(x, policy_io.flatten(again)[path], err_msg=path)
+    assert policy.config == again.config
+    done = json.loads((folder / "done.json").read_text())
+    assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
+
+
+def test_missing_weights_are_an_error_unless_from_scratch(stage_config, tmp_path):
+    from uva_jax.main import run
+
+    stage_config.pretrain.from_scratch = False
+    with pytest.raises(UserError, match="from_scratch"):
+        run(stage_config, str(tmp_path), ["pretrain"])

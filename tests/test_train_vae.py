@@ -1,0 +1,119 @@
+"""Training a VAE: small things count, losses fall, latents end at unit variance."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from uva_jax import parallel, policy_io
+from uva_jax.metrics import MetricsWriter, read_metrics
+from uva_jax.models.policy_config import VAEConfig
+from uva_jax.models.vae import VAE
+from uva_jax.train import vae as training
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+OPTIONS = training.VAEOptions(
+    steps=24,
+    batch=8,
+    lr=2e-3,
+    warmup=2,
+    betas=(0.9, 0.95),
+    weight_decay=0.01,
+    clip_norm=1.0,
+    accumulate=1,
+    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
+    steps_per_call=4,
+    checkpoint_every=12,
+    log_every=4,
+    frames=64,
+    kl_weight=2e-6,
+    edge_weight=0.5,
+    focus=40.0,
+    readout_weight=0.1,
+)
+CONFIG = VAEConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_levels=(), z_channels=4)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A static background, a large thing that moves, and a dot of one pixel."""
+    rng = np.random.default_rng(0)
+    frames = np.broadcast_to(rng.integers(90, 110, (16, 16, 3), np.uint8), (64, 16, 16, 3)).copy()
+    where = rng.integers(0, 12, (64, 2))
+    dots = rng.integers(0, 16, (64, 2))
+    for frame, (y, x), (v, u) in zip(frames, where, dots, strict=True):
+        frame[y : y + 4, x : x + 4] = (200, 200, 210)
+        frame[v, u] = (20, 30, 240)
+    return frames, where.astype(np.float32) / 4 - 1.4, dots
+
+
+def train(folder, scene, **changes):
+    folder.mkdir(exist_ok=True)
+    with MetricsWriter(folder, "pretrain") as metrics:
+        return training.train_vae(
+            VAE(CONFIG, rngs=nnx.Rngs(0)),
+            scene[0],
+            scene[1],
+            prepare=lambda batch, where: batch,
+            options=dataclasses.replace(OPTIONS, **changes),
+            mesh=parallel.make_mesh(),
+            seed=0,
+            folder=folder / "states",
+            metrics=metrics,
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(shared, scene):
+    return train(shared / "vae", scene), read_metrics(shared / "vae", "pretrain")
+
+
+def test_small_rare_things_weigh_more_than_large_ones_and_the_background(scene):
+    frames, _, dots = scene
+    scaled = frames.astype(np.float32) / 127.5 - 1
+    weights = training.PixelWeights(scaled, 40.0)
+    found = np.asarray(weights(scaled))
+    assert found.mean() == pytest.approx(1.0, rel=1e-4)
+    dot = np.median(found[np.arange(64), dots[:, 0], dots[:, 1]])
+    thing = np.median(found[(frames[..., 0] == 200)])
+    assert dot == pytest.approx(40 * found.min(), rel=1e-4)
+    assert dot > 1.3 * thing > 4 * found.min()
+
+
+def test_the_reconstruction_improves(trained):
+    lines = trained[1]
+    for name in ("vae/l1", "vae/edge", "vae/readout"):
+        assert lines[-1][name] < 0.8 * lines[0][name], name
+
+
+def test_latents_have_unit_variance_and_decode_to_the_same_frames(trained, scene):
+    vae, frames = trained[0], scene[0][:32]
+    mean, logvar = vae.encode(frames.astype(np.float32) / 127.5 - 1)
+    latents = vae.sample(mean, logvar, jax.random.normal(jax.random.key(1), mean.shape))
+    assert float(np.std(latents)) == pytest.approx(1.0, abs=0.05)
+    arrays = policy_io.flatten(vae)
+    arrays["quant_conv/kernel"] = arrays["quant_conv/kernel"].at[..., :4].multiply(3.0)
+    arrays["quant_conv/bias"] = arrays["quant_conv/bias"].at[:4].multiply(3.0)
+    arrays["quant_conv/bias"] = arrays["quant_conv/bias"].at[4:].add(2 * np.log(3.0))
+    arrays["post_quant_conv/kernel"] = arrays["post_quant_conv/kernel"] / 3.0
+    off = policy_io.replace(vae, arrays)
+    back = training.scaled_to_unit(off, frames, jax.random.key(2))
+    mean_again, logvar_again = back.encode(frames.astype(np.float32) / 127.5 - 1)
+    ratio = float(np.std(mean_again) / np.std(mean))
+    np.testing.assert_allclose(mean_again, mean * ratio, atol=1e-4)
+    np.testing.assert_allclose(logvar_again, logvar + 2 * np.log(ratio), atol=1e-3)
+    np.testing.assert_allclose(back.decode(latents * ratio), vae.decode(latents), atol=1e-3)
+
+
+def test_a_finished_run_is_not_trained_again(shared, scene, trained):
+    again = policy_io.flatten(train(shared / "vae", scene))
+    for path, x in policy_io.flatten(trained[0]).items():
+        np.testing.assert_array_equal(x, again[path])
+    assert read_metrics(shared / "vae", "pretrain") == trained[1]
+
+
+def test_a_pool_smaller_than_a_batch_is_an_error(tmp_path, scene):
+    with pytest.raises(training.UserError, match="lower config.pretrain.vae_training.batch"):
+        train(tmp_path, scene, batch=128)

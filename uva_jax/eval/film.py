@@ -1,0 +1,70 @@
+"""Predictions as films: real frames above predicted ones, as video, strip of pictures or arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from uva_jax.errors import UserError
+from uva_jax.eval import video
+from uva_jax.eval.predict import Prediction
+
+SUFFIXES = (".mp4", ".gif", ".png", ".npz")
+_TILE = 192  # frames are enlarged to about this many pixels
+_FPS = 2.5  # frames are four steps apart, and most policies act ten times a second
+
+
+def film(predictions: Sequence[Prediction], names: Sequence[str]) -> np.ndarray:
+    """Windows side by side as one clip (2 n_frames, h, w, 3) uint8.
+
+    Each camera has a row of real frames, where the future is known, above one that shows the given
+    history and then what was predicted.
+    """
+    cameras = predictions[0].cameras
+    halves = []
+    for past in (True, False):
+        clips, labels = [], []
+        for camera in cameras:
+            shown = [p.cameras[camera] for p in predictions]
+            rows = {"predicted": [c.history if past else c.predicted for c in shown]}
+            if all(c.future is not None for c in shown):
+                rows = {"real": [c.history if past else c.future for c in shown]} | rows
+            for kind, row in rows.items():
+                said = "given" if past and kind == "predicted" else kind
+                said = said if len(cameras) == 1 else f"{camera} {said}"
+                # Names stand in the top row alone: labels have little room.
+                labels += [said if labels else f"{said}: {n}" for n in names]
+                blank = np.full_like(shown[0].predicted, 255)
+                clips += [blank if clip is None else clip for clip in row]
+        scale = max(1, round(_TILE / clips[0].shape[2]))
+        halves.append(video.tile(clips, labels, len(predictions), scale))
+    return np.concatenate(halves)
+
+
+def write(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Writes what was predicted in the form that the name asks for: video, strip or arrays.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npz":
+            found = {
+                f"{camera}_frames": np.stack([p.cameras[camera].predicted for p in predictions])
+                for camera in predictions[0].cameras
+            }
+            if predictions[0].action is not None:
+                found["action"] = np.stack([p.action for p in predictions])
+            with video.atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **found)
+        elif suffix == ".png":  # time goes to the right, so windows go below each other
+            parts = [film([p], [name]) for p, name in zip(predictions, names, strict=True)]
+            video.write_strip(path, np.concatenate(parts, axis=1))
+        else:
+            writer = video.write_mp4 if suffix == ".mp4" else video.write_gif
+            writer(path, film(predictions, names), _FPS)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error}") from error

@@ -1,0 +1,305 @@
+"""Predicted futures beside real ones: one window in, frames, actions and their errors out.
+
+A window is a mapping of arrays without a batch axis, an observation as `Policy.predict_action`
+takes it and, as far as it is known, what came after: "future_image" and "future_wrist_image" like
+"image", and "action", the actions that were taken. The noise depends on the seed and the window's
+number alone, so a window's prediction does not change with the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from uva_jax.errors import UserError
+from uva_jax.eval.video import psnr, ssim
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import TASK_MODES, PolicyConfig
+from uva_jax.models.token_sampler import masked_counts, sample_tokens
+
+CAMERAS = {"main": "", "wrist": "wrist_"}  # what the names of a camera's arrays begin with
+SCHEDULES = ("linear", "constant")
+_IMAGES = tuple(f"{when}{prefix}image" for when in ("", "future_") for prefix in CAMERAS.values())
+_NUMBERS = ("fiu", "float")  # kinds of dtypes, and what they are called
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How futures are sampled; see `token_sampler.sample_tokens`.
+
+    Attributes:
+      mode: one of TASK_MODES.
+      num_iter, guidance, schedule, temperature: of the token sampler.
+      sampling_steps: steps of every diffusion loop; 0: each head's own number.
+      seed: of all noise.
+    """
+
+    mode: str
+    num_iter: int = 1
+    guidance: float = 1.0
+    schedule: str = "linear"
+    temperature: float = 1.0
+    sampling_steps: int = 0
+    seed: int = 0
+
+    def check(self, policy: Policy) -> None:
+        """Raises UserError unless the policy can be sampled like that."""
+        if self.mode not in TASK_MODES:
+            raise UserError(f"mode {self.mode!r} is unknown; known are {', '.join(TASK_MODES)}.")
+        if self.mode in VIDEO_MODES and policy.video_head is None:
+            raise UserError(f"{self.mode} predicts video, but this policy has no video head.")
+        if policy.action_head is None:
+            raise UserError("this policy has no action head to sample from.")
+        masked_counts(policy.config.mar.tokens_per_frame, self.num_iter)
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"the guidance schedule is {self.schedule!r}; it can be {' or '.join(SCHEDULES)}."
+            )
+        for name in ("guidance", "temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} is {value}; it should be a number of at least 0.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it can be 0 to {2**32 - 1}.")
+        if not 0 <= self.sampling_steps <= 1000:
+            raise UserError(
+                f"sampling_steps is {self.sampling_steps}; it can be 1 to 1000, or 0 for the "
+                "policy's own number."
+            )
+
+
+@dataclass(frozen=True)
+class Camera:
+    """What one camera shows, each (n_frames, size, size, 3) uint8 at the policy's size, or None.
+
+    `history` and `future` are real, `predicted` is sampled, and `reconstruction` is what the VAE
+    makes of the real future (its mean, without sampling noise).
+    """
+
+    history: np.ndarray | None
+    future: np.ndarray | None
+    predicted: np.ndarray
+    reconstruction: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was sampled for a window.
+
+    Attributes:
+      cameras: by name ("main", "wrist"); empty in modes without video.
+      action: (n_actions, action_dim) raw, or None in modes that do not learn actions.
+      action_mse: mean square distance to the truth, normalised; None if either is not there.
+      latent_spread: deviation of the sampled latents over that of the history's: about 1 where a
+        video head works. None in modes without video.
+    """
+
+    cameras: Mapping[str, Camera]
+    action: np.ndarray | None
+    action_mse: float | None
+    latent_spread: float | None
+
+
+def checked_window(
+    config: PolicyConfig, mode: str, window: Mapping[str, np.ndarray], origin: str
+) -> dict[str, np.ndarray]:
+    """What a mode of a policy reads of a window, images uint8 and all else float32.
+
+    Raises:
+      UserError: an array is missing or has another shape or dtype; `origin` says whose it is.
+    """
+    c, past = config.mar, (config.n_obs_steps, config.mar.n_frames)
+    widths = dict(config.normalizer_fields)
+    states = config.proprio_keys if c.proprio_dim else ()
+    needed = ["image"]
+    needed += ["wrist_image"] if c.proprio_image else []
+    needed += ["text_latents"] if c.text_dim else []
+    needed += states
+    needed += ["action"] if mode == "dynamic_model" else []
+    if mode == "inverse_model":
+        needed += ["future_image"] + (["future_wrist_image"] if c.wrist else [])
+    if missing := [name for name in needed if name not in window]:
+        raise UserError(
+            f"{origin} lacks {', '.join(missing)}, which this policy reads in {mode}; it holds "
+            f"{', '.join(window) or 'nothing'}."
+        )
+    actions = (c.n_actions, c.action_dim)
+    shapes: dict[str, tuple] = {"action": actions}
+    shapes |= {"past_action": actions} if c.history_action else {}
+    shapes |= {"text_latents": (c.text_dim,)} if c.text_dim else {}
+    shapes |= {name: (past, None, None, 3) for name in _IMAGES}
+    steps = (config.n_obs_steps, c.proprio_steps)
+    shapes |= {name: (steps, widths.get(name)) for name in states}
+    found = {}
+    for name, shape in shapes.items():
+        if name not in window:
+            continue
+        array, (kinds, wanted) = window[name], ("u", "uint8") if name in _IMAGES else _NUMBERS
+        fits = array.ndim == len(shape) and all(
+            got and (n is None or got == n or (isinstance(n, tuple) and got in n))
+            for got, n in zip(array.shape, shape, strict=True)
+        )
+        if not fits or array.dtype.kind not in kinds or (kinds == "u" and array.itemsize > 1):
+            said = " x ".join("any" if n is None else _either(n) for n in shape)
+            raise UserError(
+                f"{name} of {origin} is {array.dtype} {array.shape}, but this policy takes "
+                f"{wanted} {said}."
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} of {origin} has values that are not finite.")
+        found[name] = array if name in _IMAGES else np.asarray(array, np.float32)
+    width = sum(window[name].shape[-1] for name in states)
+    if width != c.proprio_dim:
+        raise UserError(
+            f"the states of {origin} ({', '.join(states)}) are {width} numbers wide, "
+            f"but this policy takes {c.proprio_dim}."
+        )
+    return found
+
+
+def _either(n) -> str:
+    return " or ".join(map(str, dict.fromkeys(n))) if isinstance(n, tuple) else str(n)
+
+
+def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int], Prediction]:
+    """f(window, number) -> Prediction, compiled at its first call.
+
+    Windows come from `checked_window`; `number` tells the noise of one from another's.
+
+    Raises:
+      UserError: see `Sampling.check`.
+    """
+    sampling.check(policy)
+    graph, variables = nnx.split(policy)
+    with_video, with_actions = sampling.mode in VIDEO_MODES, sampling.mode in ACTION_MODES
+    cameras = CAMERAS if policy.config.mar.wrist else {"main": ""}
+
+    @jax.jit
+    def run(variables, window, number):
+        policy = nnx.merge(graph, variables)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(sampling.seed), number), 4)
+        obs = {name: values[None] for name, values in window.items()}
+        cond, streams = policy.condition(obs, key=keys[0])
+        targets = {}
+        if sampling.mode == "inverse_model":
+            for prefix, key in zip(cameras.values(), keys[1:3], strict=False):
+                targets[prefix] = policy.encode_observation(obs[f"future_{prefix}image"], key=key)
+        nactions = policy.normalize("action", obs["action"]) if "action" in obs else None
+        sampled = sample_tokens(
+            policy,
+            cond,
+            task_mode=sampling.mode,
+            num_iter=sampling.num_iter,
+            cfg=sampling.guidance,
+            cfg_schedule=sampling.schedule,
+            temperature=sampling.temperature,
+            sampling_steps=str(sampling.sampling_steps) if sampling.sampling_steps else None,
+            key=keys[3],
+            target=targets.get(""),
+            wrist_target=targets.get("wrist_"),
+            nactions=nactions,
+            streams=streams,
+        )
+        found: dict = {"cameras": {}}
+        if with_actions:
+            found["action"] = policy.unnormalize("action", sampled["actions"])[0]
+            if nactions is not None:
+                found["action_mse"] = jnp.mean((sampled["actions"] - nactions) ** 2)
+        if with_video:
+            found["latent_spread"] = jnp.std(sampled["latents"]) / jnp.std(cond)
+            for name, prefix in cameras.items():
+                found["cameras"][name] = _show(policy, obs, prefix, sampled)
+        return found
+
+    def predict(window: Mapping[str, np.ndarray], number: int) -> Prediction:
+        # A first diffusion step magnifies errors by 1e4 and more: no reduced products here.
+        with jax.default_matmul_precision("highest"):
+            found = jax.tree.map(np.asarray, run(variables, window, number))
+        numbers = {k: float(found[k]) for k in ("action_mse", "latent_spread") if k in found}
+        return Prediction(
+            cameras={name: Camera(**frames) for name, frames in found["cameras"].items()},
+            action=found.get("action"),
+            action_mse=numbers.get("action_mse"),
+            latent_spread=numbers.get("latent_spread"),
+        )
+
+    return predict
+
+
+def _show(policy: Policy, obs: Mapping, prefix: str, sampled: Mapping) -> dict:
+    """The fields of a `Camera`, of the only window of a batch."""
+    n_frames = policy.config.mar.n_frames
+
+    def real(name):
+        if name not in obs:
+            return None
+        images = obs[name]
+        if images.shape[1] != n_frames:
+            images = images[:, np.array(frame_indices(images.shape[1], n_frames))]
+        return policy.preprocess(images)
+
+    history, future = real(f"{prefix}image"), real(f"future_{prefix}image")
+    again = None
+    if future is not None:
+        no_noise = jnp.zeros(policy.latent_shape(1))
+        again = policy.decode_frames(policy.encode_frames(future, no_noise))
+    frames = {
+        "history": history,
+        "future": future,
+        "predicted": policy.decode_frames(sampled[f"{prefix}latents"]),
+        "reconstruction": again,
+    }
+    return {name: None if x is None else _to_uint8(x[0]) for name, x in frames.items()}
+
+
+def _to_uint8(frames: jax.Array) -> jax.Array:
+    """[-1, 1] -> 0..255, rounded; what overflowed on the way shows as grey."""
+    return jnp.round((jnp.nan_to_num(frames) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def figures(predictions: Sequence[Prediction]) -> dict:
+    """How near predictions are to the truth, over all of them; only what there is a truth for.
+
+    PSNR is that of the mean square error over all pixels and frames, so that it is finite unless
+    everything is equal; SSIM is the mean over frames.
+
+    Returns:
+      {"cameras": {camera: {"predicted" | "last_frame" | "reconstruction": {"psnr", "ssim"}}},
+      "action_mse": normalised, "latent_spread": the widest}. "last_frame" is the last frame of the
+      history, held.
+    """
+    found: dict = {"cameras": {}}
+    for name in predictions[0].cameras:
+        shown = [p.cameras[name] for p in predictions]
+        if any(camera.future is None for camera in shown):
+            continue
+        future = np.concatenate([camera.future for camera in shown])
+        clips = {
+            "predicted": [camera.predicted for camera in shown],
+            "last_frame": [np.broadcast_to(c.history[-1:], c.future.shape) for c in shown]
+            if all(camera.history is not None for camera in shown)
+            else None,
+            "reconstruction": [camera.reconstruction for camera in shown],
+        }
+        found["cameras"][name] = {
+            kind: _distance(np.concatenate(clip), future) for kind, clip in clips.items() if clip
+        }
+    for name, over in (("action_mse", np.mean), ("latent_spread", np.max)):
+        values = [getattr(p, name) for p in predictions]
+        if None not in values:
+            found[name] = float(over(values))
+    return found
+
+
+def _distance(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    # One tall image, because the PSNR of all frames together is wanted.
+    tall = [x.reshape(1, -1, *x.shape[2:]) for x in (frames, truth)]
+    return {"psnr": float(psnr(*tall)[0]), "ssim": float(np.mean(ssim(frames, truth)))}

@@ -1,0 +1,163 @@
+"""The arrays of a policy folder on disk, in orbax's format: all at once, or one after another.
+
+Orbax reads and writes whole trees, so whoever only passes arrays on (a conversion) would hold all
+of them. Here orbax is given leaves that are loaded when their turn comes, by a handler of its own
+arrays; the files are the same either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from uva_jax.errors import UserError
+from uva_jax.lazy_array import LazyArray
+
+_IN_FLIGHT = 64 << 20  # bytes of arrays that are read or written at a time
+# What orbax and tensorstore raise when files are missing or damaged.
+DAMAGE = (FileNotFoundError, KeyError, AttributeError, ValueError)
+
+
+def checkpointer(arrays: Mapping) -> ocp.AsyncCheckpointer:
+    """Orbax's, with little in memory beside `arrays` (or their shapes).
+
+    Weights hardly shrink, and compressing them takes longer and more memory than writing them.
+    """
+    largest = max(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays.values())
+    limit = max(_IN_FLIGHT, 2 * largest)  # one array must fit
+    handler = ocp.BasePyTreeCheckpointHandler(
+        use_compression=False, save_concurrent_bytes=limit, restore_concurrent_bytes=limit
+    )
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler))
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays, for leaves of type `LazyArray`."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(
+        self,
+        values: Sequence[LazyArray],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list:
+        args = args or [ocp.SaveArgs()] * len(values)
+        being_written: list = []
+        try:
+            for part in _parts(values):
+                arrays = [value.load() for value in values[part]]
+                begun = await super().serialize(arrays, infos[part], args[part])
+                for written in being_written:
+                    written.result()
+                being_written = list(begun)
+        finally:
+            for written in being_written:
+                written.result()
+        return []
+
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.RestoreArgs] | None = None,
+    ) -> list[LazyArray]:
+        read = super().deserialize
+
+        def later(info, found) -> LazyArray:
+            def load() -> np.ndarray:
+                # Not asyncio.run: its handling of Ctrl-C prints every array to a text unread.
+                loop = asyncio.new_event_loop()
+                try:
+                    return loop.run_until_complete(read([info]))[0]
+                except DAMAGE as error:
+                    raise UserError(
+                        f"{info.parent_dir} is damaged ({error}); make the policy folder anew."
+                    ) from error
+                finally:
+                    loop.close()
+
+            return LazyArray(tuple(found.shape), np.dtype(found.dtype), load)
+
+        return [
+            later(info, found)
+            for info, found in zip(infos, await self.metadata(infos), strict=True)
+        ]
+
+
+def _parts(values: Sequence[LazyArray]) -> Iterator[slice]:
+    """Runs of arrays that are written together."""
+    start, held = 0, 0
+    for number, value in enumerate(values):
+        if held and held + value.nbytes > _IN_FLIGHT:
+            yield slice(start, number)
+            start, held = number, 0
+        held += value.nbytes
+    yield slice(start, len(values))
+
+
+def _lazy_checkpointer() -> ocp.Checkpointer:
+    handler = _OneByOne()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, handler),
+        (np.ndarray, handler),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns where there is none
+    )
+    base = ocp.BasePyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(handler_impl=base, type_handler_registry=registry)
+    )
+
+
+def write(folder: Path, arrays: Mapping[str, LazyArray]) -> None:
+    """Writes arrays by path ("a/b"), a few at a time; what a `load` raises goes through."""
+    with _lazy_checkpointer() as opened:
+        opened.save(folder, args=ocp.args.PyTreeSave(nested(arrays)))
+
+
+def read(folder: Path) -> dict[str, LazyArray]:
+    """The arrays that any of the writers wrote, by path; each is read when it is asked for.
+
+    Raises:
+      UserError: the folder is missing or damaged.
+    """
+    with _lazy_checkpointer() as opened:
+        try:
+            tree = opened.metadata(folder).item_metadata.tree
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return flat(opened.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how)))
+        except DAMAGE as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{folder} is missing or damaged ({error}); make the policy folder anew."
+            ) from error
+
+
+def nested(arrays: Mapping[str, object]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, value in arrays.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """The inverse of `nested`."""
+    result = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}/")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result

@@ -1,0 +1,146 @@
+"""The latent cache: every frame of a recording encoded once, and its mirror image too.
+
+Mean and log-variance are kept, so that a training step still samples its latents. It is an
+activation cache whose samples are frames: it resumes by chunks, and says what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from uva_jax import parallel, policy_io
+from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.graft.activations import ActivationCache
+from uva_jax.graft.record import Site
+from uva_jax.models.policy import Policy
+
+_CHUNK = 512  # frames
+
+
+def parameter_hash(module: nnx.Module) -> str:
+    """A sha256 of all of a module's arrays and their paths."""
+    digest = hashlib.sha256()
+    for path, x in sorted(policy_io.flatten(module).items()):
+        digest.update(path.encode() + np.asarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def encode_frames(
+    site: Site,
+    policy: Policy,
+    buffer: ReplayBuffer,
+    image_key: str,
+    *,
+    mirror: bool,
+) -> ActivationCache:
+    """Encodes all frames of a buffer (or goes on doing so, or opens what is done).
+
+    Args:
+      site: the cache's folder; progress and processes.
+      policy: its VAE encodes, its image size is what frames are resized to.
+      buffer: the recording; image_key: its array of frames.
+      mirror: mirror images follow the frames, in the same order.
+
+    Returns:
+      The finished cache, with "mean" and "logvar" (frames [* 2], h', w', z).
+
+    Raises:
+      UserError: the folder holds latents of another VAE, other data, or another size.
+    """
+    total = buffer.n_steps * (1 + mirror)
+    item = policy.latent_shape(1)[2:]
+    meta = {
+        "vae": parameter_hash(policy.vae),
+        "data": buffer.fingerprint(),
+        "image_key": image_key,
+        "image_size": policy.config.image_size,
+        "mirror": mirror,
+    }
+    arrays = {name: (item, "float16") for name in ("mean", "logvar")}
+    for turn in (True, False):  # the primary creates, then the others join
+        if site.is_primary == turn:
+            cache = ActivationCache.create(site.folder, arrays, total, chunk=_CHUNK, meta=meta)
+        site.barrier(f"{site.folder.name}:created:{turn}")
+    mesh = parallel.make_mesh(devices=jax.local_devices())
+    encode = _encoder(policy, mesh)
+    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
+    done = cache.samples_done()
+    with site.metrics.progress(total, unit="frames", desc=site.folder.name, initial=done) as bar:
+        for index in mine:
+            start, stop = cache.chunk_range(index)
+            numbers = np.minimum(np.arange(start, start + _CHUNK), total - 1)
+            frames = _frames(buffer, image_key, numbers)
+            moments = {k: np.asarray(v)[: stop - start] for k, v in encode(frames).items()}
+            cache.write_chunk(index, {k: v.astype(cache.dtype(k)) for k, v in moments.items()})
+            bar.update(stop - start)
+    cache.flush()
+    site.barrier(f"{site.folder.name}:written")
+    if site.is_primary:
+        cache.finish()
+    site.barrier(f"{site.folder.name}:finished")
+    return ActivationCache.open(site.folder)
+
+
+def _frames(buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:
+    """Frames by their number in the cache: those after the recording's are mirror images."""
+    read = to_uint8(buffer.read_rows({key: numbers % buffer.n_steps})[key], key)
+    where = numbers >= buffer.n_steps
+    return mirror_pusht({"image": read}, where)["image"] if where.any() else read
+
+
+def _encoder(policy: Policy, mesh):
+    """frames (n, h, w, 3) uint8 -> "mean", "logvar", 32 frames of each device at a time."""
+    graph, state = nnx.split(policy)
+    state = jax.device_put(state, parallel.replicated(mesh))
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+
+    @jax.jit
+    def encode(state, frames):
+        model = nnx.merge(graph, state)
+        mean, logvar = model.vae.encode(model.preprocess(frames))
+        return {"mean": mean, "logvar": logvar}
+
+    def run(frames: np.ndarray) -> Mapping[str, np.ndarray]:
+        step = 32 * mesh.size
+        padded = np.resize(frames, (-(-len(frames) // step) * step, *frames.shape[1:]))
+        parts = [
+            jax.tree.map(np.asarray, encode(state, jax.device_put(padded[i : i + step], rows)))
+            for i in range(0, len(padded), step)
+        ]
+        return {k: np.concatenate([p[k] for p in parts])[: len(frames)] for k in parts[0]}
+
+    return run
+
+
+class Latents(NamedTuple):
+    """A cache as a training loop reads it: moments of frames, from memory or from the disk."""
+
+    cache: ActivationCache
+    held: Mapping[str, np.ndarray] | None
+
+    @classmethod
+    def open(cls, cache: ActivationCache, memory_bytes: int) -> Latents:
+        """Loads the cache where it fits in `memory_bytes`."""
+        return cls(cache, cache.load(max_bytes=memory_bytes))
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Frames' numbers (...) -> "mean", "logvar" (..., h', w', z)."""
+        if self.held is not None:
+            return {name: array[rows] for name, array in self.held.items()}
+        return self.cache.read_rows(("mean", "logvar"), rows)
+
+
+def sample(policy: Policy, moments: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Draws the scaled latents of cached moments (..., h', w', z), float32."""
+    mean, logvar = (moments[k].astype(jnp.float32) for k in ("mean", "logvar"))
+    return policy.vae.sample(mean, logvar, jax.random.normal(key, mean.shape))

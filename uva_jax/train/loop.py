@@ -1,0 +1,230 @@
+"""A training loop: AdamW, moving average, accumulation, resumable states, several steps a call.
+
+Several steps run in one call of the compiled function (`lax.scan`): on a CPU every call takes its
+working memory afresh from the system, page by page, which costs a quarter of a small model's step.
+What a step sees depends on the seed and its number alone, so a resumed run repeats every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from uva_jax import parallel
+from uva_jax.errors import UserError
+from uva_jax.metrics import MetricsWriter
+from uva_jax.train.checkpoint import Checkpoints
+from uva_jax.train.optim import OptimOptions, ema_update, make_optimizer
+
+Flat = dict[str, jax.Array]
+# (trained, frozen, batch, key, step) -> loss, scalars to log
+Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mapping]]
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a loop trains; steps are the optimiser's."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float  # 0: no clipping
+    accumulate: int  # parts that a batch is cut into, one after the other
+    ema: Mapping[str, float]
+    steps_per_call: int
+    checkpoint_every: int
+    log_every: int
+
+    def __post_init__(self):
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"a batch of {self.batch} cannot be cut into {self.accumulate} equal parts: make "
+                "batch a multiple of accumulate"
+            )
+
+    def optimizer(self):
+        """The optimiser these options describe."""
+        return make_optimizer(
+            OptimOptions(
+                lr=self.lr,
+                warmup_steps=self.warmup,
+                total_steps=self.steps,
+                b1=self.betas[0],
+                b2=self.betas[1],
+                weight_decay=self.weight_decay,
+                clip_norm=self.clip_norm or None,
+            )
+        )
+
+
+class LoopState(NamedTuple):
+    """What a step changes: trained parameters, their average, and the optimiser's state."""
+
+    params: Flat
+    ema: Flat
+    moments: object
+
+
+def part(params: Mapping, name: str) -> dict:
+    """The parameters under a prefix, by the rest of their path."""
+    start = f"{name}/"
+    return {k.removeprefix(start): v for k, v in params.items() if k.startswith(start)}
+
+
+def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Callable:
+    """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps.
+
+    Args:
+      loss: of one batch.
+      options: of the optimiser.
+      mesh: the batch axis is split over its data axes.
+      shardings: of `LoopState`, which is donated.
+
+    `batches` has the steps on the first axis and samples on the second; `first` is the first
+    step's number.
+    """
+    optimizer, parts = options.optimizer(), options.accumulate
+
+    def gradients(params, frozen, batch, key, step):
+        def one(batch, key):
+            objective = jax.value_and_grad(
+                lambda p: loss(p, frozen, batch, key, step), has_aux=True
+            )
+            (_, scalars), grads = objective(params)
+            return grads, scalars
+
+        if parts == 1:
+            return one(batch, key)
+        # Every device cuts its own samples, so nothing moves between them.
+        cut = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0),
+            batch,
+        )
+        keys = jax.random.split(key, parts)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, one(*part)), None
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], cut), keys[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (cut, keys))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    def steps_fn(state: LoopState, frozen, batches, first, key):
+        def body(state, inputs):
+            batch, step = inputs
+            grads, scalars = gradients(
+                state.params, frozen, batch, jax.random.fold_in(key, step), step
+            )
+            updates, moments = optimizer.update(grads, state.moments, state.params)
+            params = jax.tree.map(jnp.add, state.params, updates)
+            average = ema_update(state.ema, params, step, **options.ema)
+            return LoopState(params, average, moments), scalars
+
+        count = jax.tree.leaves(batches)[0].shape[0]
+        state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
+        return state, jax.tree.map(jnp.mean, scalars)
+
+    return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+
+
+def start_state(params: Flat, options: LoopOptions, mesh: Mesh) -> LoopState:
+    """The state before the first step, placed on the mesh."""
+    shardings = parallel.shardings_for(params, mesh)
+    # Copies, because the steps donate their state.
+    placed = {k: jnp.array(jax.device_put(v, shardings[k]), copy=True) for k, v in params.items()}
+    optimizer = options.optimizer()
+    moments = jax.eval_shape(optimizer.init, placed)
+    moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
+    return LoopState(placed, {k: jnp.array(v, copy=True) for k, v in placed.items()}, moments)
+
+
+def run_loop(
+    loss: Loss,
+    params: Flat,
+    frozen: Flat,
+    batches: Callable[[int], Mapping[str, np.ndarray]],
+    *,
+    options: LoopOptions,
+    mesh: Mesh,
+    seed: int,
+    folder: Path,
+    metrics: MetricsWriter,
+    desc: str = "",
+    judge: Callable[[Flat], Mapping[str, float]] | None = None,
+) -> Flat:
+    """Trains to `options.steps`, going on where a cut-off run stopped; returns the average.
+
+    Args:
+      loss: of one batch.
+      params: what trains; frozen: what does not.
+      batches: step -> this process's share of that step's batch, samples first.
+      options: of the loop.
+      mesh: (data, fsdp, tensor).
+      seed: of the loss's draws.
+      folder: holds the resumable states.
+      metrics: gets the scalars, named "<desc>/<scalar>".
+      desc: what trains, in a word.
+      judge: averaged parameters -> scalars, called with every resumable state.
+    """
+    state, key = start_state(params, options, mesh), jax.random.key(seed)
+    whole = parallel.shardings_for(frozen, mesh)
+    frozen = {k: jax.device_put(v, whole[k]) for k, v in frozen.items()}
+    run = make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
+    prefix = f"{desc}/" if desc else ""
+    with Checkpoints(folder) as checkpoints:
+        step = 0
+        if (restored := checkpoints.restore(state)) is not None:
+            step, state = restored
+            metrics.say(f"{desc} goes on at step {step} of {options.steps}")
+        with metrics.progress(options.steps, unit="steps", desc=desc, initial=step) as bar:
+            while step < options.steps:
+                stop = _next_stop(step, options)
+                group = [batches(i) for i in range(step, stop)]
+                group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
+                state, scalars = run(state, frozen, _put(mesh, group), jnp.int32(step), key)
+                done, step = stop - step, stop
+                values = {f"{prefix}{k}": float(v) for k, v in scalars.items()}
+                saves = step % options.checkpoint_every == 0 or step == options.steps
+                if saves or step // options.log_every > (step - done) // options.log_every:
+                    metrics.log(step, **values)
+                bar.update(done, loss=values[f"{prefix}loss"])
+                if saves:
+                    checkpoints.save(step, state)
+                    if judge is not None:
+                        found = judge(state.ema)
+                        metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
+    return state.ema
+
+
+def _next_stop(step: int, options: LoopOptions) -> int:
+    """Where the call that begins at `step` ends: the same steps, wherever a run was resumed."""
+    ends = (options.steps_per_call, options.checkpoint_every)
+    return min(options.steps, *((step // every + 1) * every for every in ends))
+
+
+def _put(mesh: Mesh, group: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Steps' batches (steps, samples, ...) of this process as global arrays over the mesh."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    total = next(iter(group.values())).shape[1] * jax.process_count()
+    if total % shares:
+        raise UserError(
+            f"a batch of {total} samples cannot be dealt evenly to the mesh's {shares} data "
+            "shares (data x fsdp): use a multiple"
+        )
+    sharding = NamedSharding(mesh, P(None, *parallel.BATCH))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in group.items()
+    }

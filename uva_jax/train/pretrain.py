@@ -1,0 +1,369 @@
+"""Joint training of video and actions on cached latents: UVA's recipe, made cheap.
+
+Each batch has one task mode, drawn at random, as upstream; the transformer runs once a window and
+its action head sees several diffusion draws. What a step sees depends on (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from uva_jax import parallel, policy_io
+from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.source import DataOptions, WindowSpec, plan_strips
+from uva_jax.errors import UserError
+from uva_jax.metrics import MetricsWriter
+from uva_jax.models.layers import linear, sub_key
+from uva_jax.models.losses import ACTION_MODES, latent_loss
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import TASK_MODES
+from uva_jax.train import latents
+from uva_jax.train.loop import Flat, LoopOptions, part, run_loop
+from uva_jax.train.order import epoch_rows
+from uva_jax.train.trainable import training_phases
+
+_READOUT = "readout"  # parameters that are dropped after training
+_JUDGE_BATCH = 64
+_LOSSES = ("video_loss", "act_loss")
+
+
+@dataclass(frozen=True)
+class PretrainOptions(LoopOptions):
+    """`config.pretrain`; see `configs/common.py` for each field."""
+
+    modes: Mapping[str, float]
+    video_steps: int
+    noise_draws: int
+    readout_weight: float
+    gradient_checkpointing: bool
+    judge_windows: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := [m for m in self.modes if m not in TASK_MODES]:
+            raise UserError(
+                f"config.pretrain.modes names {unknown[0]!r}, which is no task mode; there are "
+                f"{', '.join(TASK_MODES)}"
+            )
+        if any(share < 0 for share in self.modes.values()):
+            raise UserError("the shares in config.pretrain.modes are at least 0")
+
+    def shares(self, policy_modes: Sequence[str]) -> dict[str, float]:
+        """The probability of every mode that training draws from; upstream's is uniform.
+
+        Raises:
+          UserError: all shares are 0.
+        """
+        given = {m: s for m, s in self.modes.items() if s > 0} if self.modes else None
+        if given is None:
+            given = dict.fromkeys(policy_modes, 1.0)
+        if not given:
+            raise UserError("config.pretrain.modes gives no mode a share above 0")
+        total = sum(given.values())
+        return {m: s / total for m, s in given.items()}
+
+
+class Windows:
+    """Training windows of a recording: frame numbers in the latent cache, and actions.
+
+    A window has the history's and the future's frames, which end at and follow the current step,
+    and the actions from the current step on; past an episode's ends, its ends are repeated.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        mask: np.ndarray,
+        policy: Policy,
+        data: DataOptions,
+        seed: int,
+        *,
+        state_key: str = "",
+    ):
+        """Plans all windows of the episodes in `mask`.
+
+        Raises:
+          UserError: the policy reads more than images and actions, or the data cannot be mirrored.
+        """
+        spec = WindowSpec.of(policy.config)
+        if spec.states or spec.wrist or spec.text or spec.past_actions:
+            raise UserError(
+                "this policy reads more than one camera's images, but training on cached latents "
+                "knows those and the actions alone"
+            )
+        self._strips = plan_strips(
+            buffer.episode_ends, mask, strip=1, stride=spec.stride, options=data, seed=seed
+        )
+        self._spec, self._n_steps = spec, buffer.n_steps
+        self._ends = buffer.episode_ends
+        self._starts = np.append(0, buffer.episode_ends[:-1])
+        self._actions = np.asarray(buffer.read(data.action_key), np.float32)
+        self._states = np.asarray(buffer.read(state_key), np.float32) if state_key else None
+
+    def __len__(self) -> int:
+        return len(self._strips)
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw, and "state"
+        (b, k) of the current step, raw, where states were asked for."""
+        spec, strips = self._spec, self._strips
+        episode, mirror = strips.episode[windows], strips.mirror[windows]
+        first, last = self._starts[episode][:, None], self._ends[episode][:, None] - 1
+        current = first + strips.current[windows]
+
+        def rows(offsets):
+            return np.clip(current + offsets, first, last)
+
+        frames = rows(spec.stride * np.arange(1 - spec.n_frames, spec.n_frames + 1))
+        steps = rows(spec.action_offset + np.arange(spec.n_actions))
+        found = {"action": self._actions[steps]}
+        if self._states is not None:
+            found["state"] = self._states[current[:, 0]]
+        if mirror.any():
+            found = mirror_pusht(found, mirror)
+        return {"frames": frames + self._n_steps * mirror[:, None], **found}
+
+
+def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int):
+    """(names of all modes, step -> the number of that step's mode)."""
+    names = sorted(set(shares) | ({"video_model"} if options.video_steps else set()))
+    chosen, cumulative = sorted(shares), np.cumsum([shares[m] for m in sorted(shares)])
+
+    def mode(step: int) -> int:
+        if step < options.video_steps:
+            return names.index("video_model")
+        draw = np.random.default_rng((seed, 1, step)).random()
+        place = min(int(np.searchsorted(cumulative, draw, side="right")), len(chosen) - 1)
+        return names.index(chosen[place])
+
+    return names, mode
+
+
+class Readout(nnx.Module):
+    """Reads the current state from every action step's condition, while training."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.fc = linear(inputs, outputs, rngs=rngs)
+
+    def __call__(self, conditions: jax.Array) -> jax.Array:
+        """(b, n, c) -> (b, n, outputs)."""
+        return self.fc(conditions)
+
+
+def pretrain_loss(
+    policy: Policy,
+    options: PretrainOptions,
+    modes: Sequence[str],
+    *,
+    state_size: int = 0,
+    train: bool = True,
+) -> Callable:
+    """The loss of a batch, as `run_loop` takes it.
+
+    The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z), "action" (b, n, a), raw, "mode"
+    (b,), the same number into `modes` b times, and with `state_size` "state" (b, state_size),
+    roughly of unit variance.
+
+    Args:
+      policy: gives the structure; its arrays are not used.
+      options: draws and weights.
+      modes: the task modes by number.
+      state_size: width of the state that is read out.
+      train: dropout on.
+    """
+    abstract = policy_io.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
+    abstract.mar.remat = options.gradient_checkpointing
+    n_frames = policy.config.mar.n_frames
+    width = policy.config.action_head.z_channels
+    readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))
+
+    def loss(params, frozen, batch, key, step):
+        own = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
+        model = policy_io.replace(abstract, own | frozen)
+        found = latents.sample(model, batch, sub_key(key, 0))
+        cond, target = found[:, :n_frames], found[:, n_frames:]
+        actions = model.normalize("action", batch["action"])
+
+        def in_mode(name):
+            total, parts = latent_loss(
+                model,
+                target,
+                cond,
+                actions,
+                task_mode=name,
+                key=sub_key(key, 1),
+                train=train,
+                noise_draws=options.noise_draws,
+            )
+            read = jnp.zeros(())
+            if state_size and name in ACTION_MODES:
+                reader = policy_io.replace(readout, part(params, _READOUT))
+                guess = reader(model.action_head.aggregate(parts["z"]))
+                read = jnp.mean((guess - batch["state"][:, None]) ** 2)
+                # From its full weight down to a tenth, in step with the learning rate's fall.
+                total = total + options.readout_weight * (1 - 0.9 * step / options.steps) * read
+            return {
+                "loss": total,
+                "video_loss": parts["video_loss"],
+                "act_loss": parts["act_loss"],
+                "readout": read,
+            }
+
+        if len(modes) == 1:
+            scalars = in_mode(modes[0])
+        else:
+            branches = [lambda name=name: in_mode(name) for name in modes]
+            scalars = jax.lax.switch(batch["mode"][0], branches)
+        return scalars["loss"], scalars
+
+    return loss
+
+
+def pretrain_losses(policy: Policy, options: PretrainOptions, modes: Sequence[str]) -> dict:
+    """`pretrain_loss` of every mode alone, without dropout, to judge by."""
+    return {name: pretrain_loss(policy, options, (name,), train=False) for name in modes}
+
+
+def pretrain(
+    policy: Policy,
+    moments: latents.Latents,
+    windows: Windows,
+    held_out: Windows,
+    *,
+    options: PretrainOptions,
+    mesh: Mesh,
+    seed: int,
+    folder: Path,
+    metrics: MetricsWriter,
+    state_scale: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Policy:
+    """Trains everything but the VAE; returns the policy with averaged parameters.
+
+    Args:
+      policy: where to start.
+      moments: latents of every frame.
+      windows, held_out: what to train on and to judge by.
+      options: of modes, losses and the loop.
+      state_scale: raw states (b, k) -> what is read out; None: no read-out.
+      mesh, seed, folder, metrics: see `run_loop`.
+    """
+    batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
+    shares = options.shares(policy.config.task_modes)
+    modes, mode_at = task_modes(shares, options, seed)
+    metrics.say(
+        f"{len(windows)} windows, {len(held_out)} held out; "
+        + ", ".join(f"{m} {100 * s:.0f}%" for m, s in shares.items())
+    )
+
+    def read(source: Windows, rows: np.ndarray, mode: int) -> dict[str, np.ndarray]:
+        batch = source.read(rows)
+        batch |= moments.read(batch.pop("frames"))
+        if state_scale is not None:
+            batch["state"] = state_scale(batch["state"])
+        return batch | {"mode": np.full(len(rows), mode, np.int32)}
+
+    def batches(step: int) -> dict[str, np.ndarray]:
+        rows = epoch_rows(seed, len(windows), batch_size, step, step + 1)[0]
+        own = np.array_split(rows, jax.process_count())[jax.process_index()]
+        return read(windows, own, mode_at(step))
+
+    arrays = policy_io.flatten(policy)
+    (phase,) = training_phases(arrays, task_modes=modes)
+    params = {k: arrays[k] for k in phase.trainable}
+    frozen = {k: v for k, v in arrays.items() if k not in params}
+    width = 0 if state_scale is None else read(windows, np.arange(1), 0)["state"].shape[1]
+    if width:
+        reader = Readout(policy.config.action_head.z_channels, width, rngs=nnx.Rngs(seed + 1))
+        params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
+    average = run_loop(
+        pretrain_loss(policy, options, modes, state_size=width),
+        params,
+        frozen,
+        batches,
+        options=options,
+        mesh=mesh,
+        seed=seed,
+        folder=folder,
+        metrics=metrics,
+        desc="policy",
+        judge=_judge(
+            pretrain_losses(policy, options, modes),
+            frozen,
+            lambda rows: read(held_out, rows, 0),
+            min(options.judge_windows, len(held_out)),
+            mesh,
+        ),
+    )
+    average = {k: v for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
+    return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | average)
+
+
+def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
+    """averaged parameters -> losses on the first `count` held-out windows, by mode, with the same
+    draws each time."""
+
+    @jax.jit
+    def judged(params, frozen, batch, key):
+        found = {
+            name: loss(params, frozen, batch, key, jnp.int32(0))[1] for name, loss in losses.items()
+        }
+        return {f"held_out/{m}/{k}": v[k] for m, v in found.items() for k in _LOSSES}
+
+    def judge(params: Flat) -> dict[str, float]:
+        # Every process reads all of them, for the same numbers, of which one process's are logged.
+        params = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
+        whole = parallel.replicated(mesh)
+        sums: dict[str, list[float]] = {}
+        for start in range(0, count, _JUDGE_BATCH):
+            batch = read(np.arange(start, min(start + _JUDGE_BATCH, count)))
+            batch = {k: jax.device_put(v, whole) for k, v in batch.items()}
+            for k, v in judged(params, frozen, batch, jax.random.key(start)).items():
+                sums.setdefault(k, []).append(float(v))
+        # A loss that a mode does not have is 0 throughout.
+        return {k: float(np.mean(v)) for k, v in sums.items() if any(v)}
+
+    return judge
+
+
+class StateScale(NamedTuple):
+    """States as a read-out sees them: unit variance, and angles as cosine and sine."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    angles: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, states: np.ndarray, angles: Sequence[int]) -> StateScale:
+        """Fits states (n, k), of which columns `angles` are radians.
+
+        Raises:
+          UserError: there is no such column.
+        """
+        if any(not 0 <= a < states.shape[1] for a in angles):
+            raise UserError(
+                f"config.pretrain.readout_angles is {tuple(angles)}, but the state has "
+                f"{states.shape[1]} columns, counted from 0"
+            )
+        flat = _without_angles(np.asarray(states, np.float32), tuple(angles))
+        return cls(flat.mean(0), np.maximum(flat.std(0), 1e-6), tuple(angles))
+
+    def __call__(self, states: np.ndarray) -> np.ndarray:
+        """(..., k) -> (..., k + angles) float32."""
+        flat = _without_angles(np.asarray(states, np.float32), self.angles)
+        return ((flat - self.mean) / self.std).astype(np.float32)
+
+
+def _without_angles(states: np.ndarray, angles: tuple[int, ...]) -> np.ndarray:
+    plain = [i for i in range(states.shape[-1]) if i not in angles]
+    turned = states[..., list(angles)]
+    return np.concatenate([states[..., plain], np.cos(turned), np.sin(turned)], axis=-1)

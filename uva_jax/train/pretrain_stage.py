@@ -1,0 +1,272 @@
+"""The pretrain stage: from a recording to a policy, by way of a VAE and its cached latents.
+
+Kept out of `stages.py` because no default run needs it. Every part resumes: the VAE and the policy
+by their loops' states, the encoding by its chunks; `start/` marks that the VAE is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert import torch_file
+from convert.partial import start_from
+from convert.to_torch import export_policy, plain_cfg, torch_arrays
+from uva_jax import policy_io
+from uva_jax.config import section
+from uva_jax.data import normalizer, source
+from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.errors import UserError
+from uva_jax.graft.record import Site
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
+from uva_jax.pipeline import Context
+from uva_jax.train import latents, pretrain, vae
+
+_BLOCK = 512  # frames read at a time
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """`config.pretrain.model`; see `configs/common.py` for each field."""
+
+    image_size: int
+    vae_width: int
+    vae_multipliers: tuple[int, ...]
+    width: int
+    depth: int
+    heads: int
+    dropout: float
+    video_head: tuple[int, int]
+    action_head: tuple[int, int]
+    n_action_steps: int
+
+
+def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
+    """The architecture of a policy that sees one camera.
+
+    Raises:
+      UserError: the image size does not give whole latent cells that conv_fc can pool.
+    """
+    levels = len(options.vae_multipliers)
+    vae_config = VAEConfig(options.vae_width, options.vae_multipliers, attn_levels=(levels - 1,))
+    side, rest = divmod(options.image_size, vae_config.stride)
+    if rest or side % 4:
+        raise UserError(
+            f"config.pretrain.model.image_size is {options.image_size}, but with {levels} levels "
+            f"of the VAE it has to be a multiple of {4 * vae_config.stride}"
+        )
+    grid, width = (side, side), options.width
+
+    def head(channels, size, **more):
+        return MLPHeadConfig(channels, width, size[0], size[1], grid=grid, **more)
+
+    return PolicyConfig(
+        image_size=options.image_size,
+        vae=vae_config,
+        mar=MARConfig(
+            encoder_embed_dim=width,
+            encoder_depth=options.depth,
+            encoder_num_heads=options.heads,
+            decoder_embed_dim=width,
+            decoder_depth=options.depth,
+            decoder_num_heads=options.heads,
+            grid=grid,
+            token_dim=vae_config.z_channels,
+            action_dim=action_dim,
+            attn_dropout=options.dropout,
+            proj_dropout=options.dropout,
+        ),
+        video_head=head(vae_config.z_channels, options.video_head, clip=False),
+        action_head=head(action_dim, options.action_head, aggregator="conv_fc"),
+        normalizer_fields=(("action", action_dim),),
+        n_action_steps=options.n_action_steps,
+    )
+
+
+def starts(config) -> dict[str, str]:
+    """The checkpoints to start from, by label."""
+    return {f"pretrain.{k}": config.pretrain[k] for k in ("mar", "vae") if config.pretrain[k]}
+
+
+def run(
+    context: Context, open_data: Callable[[Policy], source.WindowReader], *, mesh, dtype
+) -> dict:
+    """The stage: pretrain/policy and pretrain/policy.ckpt.
+
+    Args:
+      context: of the stage.
+      open_data: a policy -> the reader of its data.
+      mesh: (data, fsdp, tensor).
+      dtype: of matrix products.
+    """
+    config, folder, seed = context.config, context.folder, context.config.seed
+    options = section(config.pretrain, pretrain.PretrainOptions)
+    start = folder / "start"
+    if (start / "policy.json").exists():
+        policy = policy_io.load_policy(start, dtype=dtype)
+        buffer, data = _opened(open_data, policy)
+    else:
+        policy, buffer, data = _start(context, open_data, mesh, dtype)
+        policy_io.save_policy(start, policy, source={"stage": "pretrain", "part": "start"})
+        policy = policy_io.load_policy(start, dtype=dtype)
+    mirror = bool(data.mirror)
+    site = Site(folder / "latents", context.metrics, context.is_primary, context.barrier)
+    cache = latents.encode_frames(site, policy, buffer, data.image_key, mirror=mirror)
+    moments = latents.Latents.open(cache, int(config.pretrain.memory_gb * 2**30))
+    key = config.pretrain.readout
+    train, held_out = source.split(buffer, data)
+    trained = pretrain.pretrain(
+        policy,
+        moments,
+        pretrain.Windows(buffer, train, policy, data, seed, state_key=key),
+        pretrain.Windows(buffer, held_out, policy, data, seed, state_key=key),
+        options=options,
+        mesh=mesh,
+        seed=seed,
+        folder=folder / "states",
+        metrics=context.metrics,
+        state_scale=_state_scale(config.pretrain, buffer),
+    )
+    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
+    records = None
+    if config.pretrain.save_dtype == "bfloat16":
+        trained, records = rounded(trained)
+    policy_io.save_policy(folder / "policy", trained, source=about, records=records)
+    found = {}
+    if context.is_primary:
+        found = export_policy(folder / "policy", folder / "policy.ckpt")
+        shutil.rmtree(start)
+        context.metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(trained, nnx.Param)))
+    return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
+
+
+def _opened(open_data, policy: Policy) -> tuple[ReplayBuffer, source.DataOptions]:
+    reader = open_data(policy)
+    if reader.options.layout:
+        raise UserError(
+            f"config.data.layout is {reader.options.layout!r}, whose windows are more than images "
+            "and actions as they are stored: training knows those alone"
+        )
+    return reader.buffer, reader.options
+
+
+def _start(context: Context, open_data, mesh, dtype):
+    """The policy that training begins with, its VAE trained; the buffer and how it is read."""
+    config, settings = context.config, context.config.pretrain
+    _check_starts(settings)
+    model = section(settings.model, ModelOptions)
+    probe = policy_io.abstract_policy(model_config(model, 2))
+    buffer, data = _opened(open_data, probe)
+    action_dim = buffer.shape(data.action_key)[-1]
+    policy = Policy(model_config(model, action_dim), dtype=dtype, rngs=nnx.Rngs(config.seed))
+    policy = fit_actions(policy, buffer, data)
+    for kind in ("mar", "vae"):
+        if settings[kind]:
+            policy, said = start_from(policy, Path(settings[kind]).expanduser(), kind)
+            context.metrics.say(said)
+    if settings.vae_training.steps:
+        policy.vae = _train_vae(context, policy, buffer, data, mesh, dtype)
+    return policy, buffer, data
+
+
+def _check_starts(settings) -> None:
+    missing = [kind for kind in ("mar", "vae") if not settings[kind]]
+    if missing and not settings.from_scratch:
+        raise UserError(
+            f"config.pretrain.{missing[0]} names no checkpoint to start from: give one, or set "
+            "config.pretrain.from_scratch=True to start from random weights"
+        )
+    if "vae" in missing and not settings.vae_training.steps:
+        raise UserError(
+            "config.pretrain.vae names no checkpoint and config.pretrain.vae_training.steps is 0: "
+            "latents of an untrained VAE say nothing; train it or give one"
+        )
+
+
+def _state_scale(settings, buffer: ReplayBuffer) -> pretrain.StateScale | None:
+    if not settings.readout:
+        return None
+    if settings.readout not in buffer.keys:
+        raise UserError(
+            f"config.pretrain.readout is {settings.readout!r}, but the data holds "
+            f"{', '.join(buffer.keys)}: name one of them, or '' for no read-out"
+        )
+    return pretrain.StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
+
+
+def _train_vae(context: Context, policy: Policy, buffer, data: source.DataOptions, mesh, dtype):
+    """The policy's VAE, trained on frames of the training episodes."""
+    config, settings = context.config, context.config.pretrain
+    options = section(settings.vae_training, vae.VAEOptions)
+    train, _ = source.split(buffer, data)
+    owner = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
+    rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(train[owner]))
+    rows = np.sort(rows[: options.frames])
+    frames = resized_frames(policy, buffer, data.image_key, rows)
+    scale = _state_scale(settings, buffer)
+    states = buffer.read(settings.readout)[rows] if scale else None
+
+    def prepare(batch: dict, where: np.ndarray) -> dict:
+        batch = mirror_pusht(batch, where) if data.mirror else batch
+        return batch | ({"state": scale(batch["state"])} if scale else {})
+
+    return vae.train_vae(
+        policy.vae,
+        frames,
+        states,
+        prepare=prepare,
+        options=options,
+        mesh=mesh,
+        seed=config.seed,
+        folder=context.folder / "vae_states",
+        metrics=context.metrics,
+        dtype=dtype,
+    )
+
+
+def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndarray) -> np.ndarray:
+    """Frames (n, size, size, 3) uint8 of a buffer's steps, resized as the policy resizes them."""
+    resize = jax.jit(lambda x: jnp.round((policy.preprocess(x) + 1.0) * 127.5).astype(jnp.uint8))
+    size = policy.config.image_size
+    found = np.empty((len(rows), size, size, 3), np.uint8)
+    for at in range(0, len(rows), _BLOCK):
+        # The last block is filled up, so that one program does for all.
+        some = np.resize(rows[at : at + _BLOCK], _BLOCK)
+        frames = to_uint8(buffer.read_rows({key: some})[key], key)
+        found[at : at + _BLOCK] = np.asarray(resize(frames))[: len(rows) - at]
+    return found
+
+
+def fit_actions(policy: Policy, buffer: ReplayBuffer, data: source.DataOptions) -> Policy:
+    """The policy with its action normaliser fitted to the data (and to its mirror image)."""
+    actions = np.asarray(buffer.read(data.action_key), np.float32)
+    if data.mirror:
+        actions = np.concatenate([actions, mirror_pusht({"action": actions})["action"]])
+    field = normalizer.fit_field(actions)
+    arrays = policy_io.flatten(policy)
+    for name, value in policy_io.flat(field).items():
+        arrays[f"normalizer/action/{name}"] = jnp.asarray(value)
+    return policy_io.replace(policy, arrays)
+
+
+def rounded(policy: Policy) -> tuple[Policy, bytes]:
+    """The policy with parameters rounded to bfloat16, and records that let an export store them
+    so, in half the bytes."""
+    arrays = {
+        k: v if k.startswith("normalizer/") else v.astype(jnp.bfloat16).astype(v.dtype)
+        for k, v in policy_io.flatten(policy).items()
+    }
+    policy = policy_io.replace(policy_io.abstract_policy(policy.config), arrays)
+    tensors = {name: ("bfloat16", tuple(x.shape)) for name, x in torch_arrays(policy).items()}
+    cfg = torch_file.records_from_dict(plain_cfg(policy.config))
+    return policy, torch_file.dump_records({"cfg": cfg, "pickles": {}, "tensors": tensors})
