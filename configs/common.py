@@ -159,7 +159,7 @@ def get_config() -> ConfigDict:
                     "edge_weight": 0.5,  # of differences between neighbouring pixels
                     "focus": 40.0,  # what rare pixels may count over the background
                     "readout_weight": 0.05,
-                    "steps_per_call": 4,
+                    "steps_per_call": 1,
                     "checkpoint_every": 500,
                     "log_every": 20,
                 },

@@ -11,10 +11,9 @@ import shutil
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from uva_jax.errors import UserError
 
 ALIGNMENT = 64  # where jax takes an array over without a copy
 CHUNK = 8 << 20
-T = TypeVar("T")
 _HASH_CHUNK = 32 << 20  # larger: hashing runs beside other work and waits for the GIL each time
 
 
@@ -121,16 +119,6 @@ class OpenFile:
         """The bytes [offset, offset + size), a few MiB at a time."""
         for start in range(0, size, CHUNK):
             yield memoryview(self.read_at(offset + start, min(CHUNK, size - start)))
-
-
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each of them made by another thread while the one before it is used."""
-    pending, end = iter(items), object()
-    with ThreadPoolExecutor(1) as maker:
-        made = maker.submit(next, pending, end)
-        while (item := made.result()) is not end:
-            made = maker.submit(next, pending, end)
-            yield item
 
 
 @contextlib.contextmanager

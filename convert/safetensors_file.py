@@ -15,10 +15,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.open_file import OpenFile, ahead, written_whole
+from convert.open_file import OpenFile, written_whole
 from convert.torch_tensors import LazyTensor, Storage, stored_bytes
 from uva_jax.errors import UserError
-from uva_jax.lazy_array import LazyArray
+from uva_jax.lazy_array import LazyArray, ahead
 
 ENDING = ".safetensors"
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
@@ -182,9 +182,10 @@ def write(
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
             file.write(part)
-        for part in ahead(part for name in order for part in stored_bytes(tensors[name])):
-            digest.update(part)
-            file.write(part)
+        for parts in ahead(lambda name: list(stored_bytes(tensors[name])), order):
+            for part in parts:
+                digest.update(part)
+                file.write(part)
         values = dict(described) | {"sha256": digest.hexdigest()}
         text = (json.dumps(values, indent=1) + "\n").encode()
         with written_whole(json_of(path), len(text)) as beside:

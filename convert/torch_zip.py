@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from convert.open_file import OpenFile, Section, ahead, written_whole
+from convert.open_file import OpenFile, Section, written_whole
 from uva_jax.errors import UserError
+from uva_jax.lazy_array import ahead
 
 ALIGNMENT = 64  # torch starts the data of each entry at a multiple of this, for memory mapping
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -146,7 +147,7 @@ def write_archive(path: str | os.PathLike, members: Iterable[Member], total: int
         written_whole(path, total) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
-        for member, chunks in ahead(map(_begun, members)):
+        for member, chunks in ahead(_begun, members):
             _write_member(archive, member, chunks)
 
 

@@ -155,19 +155,19 @@ from conftest import make_policy
 from test_train_pretrain import OPTIONS
 from uva_jax import parallel, policy_io
 from uva_jax.train import loop, pretrain
+jax.config.update("jax_disable_most_optimizations", True)
 policy, rng = make_policy(), np.random.default_rng(0)
-shape = (2, 8, 8, *policy.latent_shape(1)[2:])
+shape = (1, 8, 8, *policy.latent_shape(1)[2:])
 group = {"mean": rng.normal(size=shape), "logvar": np.full(shape, -2.0)}
-group["action"] = rng.uniform(0, 512, (2, 8, 16, 2))
+group["action"] = rng.uniform(0, 512, (1, 8, 16, 2))
 group = {k: v.astype(np.float32) for k, v in group.items()}
-group["mode"] = np.array([[0] * 8, [1] * 8], np.int32)
+group["mode"] = np.zeros((1, 8), np.int32)
 arrays = policy_io.flatten(policy)
 params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/", "video_head/"))}
 frozen = {k: v for k, v in arrays.items() if k not in params}
 mesh = parallel.make_mesh(fsdp=len(jax.devices()) // 4 or 1)
 state = loop.start_state(params, OPTIONS, mesh)
-modes = ("full_dynamic_model", "policy_model")
-loss = pretrain.pretrain_loss(policy, OPTIONS, modes)
+loss = pretrain.pretrain_loss(policy, OPTIONS, ("full_dynamic_model",))
 run = loop.make_steps(loss, OPTIONS, mesh, jax.tree.map(lambda x: x.sharding, state))
 group = loop._put(mesh, group)
 _, scalars = run(state, frozen, group, jnp.int32(0), jax.random.key(0))
@@ -292,7 +292,7 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
 def stage_config(make_config):
     config = make_config(data__mirror="pusht")
     p = config.pretrain
-    p.model.update(image_size=32, vae_width=32, vae_multipliers=(1, 1, 1, 1), width=32, depth=1)
+    p.model.update(image_size=16, vae_width=32, vae_multipliers=(1, 1, 1), width=32, depth=1)
     p.model.update(heads=2, dropout=0.0, video_head=(32, 1), action_head=(32, 1))
     p.vae_training.update(steps=2, batch=8, warmup=1, frames=64)
     p.update(steps=2, batch=8, warmup=1, readout="state", readout_angles=(4,), judge_windows=8)

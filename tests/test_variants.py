@@ -23,6 +23,14 @@ from uva_jax.graft.capture import capture_strips
 from uva_jax.main import run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Every variant is other programs, each run once or twice: compiling them well does not pay."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     return write_recording(tmp_path_factory.mktemp("recording"))
@@ -178,9 +186,11 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
         finetune__freeze=(),
         finetune__data_fraction=1.0,
         finetune__steps=2,
+        distill__epochs=1,
+        evaluate__windows=4,
     )
     _, printed = silently(run, config, str(tmp_path / "run"), None)
-    assert "graft: on 6 held-out windows" in printed
+    assert "graft: on 4 held-out windows" in printed
     graft = policy_io.load_policy(tmp_path / "run" / "finetune" / "policy")
     assert graft.config.action_head.kind == "grafted" and graft.config.action_head.channels == 10
     before, after = policy_io.flatten(policy), policy_io.flatten(graft)

@@ -1,10 +1,16 @@
-"""An array that is there only when it is needed; jax is not."""
+"""Arrays that are there only when they are needed, and made a little ahead; jax is not needed."""
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+_WORKERS, _AHEAD = 2, 3
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -26,3 +32,15 @@ class LazyArray:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+
+def ahead(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`map(make, items)`, with a few made by other threads while the one before is used."""
+    being_made: collections.deque = collections.deque()
+    with ThreadPoolExecutor(_WORKERS) as makers:
+        for item in items:
+            being_made.append(makers.submit(make, item))
+            if len(being_made) > _AHEAD:
+                yield being_made.popleft().result()
+        while being_made:
+            yield being_made.popleft().result()

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from uva_jax.errors import UserError
-from uva_jax.lazy_array import LazyArray
+from uva_jax.lazy_array import LazyArray, ahead
 
 _IN_FLIGHT = 64 << 20  # bytes of arrays that are read or written at a time
 # What orbax and tensorstore raise when files are missing or damaged.
@@ -53,7 +53,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         being_written: list = []
         try:
             for part in _parts(values):
-                arrays = [value.load() for value in values[part]]
+                arrays = list(ahead(lambda value: value.load(), values[part]))
                 begun = await super().serialize(arrays, infos[part], args[part])
                 for written in being_written:
                     written.result()

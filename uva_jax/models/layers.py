@@ -63,6 +63,23 @@ def conv(
     )
 
 
+def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:
+    """A 3x3 convolution of stride 1 and padding 1 as one matrix product: (n, h, w, c) likewise.
+
+    XLA's CPU backend has no fast convolution inside a loop (a hundred times slower there); on maps
+    of a few cells this costs nothing elsewhere.
+    """
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    if layer.dtype is not None:
+        x, kernel, bias = (v.astype(layer.dtype) for v in (x, kernel, bias))
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    rows = rearrange(jnp.stack(shifted, axis=3), "n h w k c -> (n h w) (k c)")
+    out = rows @ rearrange(kernel, "i j c d -> (i j c) d") + bias
+    return out.reshape(*x.shape[:3], -1)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """GELU by the error function, as timm's; `jax.nn.gelu` defaults to the tanh form."""
     return jax.nn.gelu(x, approximate=False)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from uva_jax import diffusion
 from uva_jax.errors import UserError
-from uva_jax.models.layers import conv, layer_norm, linear, modulate
+from uva_jax.models.layers import conv, conv3x3_as_matrix, layer_norm, linear, modulate
 from uva_jax.models.policy_config import MLPHeadConfig
 
 _SMALL = nnx.initializers.normal(0.02)
@@ -133,7 +133,8 @@ class ConvFC(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         x = rearrange(z, "b (t h w) c -> (b t) h w c", t=self.n_frames, h=self.grid[0])
-        x = jax.nn.relu(self.conv(x))
+        small = self.grid[0] * self.grid[1] <= 64
+        x = jax.nn.relu(conv3x3_as_matrix(self.conv, x) if small else self.conv(x))
         x = reduce(x, "n (h i) (w j) c -> n c h w", "mean", h=4, w=4)  # flattened channel-major
         x = self.fc2(jax.nn.relu(self.fc1(rearrange(x, "n c h w -> n (c h w)"))))
         x = rearrange(x, "(b t) c -> b c t", t=self.n_frames)

@@ -1,7 +1,8 @@
 """A training loop: AdamW, moving average, accumulation, resumable states, several steps a call.
 
-Several steps run in one call of the compiled function (`lax.scan`): on a CPU every call takes its
-working memory afresh from the system, page by page, which costs a quarter of a small model's step.
+Several steps may run in one call of the compiled function (`lax.scan`): on a CPU every call takes
+its working memory afresh from the system, page by page, a quarter of a small model's step. Not for
+models with convolutions, which XLA's CPU backend makes a hundred times slower inside a loop.
 What a step sees depends on the seed and its number alone, so a resumed run repeats every bit.
 """
 
@@ -133,7 +134,10 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             return LoopState(params, average, moments), scalars
 
         count = jax.tree.leaves(batches)[0].shape[0]
-        state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
+        if count == 1:  # not as a loop, in which the CPU's convolutions are slow
+            state, scalars = body(state, (jax.tree.map(lambda x: x[0], batches), first))
+        else:
+            state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
         return state, jax.tree.map(jnp.mean, scalars)
 
     return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
