@@ -103,6 +103,13 @@ def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source
             f"{source} describes a part of {deepest} layers, and has {len(tensors)} tensors in "
             "all; it is damaged."
         )
+    for side in ("encoder", "decoder"):
+        width, heads = (getattr(config.mar, f"{side}_{k}") for k in ("embed_dim", "num_heads"))
+        if heads < 1 or width < 1 or width % heads:
+            raise UserError(
+                f"{source} describes an {side} of width {width} with {heads} heads, which do not "
+                "divide it; it is damaged."
+            )
     try:
         return policy_io.abstract_policy(config)
     except _CONTRADICTIONS as error:
@@ -121,7 +128,8 @@ def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"has dtype {tensor.dtype}, which is no floating type")
     values = tensor.numpy()
-    array = in_c_order(layout.forward(values.astype(np.float32, copy=False)))
+    with np.errstate(over="ignore"):  # said below
+        array = in_c_order(layout.forward(values.astype(np.float32, copy=False)))
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise ValueError(f"has {bad} of {array.size} values that are not finite")

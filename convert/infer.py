@@ -309,5 +309,5 @@ def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
         return pc.from_dict(json.loads(text)["policy"])
     except UserError as error:
         raise UserError(f"{source}: its 'uva_jax' entry does not fit: {error}") from error
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r}).") from error

@@ -5,11 +5,12 @@ import pickle
 import random
 import struct
 import sys
-import warnings
 import zipfile
 
 import numpy as np
 import pytest
+from hostile_files import KINDS, cases, command, hostile_files
+from hostile_torch import archive, gadgets, tensor_pickle, text
 
 from convert import torch_file
 from convert.pickle_records import Global, Record
@@ -37,14 +38,6 @@ def nothing_runs(tmp_path):
     assert _WATCH.pop("events") == [] and not (tmp_path / "marker").exists()
 
 
-def archive(path, pickled: bytes, entries=(), byteorder=b"little", **options):
-    with zipfile.ZipFile(path, "w", **options) as out, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile warns of duplicate names
-        for name, content in (("data.pkl", pickled), ("byteorder", byteorder), *entries):
-            out.writestr(f"archive/{name}" if not name.startswith("!") else name[1:], content)
-    return path
-
-
 def refused(path) -> str:
     """The one sentence with which `path` is refused."""
     with pytest.raises(UserError) as caught:
@@ -52,45 +45,6 @@ def refused(path) -> str:
     message = str(caught.value)
     assert str(path) in message and message.isprintable() and message.endswith(".")
     return message
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def gadgets(marker: str) -> dict[str, bytes]:
-    """Pickles that would create the file `marker`, or fork, if anything in them were run."""
-    shell = text(f"touch {marker}")
-    python = text(f"open({marker!r}, 'w')")
-    system = b"cos\nsystem\n" + shell + b"\x85R"
-    stacked = text("os") + text("system") + b"\x93" + shell
-    dotted = text("pathlib") + text("os.system") + b"\x93" + shell
-    ordered = b"ccollections\nOrderedDict\n"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + system + b"K\x00))\x89}tR"
-    setstate = b"cos\n_wrap_close\n)\x81}" + text("__setstate__") + b"cos\nsystem\nsb" + shell
-    bodies = {
-        "os.system": system,
-        "posix.system": b"cposix\nsystem\n" + shell + b"\x85R",
-        "exec": b"cbuiltins\nexec\n" + python + b"\x85R",
-        "eval in python 2 spelling": b"c__builtin__\neval\n" + python + b"\x85R",
-        "stack global": stacked + b"\x85R",
-        "dotted name": dotted + b"\x85R",
-        "inst": b"(" + shell + b"ios\nsystem\n",
-        "obj": b"(cos\nsystem\n" + shell + b"o",
-        "newobj": b"cos\nsystem\n" + shell + b"\x85\x81",
-        "newobj_ex": stacked + b"\x85}\x92",
-        "nested in arguments": ordered + b"(](" + text("k") + system + b"tatR",
-        "nested in a tensor": tensor,
-        "second state": setstate + b"b",
-        "state of a dictionary": ordered + b")R}" + text("_metadata") + system + b"sb",
-        "persistent id": system + b"Q",
-        "dictionary key": b"}" + system + b"Ns",
-        "called result": b"cbuiltins\ngetattr\n(cos\nfork\n" + text("__call__") + b"tR)R",
-        "dill loader": b"cdill._dill\n_load_type\n" + text("CodeType") + b"\x85R)R",
-        "extension registry": b"\x82\x01",
-    }
-    protocol = {"stack global": 4, "dotted name": 4, "newobj_ex": 4, "inst": 1, "obj": 1}
-    return {k: bytes((0x80, protocol.get(k, 2))) + body + b"." for k, body in bodies.items()}
 
 
 @pytest.mark.parametrize("kind", list(gadgets("x")))
@@ -141,23 +95,29 @@ def tensors(value):
             yield from tensors(part)
 
 
-def read_all(path) -> bool:
-    """True if the damaged file is still read to the end; only a UserError may come instead."""
+def read_all(path, wanted) -> bool:
+    """True if the damaged file is still read to the end; only a UserError may come instead.
+
+    What is read then is what the file held before: damage to what matters is found by checksum.
+    """
     try:
         checkpoint = torch_file.read(path)
-        for tensor in tensors(checkpoint.payload):
-            tensor.numpy()
-        _ = checkpoint.cfg
+        found = [tensor.numpy().tobytes() for tensor in tensors(checkpoint.payload)]
+        cfg = checkpoint.cfg
+        checkpoint.sha256()
     except UserError as error:
         assert str(path) in str(error) and str(error).isprintable()
         return False
+    assert (found, cfg) == wanted
     return True
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
-def test_flipped_bytes_are_read_or_refused_but_never_run(tmp_path, nothing_runs):
+def test_flipped_bytes_are_harmless_or_refused_but_never_run(tmp_path, nothing_runs):
     whole = sample(tmp_path / "good.ckpt")
-    entry = torch_file.read(tmp_path / "good.ckpt").archive.entries["data.pkl"]
+    good = torch_file.read(tmp_path / "good.ckpt")
+    entry = good.archive.entries["data.pkl"]
+    wanted = [tensor.numpy().tobytes() for tensor in tensors(good.payload)], good.cfg
     path, rng = tmp_path / "bad.ckpt", random.Random(0)
     outcomes = set()
     for number in range(1500):
@@ -166,7 +126,7 @@ def test_flipped_bytes_are_read_or_refused_but_never_run(tmp_path, nothing_runs)
         for _ in range(rng.choice((1, 1, 3))):
             data[start + rng.randrange(size)] = rng.randrange(256)
         path.write_bytes(data)
-        outcomes.add(read_all(path))
+        outcomes.add(read_all(path, wanted))
     assert outcomes == {True, False}
 
 
@@ -235,14 +195,6 @@ def test_an_oversized_pickle_is_refused_before_it_is_read(tmp_path, monkeypatch)
     assert "more than 1000 is refused" in refused(archive(tmp_path / "a.ckpt", bytes(2000)))
 
 
-def tensor_pickle(shape, strides, offset=0, numel=4, kind="FloatStorage", key="0") -> bytes:
-    """The pickle of one tensor, spelled by hand so that it can lie."""
-    storage = pickle.dumps(("storage", None, key, "cpu", numel), 2)[2:-1]
-    storage = storage.replace(b"N", b"ctorch\n" + kind.encode() + b"\n", 1)
-    rest = b"".join(pickle.dumps(v, 2)[2:-1] for v in (offset, shape, strides, False, {}))
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"Q" + rest + b"tR."
-
-
 def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path):
     path, bytes_16 = tmp_path / "a.ckpt", [("data/0", bytes(16))]
     archive(path, tensor_pickle((2, 2), (2, 1)), bytes_16)
@@ -300,3 +252,33 @@ def test_records_hold_no_tensor_data():
         torch_file.load_records(b"\x80\x02" + text("0") + b"Q.", "policy.json")
     with pytest.raises(UserError, match="numpy.ndarray"):
         torch_file.dump_records({"x": np.ones(2)})
+
+
+# ---- the command line ----
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_refuses_every_file_in_one_sentence(kind, tmp_path):
+    files = hostile_files(tmp_path, [kind])
+    first = next(files)
+    assert command("from_torch", tmp_path / "good.ckpt", tmp_path / "good") == (0, "")
+    assert command("inspect", tmp_path / "good.safetensors") == (0, "")
+    _WATCH["events"] = []
+    for file in (first, *files):
+        looked, said = command("inspect", file.path)
+        assert looked in (0, 2) and said.count("\n") == (1 if looked else 0), file
+        status, said = command("from_torch", file.path, tmp_path / "policy")
+        assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, file
+        assert file.path.stem in said and file.said in said, (file, said)
+        assert not (tmp_path / "policy").exists(), file
+        file.path.unlink()
+    # Dataclasses compile their annotations, so only processes count here; exec leaves the marker.
+    started = [event for event, _ in _WATCH.pop("events") if event not in ("exec", "compile")]
+    assert not started and not (tmp_path / "marker").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_there_are_more_than_a_hundred_hostile_files(tmp_path):
+    names = [(kind, name) for kind, made in cases(tmp_path).items() for name, _, _ in made()]
+    assert tuple(cases(tmp_path)) == KINDS and len(names) == len(set(names)) >= 150
