@@ -78,7 +78,8 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
                     return loop.run_until_complete(read([info]))[0]
                 except DAMAGE as error:
                     raise UserError(
-                        f"{info.parent_dir} is damaged ({error}); make the policy folder anew."
+                        f"{info.parent_dir} is damaged ({_short(error)}); make the policy folder "
+                        "anew."
                     ) from error
                 finally:
                     loop.close()
@@ -89,6 +90,11 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
             later(info, found)
             for info, found in zip(infos, await self.metadata(infos), strict=True)
         ]
+
+
+def _short(error: BaseException) -> str:
+    """What is wrong, without tensorstore's description of all its settings."""
+    return " ".join(str(error).split())[:200]
 
 
 def _parts(values: Sequence[LazyArray]) -> Iterator[slice]:
@@ -136,7 +142,7 @@ def read(folder: Path) -> dict[str, LazyArray]:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"{folder} is missing or damaged ({error}); make the policy folder anew."
+                f"{folder} is missing or damaged ({_short(error)}); make the policy folder anew."
             ) from error
 
 
