@@ -269,7 +269,9 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     tmp_path, teacher, kind, key, prefix
 ):
     named = {
-        k.removeprefix(prefix): v for k, v in torch_arrays(teacher).items() if k.startswith(prefix)
+        k.removeprefix(prefix): v
+        for k, v in torch_arrays(policy_io.flatten(teacher)).items()
+        if k.startswith(prefix)
     }
     left = sorted(named)[0]
     del named[left]
@@ -279,10 +281,10 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     zeros = {k: jnp.zeros_like(v) for k, v in policy_io.flatten(fresh).items()}
     filled, said = start_from(policy_io.replace(fresh, zeros), tmp_path / "start.pth", kind)
     assert "loss.logvar" in said and "1 of the policy's start fresh" in said
-    got = torch_arrays(filled)
+    got = torch_arrays(policy_io.flatten(filled))
     for name, value in named.items():
         if name != "loss.logvar":
-            np.testing.assert_array_equal(got[prefix + name], value)
+            np.testing.assert_array_equal(got[prefix + name].load(), value.load())
     with pytest.raises(UserError, match="no 'model_ema'|no 'state_dict'"):
         torch_file.write(tmp_path / "no.pth", {"other": {}})
         start_from(fresh, tmp_path / "no.pth", kind)

@@ -267,6 +267,6 @@ def rounded(policy: Policy) -> tuple[Policy, bytes]:
         for k, v in policy_io.flatten(policy).items()
     }
     policy = policy_io.replace(policy_io.abstract_policy(policy.config), arrays)
-    tensors = {name: ("bfloat16", tuple(x.shape)) for name, x in torch_arrays(policy).items()}
+    tensors = {name: ("bfloat16", tuple(x.shape)) for name, x in torch_arrays(arrays).items()}
     cfg = torch_file.records_from_dict(plain_cfg(policy.config))
     return policy, torch_file.dump_records({"cfg": cfg, "pickles": {}, "tensors": tensors})
