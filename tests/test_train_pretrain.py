@@ -10,7 +10,6 @@ import pytest
 from conftest import CONFIG, make_policy, python
 
 from convert import torch_file
-from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import torch_arrays
 from uva_jax import parallel, policy_io
@@ -300,21 +299,6 @@ def stage_config(make_config):
     p.update(steps=2, batch=8, warmup=1, readout="state", readout_angles=(4,), judge_windows=8)
     p.save_dtype, p.modes = "bfloat16", {"policy_model": 1.0}
     return config
-
-
-def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
-    from uva_jax.main import run
-
-    stage_config.pretrain.from_scratch = True
-    run(stage_config, str(tmp_path), ["pretrain"])
-    folder = tmp_path / "pretrain"
-    policy = policy_io.load_policy(folder / "policy")
-    again, _ = convert_checkpoint(folder / "policy.ckpt")
-    for path, x in policy_io.flatten(policy).items():
-        np.testing.assert_array_equal(x, policy_io.flatten(again)[path], err_msg=path)
-    assert policy.config == again.config
-    done = json.loads((folder / "done.json").read_text())
-    assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
 
 
 def test_missing_weights_are_an_error_unless_from_scratch(stage_config, tmp_path):
