@@ -146,7 +146,8 @@ def get_config() -> ConfigDict:
                 },
                 "vae_training": {
                     "steps": 0,  # 0: the VAE stays as it was given
-                    "batch": 32,
+                    "batch": 48,
+                    "optimizer": "adamw",
                     "lr": 8e-4,
                     "warmup": 100,
                     "betas": (0.9, 0.95),
@@ -154,11 +155,12 @@ def get_config() -> ConfigDict:
                     "clip_norm": 1.0,
                     "accumulate": 1,
                     "ema": {"inv_gamma": 1.0, "power": 0.75, "max_value": 0.999},
-                    "frames": 20_000,  # random frames that it trains on
+                    "frames": 40_000,  # random frames that it trains on
                     "kl_weight": 2e-6,
                     "edge_weight": 0.5,  # of differences between neighbouring pixels
                     "focus": 40.0,  # what rare pixels may count over the background
-                    "readout_weight": 0.05,
+                    "readout_weight": 1.0,
+                    "decode_every": 3,  # of the frames that are read out, one in 3 is decoded
                     "steps_per_call": 1,
                     "checkpoint_every": 500,
                     "log_every": 20,
@@ -171,9 +173,10 @@ def get_config() -> ConfigDict:
                 # Task modes with their shares of the batches, {}: upstream's five, uniformly.
                 "modes": {},
                 "video_steps": 0,  # first phase: so many steps of video_model alone
-                "noise_draws": 4,  # of the action head for each window; upstream: 1
+                "noise_draws": 4,  # of the heads for each window; upstream: 1
                 "steps": 100_000,
                 "batch": 64,
+                "optimizer": "adamw",  # upstream's; "muon": of blocks' matrices, AdamW of the rest
                 "lr": 1e-4,
                 "warmup": 1000,
                 "betas": (0.9, 0.95),
@@ -186,6 +189,14 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 1000,
                 "log_every": 50,
                 "judge_windows": 512,  # held-out windows that losses are judged by
+                "score": {  # rollouts in gym-pusht while training, on seeds that no test uses
+                    "every": 0,  # steps; a multiple of checkpoint_every (0: none)
+                    "num_seeds": 50,
+                    "start_seed": 300_000,
+                    "max_steps": 300,
+                    "sampling_steps": "10",
+                    "noise_seed": 0,
+                },
                 "memory_gb": 4.0,  # latents stay in memory if they fit, else on the disk
                 "save_dtype": "float32",  # or bfloat16: the policy rounded, its file half as large
             },

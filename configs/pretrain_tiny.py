@@ -29,9 +29,10 @@ def get_config():
         video_head=(128, 3),
         action_head=(256, 3),
     )
-    p.vae_training.steps, p.vae_training.batch = 2000, 16
+    p.vae_training.steps = 1500
     p.readout, p.readout_angles = "state", (4,)
     p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
+    p.optimizer = "muon"
     p.steps, p.batch, p.lr, p.warmup = 8000, 64, 1e-3, 300
     p.ema.max_value = 0.9995
     return config

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 
 # Modules are imported by the command that needs them; only `verify CKPT` needs torch.
 
@@ -127,11 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: args.run(args))
 
 
 if __name__ == "__main__":

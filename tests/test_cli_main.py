@@ -15,7 +15,7 @@ from uva_jax import commands, policy_io
 from uva_jax.data.replay_writer import ReplayBufferWriter
 from uva_jax.errors import UserError
 from uva_jax.guards import locked
-from uva_jax.main import run
+from uva_jax.main import _with_config, run
 
 STAGES = ("convert", "capture", "distill", "finetune", "evaluate", "export")
 FOLDERS = ("teacher", "activations", "operators", "finetune", "eval", "export")
@@ -154,6 +154,7 @@ def command(*args: object) -> subprocess.CompletedProcess:
         (["--config", "configs/pusht_tiny.py", "--config.head.memory=tape"], "'video+aggregate'"),
         (["--config", "configs/pusht_tiny.py", "extra"], "extra"),
         (["--config", "configs/quick_test.py:no/where"], "no/where holds no operators"),
+        (["--checkpoint", "no/such.ckpt"], "error: no/such.ckpt does not exist"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_exit_2(args, words, tmp_path):
@@ -162,6 +163,16 @@ def test_bad_settings_are_one_sentence_and_exit_2(args, words, tmp_path):
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
     assert words in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_picks_its_own_configuration():
+    tiny = f"{REPO}/uva_jax/assets/uva_pusht_tiny.ckpt"
+    chosen, override = f"--config={REPO}/configs/pusht_tiny.py", "--config.teacher.checkpoint="
+    given = ["main", "--checkpoint", tiny, "--config.seed=1"]
+    assert _with_config(given) == ["main", chosen, *given[1:], override + tiny]
+    # A configuration that is given stays; the checkpoint is still the one to graft.
+    given = ["main", f"--checkpoint={tiny}", "--config=configs/pusht.py"]
+    assert _with_config(given) == [*given, override + tiny]
 
 
 def test_a_stage_that_fails_is_one_sentence_and_exit_2(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.eval.actions import action_figures, average_precision, sample_actions
 
@@ -36,12 +37,8 @@ def test_a_policy_that_knows_where_it_is_wrong_ranks_higher():
     assert action_figures(unaware, truth)["map"] < 0.5
 
 
-def test_samples_do_not_depend_on_the_batch_and_repeat(teacher, buffer):
-    options = source.DataOptions(
-        path="embedded", max_episodes=3, cache="", layout="", image_key="img", wrist_key="",
-        action_key="action", language="", vocabulary="", horizon=32, pad_after=7,
-        val_ratio=0.02, split_seed=42, mirror="",
-    )  # fmt: skip
+def test_samples_do_not_depend_on_the_batch_and_repeat(teacher, buffer, make_config):
+    options = section(make_config().data, source.DataOptions)
     reader = source.WindowReader(buffer, options, teacher)
     strips = source.plan_strips(
         buffer.episode_ends, np.ones(3, bool), strip=1, stride=4, options=options, seed=0, count=5

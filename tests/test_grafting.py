@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from conftest import HEAD, make_policy, python
 
+from configs import common
 from uva_jax import policy_io
+from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.augment import mirror_pusht
 from uva_jax.errors import UserError
@@ -221,12 +223,7 @@ def test_a_depth_that_the_teacher_has_not_is_refused(teacher):
 
 
 def _data(**changes):
-    values = dict(
-        path="embedded", max_episodes=3, cache="", layout="", image_key="img", wrist_key="",
-        action_key="action", language="", vocabulary="", horizon=32, pad_after=7,
-        val_ratio=0.02, split_seed=42, mirror="",
-    )  # fmt: skip
-    return source.DataOptions(**(values | changes))
+    return dataclasses.replace(section(common.get_config().data, source.DataOptions), **changes)
 
 
 def _read(buffer, strips, rows, data):

@@ -23,6 +23,7 @@ from uva_jax.train import latents, loop, pretrain
 OPTIONS = pretrain.PretrainOptions(
     steps=24,
     batch=8,
+    optimizer="adamw",
     lr=3e-3,
     warmup=1,
     betas=(0.9, 0.95),
@@ -289,8 +290,10 @@ def stage_config(make_config):
     p = config.pretrain
     p.model.update(image_size=16, vae_width=32, vae_multipliers=(1, 1, 1), width=32, depth=1)
     p.model.update(heads=2, dropout=0.0, video_head=(32, 1), action_head=(32, 1))
-    p.vae_training.update(steps=2, batch=8, warmup=1, frames=64)
+    p.vae_training.update(steps=2, batch=8, warmup=1, frames=64, decode_every=2)
     p.update(steps=2, batch=8, warmup=1, readout="state", readout_angles=(4,), judge_windows=8)
+    p.checkpoint_every, p.score.every = 2, 2
+    p.score.update(num_seeds=2, max_steps=8, sampling_steps="2")
     p.save_dtype, p.modes = "bfloat16", {"policy_model": 1.0}
     return config
 
@@ -306,6 +309,10 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     for path, x in policy_io.flatten(policy).items():
         np.testing.assert_array_equal(x, policy_io.flatten(again)[path], err_msg=path)
     assert policy.config == again.config
+    scored = [line for line in read_metrics(tmp_path, "pretrain") if "policy/score" in line]
+    assert [line["step"] for line in scored] == [2] and 0 <= scored[0]["policy/score"] <= 1
+    page = (folder / "report.html").read_text()
+    assert "Score in rollouts" in page and "Action loss" in page and "after step 2" in page
     done = json.loads((folder / "done.json").read_text())
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = training.VAEOptions(
     steps=24,
     batch=8,
+    optimizer="adamw",
     lr=2e-3,
     warmup=2,
     betas=(0.9, 0.95),
@@ -32,6 +33,7 @@ OPTIONS = training.VAEOptions(
     edge_weight=0.5,
     focus=40.0,
     readout_weight=0.1,
+    decode_every=1,
 )
 CONFIG = VAEConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_levels=(), z_channels=4)
 

@@ -1,5 +1,7 @@
 """The graft works on every kind of policy: sentences, states, a wrist camera, past actions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,16 +10,17 @@ from conftest import make_policy, silently
 from variants import TASKS, VARIANTS, write_recording
 
 from convert import torch_file
-from convert.describe import config_file, describe
+from convert.describe import as_text, config_file, describe
 from convert.from_torch import state_tensors
 from convert.to_torch import export_policy
 from convert.verify import verify_checkpoint
 from uva_jax import policy_io
 from uva_jax.config import section
 from uva_jax.data import source
+from uva_jax.data.readers import open_reader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
-from uva_jax.data.umi import UmiReader, absolute_poses
+from uva_jax.data.umi import absolute_poses
 from uva_jax.errors import UserError
 from uva_jax.graft.capture import capture_strips
 from uva_jax.main import run
@@ -57,9 +60,7 @@ def settings(make_config, recorded):
 
 def reader_of(policy, config):
     options = section(config.data, source.DataOptions)
-    kind = UmiReader if options.layout == "umi" else source.WindowReader
-    required = kind.arrays(source.WindowSpec.of(policy.config), options)
-    return kind(source.open_buffer(options, required), options, policy)
+    return open_reader(options, policy)
 
 
 def strips_of(current, episode=0):
@@ -139,10 +140,18 @@ def test_umi_recordings_give_poses_relative_to_the_current_one(settings, tmp_pat
     arrays = {name: rng.uniform(-1, 1, (200, width)) for name, width in widths.items()}
     arrays["view"] = rng.integers(0, 256, (200, 32, 32, 3), np.uint8)
     write_replay_buffer(tmp_path / "umi.zarr", arrays, np.array([200]), tasks=TASKS[:1])
+    # The same windows for a policy that is not shown its state.
+    blind = dataclasses.replace(
+        VARIANTS["umi"], mar=dataclasses.replace(VARIANTS["umi"].mar, proprio_dim=0)
+    )
     policy = make_policy(VARIANTS["umi"])
     reader = reader_of(policy, settings(data__path=str(tmp_path / "umi.zarr"), data__layout="umi"))
     assert reader.stride == 12
     found = reader.read(strips_of([[90, 102]]), np.arange(1))
+    unseen = type(reader)(reader.buffer, reader.options, make_policy(blind))
+    same = unseen.read(strips_of([[90, 102]]), np.arange(1))
+    np.testing.assert_array_equal(same["action"], found["action"])
+    assert set(same) == {"image", "action", "text_latents"}
     np.testing.assert_array_equal(found["image"][0], arrays["view"][[54, 66, 78, 90, 102]])
     identity = np.array([1, 0, 0, 0, 1, 0], np.float32)
     for k, now in enumerate((90, 102)):
@@ -213,6 +222,7 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
         ("toolhang", {"data__wrist_key": ""}, r"config\.data\.wrist_key"),
         ("toolhang", {"data__path": "embedded"}, "robot0_eef_pos.* embedded demonstrations"),
         ("umi", {"data__mirror": "pusht"}, r"config\.data\.mirror"),
+        ("toolhang", {"data__mirror": "pusht"}, r"config\.data\.mirror"),
         ("toolhang", {"data__wrist_key": "nope"}, "data/nope"),
     ],
 )
@@ -230,10 +240,15 @@ def test_an_observation_that_lacks_an_input_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [("libero10", "libero10"), ("umi", "umi_multi"), ("toolhang", "toolhang")],
+    ("name", "file", "inputs"),
+    [
+        ("libero10", "libero10", ("language (12)",)),
+        ("umi", "umi_multi", ("language (12)", "proprioception (16)")),
+        ("toolhang", "toolhang", ("past actions", "proprioception (9)", "wrist camera")),
+    ],
 )
-def test_inspect_names_the_inputs_and_the_configuration(name, file, tmp_path):
+def test_inspect_names_the_inputs_and_the_configuration(name, file, inputs, tmp_path):
     export_policy(make_policy(VARIANTS[name]), tmp_path / "policy.ckpt")
     found = describe(tmp_path / "policy.ckpt")
     assert found["config_file"] == f"configs/{file}.py" == config_file(VARIANTS[name])
+    assert [words for words in inputs if words not in as_text(found)] == []

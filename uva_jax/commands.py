@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 
 _LAYERS = ("cross_attn", "self_attn", "mlp")
 # option -> (setting, what it is); "{layer}" is the target layer
@@ -265,12 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     args = _parser().parse_args(argv)
-    try:
-        args.function(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: args.function(args))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
 _CHECKPOINT = flags.DEFINE_string(
@@ -77,11 +77,7 @@ def _main(argv: list[str]) -> int:
 def main() -> int:
     """Entry point: bad input is one sentence on stderr and exit status 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        return app.run(_main, flags_parser=_parse) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: app.run(_main, flags_parser=_parse))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -91,8 +87,9 @@ def _parse(argv: list[str]) -> list[str]:
     for argument in argv[1:]:
         if argument.startswith("--config."):
             check_name(argument.removeprefix("--config.").partition("=")[0])
+    argv = _with_config(argv)
     try:
-        return flags.FLAGS(_with_config(argv))
+        return flags.FLAGS(argv)
     except flags.Error as error:
         # What `get_config` raised is told in its own words, not as the traceback made of it.
         raise _said_by_config(error) or UserError(f"{error}") from error

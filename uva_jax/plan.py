@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from uva_jax import config as settings
 from uva_jax import programs
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 from uva_jax.models.policy_config import MLPHeadConfig, PolicyConfig
 
 TOPOLOGIES = (
@@ -344,16 +344,15 @@ def main() -> int:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {error} (see configs/common.py for every setting)", file=sys.stderr)
         return 2
-    try:
+
+    def command() -> None:
         if rest or config.value is None or topology.value is None:
             raise UserError(
                 "say what to plan and for what: --config configs/pusht.py --topology v5e:4x4"
             )
         run(config.value, topology.value, name.value, only.value)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 
 # Everything that takes seconds to import is imported by the function that needs it.
 
@@ -73,20 +73,17 @@ def open_reader(policy, path: str, options: Mapping[str, object]):
     from convert.describe import config_file
     from uva_jax.config import section
     from uva_jax.data import source
-    from uva_jax.data.umi import UmiReader
+    from uva_jax.data.readers import open_reader as open_data
 
     module = config_file(policy.config).removesuffix(".py").replace("/", ".")
     config = importlib.import_module(module).get_config()
     data = dataclasses.replace(
         section(config.data, source.DataOptions), path=path, mirror="", **options
     )
-    kind = UmiReader if data.layout == "umi" else source.WindowReader
     spec = source.WindowSpec.of(policy.config)
     # A camera whose future is predicted is read even where its past is no input.
     spec = dataclasses.replace(spec, wrist=spec.wrist or policy.config.mar.wrist)
-    reader = kind(source.open_buffer(data, kind.arrays(spec, data), _rendering), data, policy)
-    reader.spec = spec
-    return reader
+    return open_data(data, policy, spec=spec, progress=_rendering)
 
 
 def _rendering(done: int, total: int) -> None:
@@ -227,8 +224,8 @@ def header(figures: Mapping) -> list[str]:
     return [f"{'':27}{above}".rstrip(), columns.rstrip()] if titles else [columns]
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Samples, prints, writes; returns what `--json` holds."""
+def run(args: argparse.Namespace) -> None:
+    """Samples, prints, writes."""
     from uva_jax.eval import film, predict
     from uva_jax.identity import write_json
     from uva_jax.models.losses import VIDEO_MODES
@@ -296,19 +293,18 @@ def run(args: argparse.Namespace) -> dict:
             f"note: the sampled latents spread {spread:.3g} times as wide as real ones: sampling "
             "diverged, and the frames mean nothing; --sampling-steps 1000 takes every step there is"
         )
-    found = {
-        "policy": args.policy,
-        "data": args.obs or args.dataset,
-        "sampling": dataclasses.asdict(sampling),
-        "windows": [{"window": name} | row for name, row in zip(names, rows, strict=True)],
-        "all": whole,
-    }
     if out is not None:
         film.write(out, predictions, names)
         print(f"wrote {out}")
     if json_path is not None:
+        found = {
+            "policy": args.policy,
+            "data": args.obs or args.dataset,
+            "sampling": dataclasses.asdict(sampling),
+            "windows": [{"window": name} | row for name, row in zip(names, rows, strict=True)],
+            "all": whole,
+        }
         write_json(json_path, found)
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -350,12 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     args = _parser().parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from convert.to_torch import export_policy
 from uva_jax import parallel, policy_io
 from uva_jax.config import section
 from uva_jax.data import source
-from uva_jax.data.umi import UmiReader
+from uva_jax.data.readers import open_reader
 from uva_jax.errors import UserError
 from uva_jax.eval import evaluate as evaluation
+from uva_jax.eval import training
 from uva_jax.graft import activations, assemble, distill, record, stage1
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.identity import external_hash
@@ -66,9 +67,18 @@ def _load(folder: Path, config) -> Policy:
 
 
 def run_pretrain(context: Context) -> dict:
-    """A recording -> pretrain/policy and pretrain/policy.ckpt."""
+    """A recording -> pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
     config, data = context.config, functools.partial(open_data, context)
-    return pretrain_stage.run(context, data, mesh=_mesh(config), dtype=compute_dtype(config))
+    options = section(config.pretrain.score, training.ScoreOptions)
+    with training.scorer(options, context.metrics.say) as score:
+        result = pretrain_stage.run(
+            context, data, mesh=_mesh(config), dtype=compute_dtype(config), score=score
+        )
+    if context.is_primary:
+        policy = policy_io.load_policy(context.folder / "policy")
+        path = training.write_training_report(context.workdir, config, policy)
+        context.metrics.say(f"report: {path}")
+    return result
 
 
 def run_convert(context: Context) -> dict:
@@ -89,14 +99,11 @@ def run_convert(context: Context) -> dict:
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
-def open_data(context: Context, policy: Policy) -> source.WindowReader:
-    """The data as the policy reads it; rendering of the embedded data shows its progress."""
+def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
+    """The data as the policy reads it; `changes` are those to `config.data`."""
     options = section(context.config.data, source.DataOptions)
-    kind = UmiReader if options.layout == "umi" else source.WindowReader
-    required = kind.arrays(source.WindowSpec.of(policy.config), options)
     with _Rendering(context.metrics) as progress:
-        buffer = source.open_buffer(options, required, progress)
-    return kind(buffer, options, policy)
+        return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
 
 
 class _Rendering:
@@ -273,17 +280,15 @@ def _held_out_windows(context: Context, policy: Policy):
     """(reader, single windows of the held-out episodes), or None if none are wanted."""
     if not (count := context.config.evaluate.windows):
         return None
-    reader = open_data(context, policy)
+    # Never mirrored: what is asked is how well the demonstrations are met.
+    reader = open_data(context, policy, mirror="")
     _, held_out = source.split(reader.buffer, reader.options)
-    # Plain windows, never mirrored: what is asked is how well the demonstrations are met.
-    plain = dataclasses.replace(reader.options, mirror="")
-    reader = type(reader)(reader.buffer, plain, policy)
     strips = source.plan_strips(
         reader.buffer.episode_ends,
         held_out,
         strip=1,
         stride=reader.stride,
-        options=plain,
+        options=reader.options,
         seed=context.config.evaluate.noise_seed,
     )
     return reader, strips.first(count)
@@ -302,7 +307,8 @@ def run_export(context: Context) -> dict:
 
 
 def _data_files(config) -> dict:
-    return {} if config.data.path == "embedded" else {"data": config.data.path}
+    files = {} if config.data.path == "embedded" else {"data": config.data.path}
+    return files | ({"language": config.data.language} if config.data.language else {})
 
 
 def _init_paths(config) -> dict:

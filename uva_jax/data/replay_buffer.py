@@ -99,8 +99,8 @@ class ReplayBuffer:
             if codec is not None and codec not in cls.codecs:
                 raise UserError(
                     f"{path}: {name} is stored with the codec {codec}, which is not one of zarr "
-                    "v2's own: make a plain copy with python -m uva_jax.data.import_hdf5 --kind "
-                    f"zarr {path} --out COPY.zarr"
+                    "v2's own: make a plain copy with python -m uva_jax.data.import_recordings "
+                    f"--kind zarr {path} --out COPY.zarr"
                 )
         return cls(path, kvstore, arrays, attributes, meta)
 

@@ -123,6 +123,11 @@ class WindowSpec:
             text=mar.text_dim > 0,
         )
 
+    @property
+    def more_than_images(self) -> bool:
+        """Whether an observation is more than one camera's images."""
+        return bool(self.states or self.past_actions or self.wrist or self.text)
+
 
 @dataclass(frozen=True)
 class Strips:
@@ -230,15 +235,28 @@ class WindowReader:
         """Those of them that hold no images."""
         return (options.action_key, *spec.states)
 
-    def __init__(self, buffer: ReplayBuffer, options: DataOptions, policy: Policy):
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        options: DataOptions,
+        policy: Policy,
+        spec: WindowSpec | None = None,
+    ):
         """Looks up the language vector of every episode, if the policy takes one.
+
+        Args:
+          buffer: holds `arrays`.
+          options: how it is read.
+          policy: gives the language vectors.
+          spec: what a window holds; None: what the policy's `predict_action` reads.
 
         Raises:
           UserError: the data lacks what the policy reads, or cannot be mirrored.
         """
-        self.buffer, self.options, self.spec = buffer, options, WindowSpec.of(policy.config)
-        self.stride = self.spec.stride * self.pace
-        if options.mirror and (self.spec.states or self.spec.wrist or self.spec.text):
+        self.buffer, self.options = buffer, options
+        self.spec = spec = spec or WindowSpec.of(policy.config)
+        self.stride = spec.stride * self.pace
+        if options.mirror and spec.more_than_images:
             raise UserError(
                 f"config.data.mirror={options.mirror!r} mirrors images and actions, but this "
                 "policy reads more than those: set it to ''"
@@ -280,7 +298,7 @@ class WindowReader:
         wanted = {options.image_key: frames}
         if spec.wrist:
             wanted[options.wrist_key] = frames
-        past = max(spec.past_actions - spec.action_offset, spec.state_steps - 1)
+        past = max(0, spec.past_actions - spec.action_offset, spec.state_steps - 1)
         window = np.arange(-past, spec.n_actions + spec.action_offset)
         taken = steps(current[..., None] + self.pace * window)
         names = self.value_arrays(spec, options)

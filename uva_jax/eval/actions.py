@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
@@ -109,17 +108,14 @@ def sample_actions(
         )
         z = policy.video_tokens(cond, streams)
         noise = normal(2, (draws, loop, head.n_actions, head.channels))
-        return policy.normalize("action", obs["action"]), jnp.stack(
-            [
-                policy.action_head.sample(
-                    z,
-                    noise=rearrange(noise[:, i], "b k n a -> k b n a"),
-                    temperature=policy.config.temperature,
-                    sampling_steps=steps,
-                )
-                for i in range(draws)
-            ]
-        )
+
+        def sample(noise):  # the condition does not depend on the draw, so it is made once
+            return policy.action_head.sample(
+                z, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
+            )
+
+        samples = jax.vmap(sample)(rearrange(noise, "b d k n a -> d k b n a"))
+        return policy.normalize("action", obs["action"]), samples
 
     samples, truth = [], []
     for start in range(0, len(strips), batch):

@@ -49,13 +49,12 @@ class Actor:
     Noise depends on (seed, call) alone, so two actors with one `noise_seed` see the same.
     """
 
-    def __init__(self, policy: Policy, options: EvaluateOptions):
-        self.policy = policy
-        graph, self.variables = nnx.split(policy)
-        head = policy.config.action_head
-        steps = options.sampling_steps or head.sampling_steps
+    def __init__(self, policy: Policy, sampling_steps: str = "", noise_seed: int = 0):
+        """`sampling_steps` are those of the action head; "": the policy's own."""
+        self.load(policy)
+        graph, head = nnx.graphdef(policy), policy.config.action_head
+        steps = sampling_steps or head.sampling_steps
         draws = len(diffusion.make_schedule(steps, 1000)) + 1
-        self._frames = self._moments = None
 
         @jax.jit
         def encode(variables, frames):
@@ -67,7 +66,7 @@ class Actor:
         @jax.jit
         def act(variables, mean, logvar, seed_index, call_index):
             policy = nnx.merge(graph, variables)
-            base = jax.random.fold_in(jax.random.key(options.noise_seed), call_index)
+            base = jax.random.fold_in(jax.random.key(noise_seed), call_index)
             keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(base, i)))(seed_index)
             eps = jax.vmap(lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))(keys[:, 0])
             shape = (draws, head.n_actions, head.channels)
@@ -80,6 +79,11 @@ class Actor:
             return actions[:, : policy.config.n_action_steps]
 
         self._encode, self._act = encode, act
+
+    def load(self, policy: Policy) -> None:
+        """Takes the parameters of another policy of the same architecture."""
+        self.variables = nnx.state(policy)
+        self._frames = self._moments = None
 
     def __call__(
         self, obs: Mapping[str, np.ndarray], seed_index: np.ndarray, call_index: int
@@ -123,8 +127,7 @@ def run(
     seeds = seeds if options.simulator else []
     recorded = seeds[: options.videos]
     if seeds:
-        spec = source.WindowSpec.of(policies["teacher"].config)
-        if spec.states or spec.wrist or spec.text or spec.past_actions:
+        if source.WindowSpec.of(policies["teacher"].config).more_than_images:
             raise UserError(
                 f"config.evaluate.simulator={options.simulator!r} shows a policy images alone, but "
                 "this one takes more: set it to ''"
@@ -206,7 +209,7 @@ def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOpti
             done = step
 
         result: RolloutResult = pool.run(
-            Actor(policy, options),
+            Actor(policy, options.sampling_steps, options.noise_seed),
             seeds,
             max_steps=options.max_steps,
             n_obs_steps=config.n_obs_steps,

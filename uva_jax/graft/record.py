@@ -6,7 +6,7 @@ own devices, so nothing crosses the network; what a cut-off run has written is k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,23 @@ class Site(NamedTuple):
     metrics: MetricsWriter
     is_primary: bool = True
     barrier: Callable[[str], None] = lambda name: None
+
+    def open(self, arrays: Mapping, samples: int, *, chunk: int, meta: Mapping) -> ActivationCache:
+        """`ActivationCache.create` in every process: the primary creates, then the others join."""
+        for turn in (True, False):
+            if self.is_primary == turn:
+                cache = ActivationCache.create(self.folder, arrays, samples, chunk=chunk, meta=meta)
+            self.barrier(f"{self.folder.name}:created:{turn}")
+        return cache
+
+    def finish(self, cache: ActivationCache) -> ActivationCache:
+        """The cache once every process has written its chunks, finished."""
+        cache.flush()
+        self.barrier(f"{self.folder.name}:written")
+        if self.is_primary:
+            cache.finish()
+        self.barrier(f"{self.folder.name}:finished")
+        return ActivationCache.open(self.folder)
 
 
 def capture_cache(
@@ -61,10 +78,7 @@ def capture_cache(
     arrays = cache_arrays(teacher, options)
     samples = options.num_samples
     meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(reader.options)}
-    for turn in (True, False):  # the primary creates, then the others join
-        if site.is_primary == turn:
-            cache = ActivationCache.create(site.folder, arrays, samples, chunk=chunk, meta=meta)
-        site.barrier(f"{site.folder.name}:created:{turn}")
+    cache = site.open(arrays, samples, chunk=chunk, meta=meta)
     run = make_capture(teacher, mesh, blocks=options.blocks, encode_frames=options.encode_frames)
     variables = jax.device_put(nnx.state(teacher), parallel.replicated(mesh))
     key = jax.random.key(seed)
@@ -85,9 +99,4 @@ def capture_cache(
                 part = slice(slot * chunk, slot * chunk + last - first)
                 cache.write_chunk(index, {k: v[part] for k, v in found.items()})
                 bar.update(last - first)
-    cache.flush()
-    site.barrier(f"{site.folder.name}:written")
-    if site.is_primary:
-        cache.finish()
-    site.barrier(f"{site.folder.name}:finished")
-    return ActivationCache.open(site.folder)
+    return site.finish(cache)

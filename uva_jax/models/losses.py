@@ -54,7 +54,8 @@ def latent_loss(
       wrist_target: (b, t, h', w', z) future wrist latents, where the policy predicts them.
       proprio_target: (b, n_actions, k), where the policy predicts proprioception.
       train: dropout and random replacement on.
-      noise_draws: diffusion draws of the action head for each sample; upstream makes one.
+      noise_draws: diffusion draws of the video and action heads for each sample; upstream makes
+        one.
 
     Returns:
       The scalar loss and the parts: "video_loss", "act_loss", "z" (b, t * s, c), "mask", and
@@ -80,7 +81,6 @@ def latent_loss(
         **streams,
     )
     parts = {"z": z, "mask": mask, "video_loss": jnp.zeros(()), "act_loss": jnp.zeros(())}
-    weights = rearrange(mask, "b t s -> b (t s)")
 
     def rows(name, head, values, index, **more):
         out = head.loss(
@@ -94,14 +94,20 @@ def latent_loss(
         parts[f"rows/{name}"] = out
         return out["loss"]
 
+    def tokens_loss(name, head, values, index):
+        """A head's mean loss over the masked tokens of all draws."""
+        found = rows(name, head, values, index, draws=noise_draws)
+        weights = rearrange(mask, "b t s -> b (t s)")
+        return jnp.sum(found * jnp.concatenate([weights] * noise_draws)) / (
+            noise_draws * jnp.sum(weights)
+        )
+
     if task_mode in VIDEO_MODES:
         flat = rearrange(tokens, "b t s c -> b (t s) c")
-        video = rows("video", policy.video_head, flat, 2)
-        parts["video_loss"] = jnp.sum(video * weights) / jnp.sum(weights)
+        parts["video_loss"] = tokens_loss("video", policy.video_head, flat, 2)
         if policy.config.mar.wrist:
             flat = rearrange(streams["wrist_tokens"], "b t s c -> b (t s) c")
-            wrist = rows("wrist", policy.wrist_head, flat, 3)
-            parts["video_loss"] += jnp.sum(wrist * weights) / jnp.sum(weights)
+            parts["video_loss"] += tokens_loss("wrist", policy.wrist_head, flat, 3)
     if task_mode in ACTION_MODES:
         action = rows("act", policy.action_head, nactions, 4, draws=noise_draws)
         parts["act_loss"] = jnp.mean(action)

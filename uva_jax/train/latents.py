@@ -67,10 +67,7 @@ def encode_frames(
         "mirror": mirror,
     }
     arrays = {name: (item, "float16") for name in ("mean", "logvar")}
-    for turn in (True, False):  # the primary creates, then the others join
-        if site.is_primary == turn:
-            cache = ActivationCache.create(site.folder, arrays, total, chunk=_CHUNK, meta=meta)
-        site.barrier(f"{site.folder.name}:created:{turn}")
+    cache = site.open(arrays, total, chunk=_CHUNK, meta=meta)
     mesh = parallel.make_mesh(devices=jax.local_devices())
     encode = _encoder(policy, mesh)
     mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
@@ -83,12 +80,7 @@ def encode_frames(
             moments = {k: np.asarray(v)[: stop - start] for k, v in encode(frames).items()}
             cache.write_chunk(index, {k: v.astype(cache.dtype(k)) for k, v in moments.items()})
             bar.update(stop - start)
-    cache.flush()
-    site.barrier(f"{site.folder.name}:written")
-    if site.is_primary:
-        cache.finish()
-    site.barrier(f"{site.folder.name}:finished")
-    return ActivationCache.open(site.folder)
+    return site.finish(cache)
 
 
 def _frames(buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ class LoopOptions:
 
     steps: int
     batch: int
+    optimizer: str
     lr: float
     warmup: int
     betas: tuple[float, float]
@@ -54,7 +55,7 @@ class LoopOptions:
                 "batch a multiple of accumulate"
             )
 
-    def optimizer(self):
+    def make_optimizer(self):
         """The optimiser these options describe."""
         return make_optimizer(
             OptimOptions(
@@ -65,6 +66,7 @@ class LoopOptions:
                 b2=self.betas[1],
                 weight_decay=self.weight_decay,
                 clip_norm=self.clip_norm or None,
+                optimizer=self.optimizer,
             )
         )
 
@@ -84,7 +86,8 @@ def part(params: Mapping, name: str) -> dict:
 
 
 def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Callable:
-    """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps.
+    """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps
+    (of those that have them: elsewhere they are NaN).
 
     Args:
       loss: of one batch.
@@ -95,7 +98,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
     `batches` has the steps on the first axis and samples on the second; `first` is the first
     step's number.
     """
-    optimizer, parts = options.optimizer(), options.accumulate
+    optimizer, parts = options.make_optimizer(), options.accumulate
 
     def gradients(params, frozen, batch, key, step):
         def one(batch, key):
@@ -138,7 +141,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             state, scalars = body(state, (jax.tree.map(lambda x: x[0], batches), first))
         else:
             state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
-        return state, jax.tree.map(jnp.mean, scalars)
+        return state, jax.tree.map(jnp.nanmean, scalars)
 
     return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
 
@@ -148,7 +151,7 @@ def start_state(params: Flat, options: LoopOptions, mesh: Mesh) -> LoopState:
     shardings = parallel.shardings_for(params, mesh)
     # Copies, because the steps donate their state.
     placed = {k: jnp.array(jax.device_put(v, shardings[k]), copy=True) for k, v in params.items()}
-    optimizer = options.optimizer()
+    optimizer = options.make_optimizer()
     moments = jax.eval_shape(optimizer.init, placed)
     moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
     return LoopState(placed, {k: jnp.array(v, copy=True) for k, v in placed.items()}, moments)
@@ -166,7 +169,7 @@ def run_loop(
     folder: Path,
     metrics: MetricsWriter,
     desc: str = "",
-    judge: Callable[[Flat], Mapping[str, float]] | None = None,
+    judge: Callable[[Flat, int], Mapping[str, float]] | None = None,
 ) -> Flat:
     """Trains to `options.steps`, going on where a cut-off run stopped; returns the average.
 
@@ -180,7 +183,7 @@ def run_loop(
       folder: holds the resumable states.
       metrics: gets the scalars, named "<desc>/<scalar>".
       desc: what trains, in a word.
-      judge: averaged parameters -> scalars, called with every resumable state.
+      judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
     """
     state, key = start_state(params, options, mesh), jax.random.key(seed)
     whole = parallel.shardings_for(frozen, mesh)
@@ -207,7 +210,7 @@ def run_loop(
                 if saves:
                     checkpoints.save(step, state)
                     if judge is not None:
-                        found = judge(state.ema)
+                        found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
     return state.ema
 

@@ -17,10 +17,16 @@ import optax
 from uva_jax.errors import UserError
 from uva_jax.train.trainable import path_name
 
+_ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are scaled to
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with warm-up and cosine decay, as UVA trains; steps are optimizer steps."""
+    """AdamW (as UVA trains) or Muon, with warm-up and cosine decay; steps are the optimizer's.
+
+    Muon (https://arxiv.org/abs/2502.16982) moves the matrices of `muon_mask` and leaves the rest
+    to AdamW; its updates are scaled to AdamW's size, so that one learning rate does for both.
+    """
 
     lr: float
     warmup_steps: int
@@ -31,6 +37,7 @@ class OptimOptions:
     weight_decay: float = 0.02
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     accumulate: int = 1  # batches whose gradients are averaged for one optimizer step
+    optimizer: str = "adamw"
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.total_steps:
@@ -38,6 +45,8 @@ class OptimOptions:
                 f"warmup_steps is {self.warmup_steps} and total_steps {self.total_steps}, so the "
                 "learning rate would never come down again: the warm-up must be shorter"
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"optimizer is {self.optimizer!r}, but must be 'adamw' or 'muon'")
         if self.accumulate < 1:
             raise UserError(f"accumulate is {self.accumulate}, but must be at least 1")
 
@@ -75,22 +84,42 @@ def decay_mask(params, stacked_axes: int = 0):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def muon_mask(params):
+    """True for matrices inside blocks: what goes in, what comes out, tables and biases stay out."""
+
+    def inside(path, leaf):
+        name = path_name(path)
+        return len(leaf.shape) == 2 and "blocks/" in name and name.endswith("/kernel")
+
+    return jax.tree_util.tree_map_with_path(inside, params)
+
+
 def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.GradientTransformation:
-    """Clipping, AdamW and the schedule, for the trainable part of the parameters.
+    """Clipping, AdamW or Muon, and the schedule, for the trainable part of the parameters.
 
     The norm is that of the whole tree it is given. With `accumulate` > 1 updates are zero until
     that many gradients have come, and their mean is used.
     """
-    parts = [
-        optax.adamw(
-            warmup_cosine(options.lr, options.warmup_steps, options.total_steps),
-            b1=options.b1,
-            b2=options.b2,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            mask=lambda params: decay_mask(params, stacked_axes),
+    schedule = warmup_cosine(options.lr, options.warmup_steps, options.total_steps)
+    adamw = optax.adamw(
+        schedule,
+        b1=options.b1,
+        b2=options.b2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        mask=lambda params: decay_mask(params, stacked_axes),
+    )
+    parts = [adamw]
+    if options.optimizer == "muon":
+        muon = optax.contrib.muon(
+            schedule, weight_decay=options.weight_decay, consistent_rms=_ADAM_RMS
         )
-    ]
+        parts = [
+            optax.partition(
+                {True: muon, False: adamw},
+                lambda params: muon_mask(params),
+            )
+        ]
     if options.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
     optimizer = optax.chain(*parts)

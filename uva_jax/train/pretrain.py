@@ -24,7 +24,7 @@ from uva_jax.data.source import DataOptions, WindowSpec, plan_strips
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
 from uva_jax.models.layers import linear, sub_key
-from uva_jax.models.losses import ACTION_MODES, latent_loss
+from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES
 from uva_jax.train import latents
@@ -96,7 +96,7 @@ class Windows:
           UserError: the policy reads more than images and actions, or the data cannot be mirrored.
         """
         spec = WindowSpec.of(policy.config)
-        if spec.states or spec.wrist or spec.text or spec.past_actions:
+        if spec.more_than_images:
             raise UserError(
                 "this policy reads more than one camera's images, but training on cached latents "
                 "knows those and the actions alone"
@@ -205,19 +205,20 @@ def pretrain_loss(
                 train=train,
                 noise_draws=options.noise_draws,
             )
-            read = jnp.zeros(())
+            nothing = jnp.full((), jnp.nan)  # what a mode does not have is not averaged
+            scalars = {
+                "video_loss": parts["video_loss"] if name in VIDEO_MODES else nothing,
+                "act_loss": parts["act_loss"] if name in ACTION_MODES else nothing,
+            }
+            if state_size:
+                scalars["readout"] = nothing
             if state_size and name in ACTION_MODES:
                 reader = policy_io.replace(readout, part(params, _READOUT))
                 guess = reader(model.action_head.aggregate(parts["z"]))
-                read = jnp.mean((guess - batch["state"][:, None]) ** 2)
+                scalars["readout"] = read = jnp.mean((guess - batch["state"][:, None]) ** 2)
                 # From its full weight down to a tenth, in step with the learning rate's fall.
                 total = total + options.readout_weight * (1 - 0.9 * step / options.steps) * read
-            return {
-                "loss": total,
-                "video_loss": parts["video_loss"],
-                "act_loss": parts["act_loss"],
-                "readout": read,
-            }
+            return scalars | {"loss": total}
 
         if len(modes) == 1:
             scalars = in_mode(modes[0])
@@ -246,6 +247,8 @@ def pretrain(
     folder: Path,
     metrics: MetricsWriter,
     state_scale: Callable[[np.ndarray], np.ndarray] | None = None,
+    score: Callable[[Policy], Mapping[str, float]] | None = None,
+    score_every: int = 0,
 ) -> Policy:
     """Trains everything but the VAE; returns the policy with averaged parameters.
 
@@ -255,8 +258,15 @@ def pretrain(
       windows, held_out: what to train on and to judge by.
       options: of modes, losses and the loop.
       state_scale: raw states (b, k) -> what is read out; None: no read-out.
+      score: a policy with averaged parameters -> scalars to log; called every `score_every` steps,
+        a multiple of `options.checkpoint_every`, and at the end.
       mesh, seed, folder, metrics: see `run_loop`.
     """
+    if score is not None and score_every % options.checkpoint_every:
+        raise UserError(
+            f"config.pretrain.score.every is {score_every}, but scores come with the resumable "
+            f"states: make it a multiple of checkpoint_every ({options.checkpoint_every})"
+        )
     batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
     shares = options.shares(policy.config.task_modes)
     modes, mode_at = task_modes(shares, options, seed)
@@ -285,6 +295,26 @@ def pretrain(
     if width:
         reader = Readout(policy.config.action_head.z_channels, width, rngs=nnx.Rngs(seed + 1))
         params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
+
+    def whole(average: Flat) -> Policy:
+        average = {k: v for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
+        return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | average)
+
+    losses = _judge(
+        pretrain_losses(policy, options, modes),
+        frozen,
+        lambda rows: read(held_out, rows, 0),
+        min(options.judge_windows, len(held_out)),
+        mesh,
+    )
+
+    def judge(average: Flat, step: int) -> dict[str, float]:
+        found = losses(average)
+        if score is not None and (step % score_every == 0 or step == options.steps):
+            # On one device: rollouts would only repeat themselves on the others.
+            found |= score(whole({k: jnp.asarray(np.asarray(v)) for k, v in average.items()}))
+        return found
+
     average = run_loop(
         pretrain_loss(policy, options, modes, state_size=width),
         params,
@@ -296,16 +326,9 @@ def pretrain(
         folder=folder,
         metrics=metrics,
         desc="policy",
-        judge=_judge(
-            pretrain_losses(policy, options, modes),
-            frozen,
-            lambda rows: read(held_out, rows, 0),
-            min(options.judge_windows, len(held_out)),
-            mesh,
-        ),
+        judge=judge,
     )
-    average = {k: v for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
-    return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | average)
+    return whole(average)
 
 
 def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
@@ -329,8 +352,7 @@ def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh)
             batch = {k: jax.device_put(v, whole) for k, v in batch.items()}
             for k, v in judged(params, frozen, batch, jax.random.key(start)).items():
                 sums.setdefault(k, []).append(float(v))
-        # A loss that a mode does not have is 0 throughout.
-        return {k: float(np.mean(v)) for k, v in sums.items() if any(v)}
+        return {k: float(np.mean(v)) for k, v in sums.items() if np.isfinite(v).all()}
 
     return judge
 

@@ -7,7 +7,7 @@ by their loops' states, the encoding by its chunks; `start/` marks that the VAE 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,12 @@ def starts(config) -> dict[str, str]:
 
 
 def run(
-    context: Context, open_data: Callable[[Policy], source.WindowReader], *, mesh, dtype
+    context: Context,
+    open_data: Callable[[Policy], source.WindowReader],
+    *,
+    mesh,
+    dtype,
+    score: Callable[[Policy], Mapping[str, float]] | None = None,
 ) -> dict:
     """The stage: pretrain/policy and pretrain/policy.ckpt.
 
@@ -107,6 +112,7 @@ def run(
       open_data: a policy -> the reader of its data.
       mesh: (data, fsdp, tensor).
       dtype: of matrix products.
+      score: see `pretrain.pretrain`.
     """
     config, folder, seed = context.config, context.folder, context.config.seed
     options = section(config.pretrain, pretrain.PretrainOptions)
@@ -135,6 +141,8 @@ def run(
         folder=folder / "states",
         metrics=context.metrics,
         state_scale=_state_scale(config.pretrain, buffer),
+        score=score,
+        score_every=config.pretrain.score.every,
     )
     about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
     records = None

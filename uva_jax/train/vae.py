@@ -41,6 +41,15 @@ class VAEOptions(LoopOptions):
     edge_weight: float
     focus: float
     readout_weight: float
+    decode_every: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decode_every < 1 or self.batch % self.decode_every:
+            raise UserError(
+                f"config.pretrain.vae_training.decode_every is {self.decode_every}, but it has to "
+                f"divide the batch of {self.batch}"
+            )
 
 
 class PixelWeights:
@@ -86,15 +95,17 @@ def weighted_errors(
 
 
 class StateReadout(nnx.Module):
-    """Reads a state from latents while training, so that what matters is kept in them."""
+    """Reads a state from latents while training: linearly, so that the encoder learns to see.
+
+    What the encoder does not work out, every policy on its latents has to, in every step again.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.fc1 = linear(inputs, 256, rngs=rngs)
-        self.fc2 = linear(256, outputs, rngs=rngs)
+        self.fc = linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """(n, h', w', z) -> (n, outputs)."""
-        return self.fc2(jax.nn.silu(self.fc1(rearrange(latents, "n h w c -> n (h w c)"))))
+        return self.fc(rearrange(latents, "n h w c -> n (h w c)"))
 
 
 def _abstract(config: VAEConfig, dtype=None) -> VAE:
@@ -113,8 +124,15 @@ def vae_loss(
     """The loss of a batch, as `run_loop` takes it.
 
     The batch holds "frames" (b, h, w, 3) uint8 and, with `state_size`, "state" (b, state_size)
-    float32. Parameters of the read-out are those under "readout/".
+    float32. Parameters of the read-out are those under "readout/". Decoding costs most: with a
+    read-out only one frame in `decode_every` is decoded, and all are read out.
     """
+    every = options.decode_every if state_size else 1
+
+    def some(x):
+        # Cut so that every device keeps its own frames.
+        return x.reshape(len(x) // every, every, *x.shape[1:])[:, 0]
+
     vae = _abstract(config, dtype)
     cells = (size // config.stride) ** 2 * config.z_channels
     readout = nnx.eval_shape(lambda: StateReadout(cells, max(state_size, 1), rngs=nnx.Rngs(0)))
@@ -125,7 +143,9 @@ def vae_loss(
         frames = batch["frames"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = model.encode(frames)
         scaled = model.sample(mean, logvar, jax.random.normal(key, mean.shape))
-        scalars = weighted_errors(frames, model.decode(scaled).astype(jnp.float32), weights(frames))
+        shown = some(frames)
+        decoded = model.decode(some(scaled)).astype(jnp.float32)
+        scalars = weighted_errors(shown, decoded, weights(shown))
         # Sums over a frame's latents, as LDM's loss; divided by its values, as the mean above.
         kl = 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
         scalars["kl"] = jnp.mean(kl)
@@ -133,7 +153,8 @@ def vae_loss(
         total += options.edge_weight * scalars["edge"]
         if state_size:
             reader = policy_io.replace(readout, part(params, _READOUT))
-            scalars["readout"] = jnp.mean((reader(scaled) - batch["state"]) ** 2)
+            # L1: its pull does not fade where errors are small already.
+            scalars["readout"] = jnp.mean(jnp.abs(reader(scaled) - batch["state"]))
             total += options.readout_weight * scalars["readout"]
         return total, scalars | {"loss": total}
 

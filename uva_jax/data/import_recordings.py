@@ -1,9 +1,8 @@
 """Recordings of Libero, robomimic and UMI as replay buffers, in the form that the policies see.
 
-    python -m uva_jax.data.import_hdf5 --kind libero data/libero_10 --out data/libero_10.zarr
-    python -m uva_jax.data.import_hdf5 --kind robomimic image_abs.hdf5 --out data/tool_hang.zarr
-    python -m uva_jax.data.import_hdf5 --kind zarr cup.zarr.zip --task "pick up an espresso cup" \\
-        --out data/cup.zarr
+    python -m uva_jax.data.import_recordings --kind libero data/libero_10 --out libero_10.zarr
+    python -m uva_jax.data.import_recordings --kind robomimic image_abs.hdf5 --out tool_hang.zarr
+    python -m uva_jax.data.import_recordings --kind zarr cup.zarr.zip --task cup --out cup.zarr
 
 Arrays keep the names of upstream's `shape_meta`; `action` becomes position, rotation_6d and
 gripper. An interrupted run goes on where it stopped. Files are read a piece at a time.
@@ -24,7 +23,7 @@ import numpy as np
 from uva_jax.data.replay_buffer import Progress, ReplayBuffer
 from uva_jax.data.replay_writer import ReplayBufferWriter
 from uva_jax.data.rotations import actions_to_10d
-from uva_jax.errors import UserError
+from uva_jax.errors import UserError, exit_status
 
 _LIBERO_FILE = "_demo.hdf5"
 # Absolute targets are within centimeters of the hand; relative ones, about 0, are not.
@@ -264,7 +263,7 @@ def _h5py():
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m uva_jax.data.import_hdf5",
+        prog="python -m uva_jax.data.import_recordings",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -291,35 +290,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; bad input is one sentence and status 2."""
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    args = _parser().parse_args(argv)
-    try:
-        if args.limit is not None and args.limit < 1:
-            raise UserError(f"--limit is {args.limit}, but at least one episode is needed")
-        if args.kind == "zarr":
-            from uva_jax.data.import_zarr import open_zarr
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, but at least one episode is needed")
+    if args.kind == "zarr":
+        from uva_jax.data.import_zarr import open_zarr
 
-            recordings = open_zarr(args.sources, args.task, args.vocabulary, args.limit)
-        elif args.task or args.vocabulary:
-            raise UserError("--task and --vocabulary go with --kind zarr only")
-        else:
-            recordings = open_hdf5(args.kind, args.sources, args.limit)
-        with tqdm(unit="step", unit_scale=True) as bar:
+        recordings = open_zarr(args.sources, args.task, args.vocabulary, args.limit)
+    elif args.task or args.vocabulary:
+        raise UserError("--task and --vocabulary go with --kind zarr only")
+    else:
+        recordings = open_hdf5(args.kind, args.sources, args.limit)
+    with tqdm(unit="step", unit_scale=True) as bar:
 
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            buffer = write_recordings(args.out, recordings, progress=show)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        buffer = write_recordings(args.out, recordings, progress=show)
     arrays = ", ".join(f"{k} {buffer.shape(k)[1:]}" for k in buffer.keys)
     print(f"{args.out}: {buffer.n_episodes} episodes, {buffer.n_steps} steps of {arrays}")
     for number, task in enumerate(buffer.tasks):
         print(f"  {int((buffer.episode_task == number).sum())} episodes: {task}")
-    return 0
 
 
 if __name__ == "__main__":

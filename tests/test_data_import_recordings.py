@@ -11,7 +11,7 @@ import pytest
 import tensorstore as ts
 
 from uva_jax.data import replay_writer
-from uva_jax.data.import_hdf5 import main, open_hdf5, write_recordings
+from uva_jax.data.import_recordings import main, open_hdf5, write_recordings
 from uva_jax.data.import_zarr import open_zarr
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer

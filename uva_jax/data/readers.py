@@ -1,0 +1,36 @@
+"""Opens data as a policy reads it: which reader for which layout, and what has to be there."""
+
+from __future__ import annotations
+
+from uva_jax.data.replay_buffer import Progress
+from uva_jax.data.source import DataOptions, WindowReader, WindowSpec, open_buffer
+from uva_jax.data.umi import UmiReader
+from uva_jax.errors import UserError
+from uva_jax.models.policy import Policy
+
+READERS = {"": WindowReader, "umi": UmiReader}  # by `config.data.layout`
+
+
+def open_reader(
+    options: DataOptions,
+    policy: Policy,
+    *,
+    spec: WindowSpec | None = None,
+    progress: Progress | None = None,
+) -> WindowReader:
+    """Opens the data of `config.data`, rendering the embedded demonstrations on first use.
+
+    Args:
+      options: which data, and how it is laid out.
+      policy: whose windows are read.
+      spec: what a window holds; None: what the policy's `predict_action` reads.
+      progress: called with (frames done, frames in all) while rendering.
+
+    Raises:
+      UserError: the layout is unknown, or the data is missing, damaged or lacks what is read.
+    """
+    if options.layout not in READERS:
+        known = ", ".join(map(repr, READERS))
+        raise UserError(f"the data's layout is {options.layout!r}; it can be {known}")
+    kind, spec = READERS[options.layout], spec or WindowSpec.of(policy.config)
+    return kind(open_buffer(options, kind.arrays(spec, options), progress), options, policy, spec)

@@ -1,0 +1,142 @@
+"""A policy in training as its user watches it: rollouts now and then, and a report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from uva_jax.config import leaves
+from uva_jax.errors import UserError
+from uva_jax.eval import report
+from uva_jax.eval.evaluate import Actor
+from uva_jax.eval.rollout import RolloutPool, bootstrap_ci
+from uva_jax.metrics import read_metrics
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy import Policy
+
+# averaged policy -> scalars
+Score = Callable[[Policy], Mapping[str, float]]
+
+_SHOWN = (
+    "data.path data.max_episodes data.mirror pretrain.vae_training.steps pretrain.modes "
+    "pretrain.steps pretrain.batch pretrain.optimizer pretrain.lr pretrain.noise_draws "
+    "pretrain.readout seed"
+).split()
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """`config.pretrain.score`; see `configs/common.py` for each field."""
+
+    every: int
+    num_seeds: int
+    start_seed: int
+    max_steps: int
+    sampling_steps: str
+    noise_seed: int
+
+    def __post_init__(self):
+        if self.every < 0 or (self.every and self.num_seeds < 1):
+            raise UserError(
+                f"config.pretrain.score asks for {self.num_seeds} seeds every {self.every} steps; "
+                "every=0 means no rollouts while training"
+            )
+
+
+@contextmanager
+def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score | None]:
+    """Rolls policies of one architecture out in gym-pusht, always on the same seeds and noise.
+
+    Yields None where none are asked for; else a function whose result is {"score": the mean of the
+    largest rewards, its interval, "success": the share of full successes}. As `test_mean_score`,
+    but on seeds of its own: what is tested is not what training is steered by.
+
+    Raises:
+      UserError: there are several processes, none of which holds the whole policy.
+    """
+    if not options.every:
+        yield None
+        return
+    if jax.process_count() > 1:
+        raise UserError(
+            "rollouts while training need the whole policy in one process: set "
+            "config.pretrain.score.every=0 and evaluate afterwards"
+        )
+    seeds = range(options.start_seed, options.start_seed + options.num_seeds)
+    actor: Actor | None = None
+    with RolloutPool() as pool:
+
+        def score(policy: Policy) -> dict[str, float]:
+            nonlocal actor
+            if actor is None:
+                actor = Actor(policy, options.sampling_steps, options.noise_seed)
+            else:
+                actor.load(policy)
+            config = policy.config
+            result = pool.run(
+                actor,
+                seeds,
+                max_steps=options.max_steps,
+                n_obs_steps=config.n_obs_steps,
+                n_action_steps=config.n_action_steps,
+                frame_indices=frame_indices(config.n_obs_steps, config.mar.n_frames),
+            )
+            mean, low, high = bootstrap_ci(result.scores, seed=0)
+            success = float(result.success.mean())
+            say(
+                f"score {mean:.3f} (95% CI {low:.3f} to {high:.3f}), success {success:.0%}, on "
+                f"{len(seeds)} seeds in {result.seconds:.0f} s"
+            )
+            return {"score": mean, "score_low": low, "score_high": high, "success": success}
+
+        yield score
+
+
+def write_training_report(workdir: Path, config, policy: Policy, stage: str = "pretrain") -> Path:
+    """`<workdir>/<stage>/report.html` from what the stage logged."""
+    lines = read_metrics(workdir, stage)
+    names = sorted({k for line in lines for k in line})
+    groups = (
+        ("VAE", [k for k in ("vae/l1", "vae/l2", "vae/edge", "vae/readout") if k in names], {}),
+        ("Video loss", _with("video_loss", names), {}),
+        ("Action loss", _with("act_loss", names), {}),
+        ("State read out, mean square error", [k for k in ("policy/readout",) if k in names], {}),
+        (
+            "Score in rollouts",
+            [k for k in names if k.startswith("policy/score")],
+            {"ylabel": "score", "log": False},
+        ),
+    )
+    scored = [line for line in lines if "policy/score" in line]
+    shown = leaves(config)
+    data = report.ReportData(
+        title=f"Training of {policy.config.task}: {workdir.name}",
+        config={k: shown[k] for k in _SHOWN},
+        curves=[
+            {"title": title, "series": report.curve_series(workdir, stage, keys), **more}
+            for title, keys, more in groups
+            if keys
+        ],
+        scores=[
+            {
+                "policy": f"after step {line['step']}",
+                "score": line["policy/score"],
+                "ci": (line["policy/score_low"], line["policy/score_high"]),
+                "success": line["policy/success"],
+                "episodes": config.pretrain.score.num_seeds,
+            }
+            for line in scored[-1:]
+        ],
+        notes=["Scores are those of the averaged parameters, on seeds that no test uses."]
+        if scored
+        else [],
+    )
+    return report.write_report(workdir / stage / "report.html", data)
+
+
+def _with(loss: str, names: list[str]) -> list[str]:
+    return [k for k in names if k.startswith("policy/") and k.endswith(f"/{loss}")]
