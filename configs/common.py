@@ -170,6 +170,15 @@ def get_config() -> ConfigDict:
                 "readout": "",
                 "readout_angles": (),
                 "readout_weight": 1.0,  # falls to a tenth of it
+                # Upstream's augmentation, on views that are encoded once: each takes as much time
+                # and room as the plain frames do.
+                "augment": {
+                    "views": 0,  # augmented copies of every episode beside the plain one
+                    "crop": 0.95,  # side of the random crop, in half of them
+                    "blur": 2.0,  # largest deviation of the blur, in pixels, in half of them
+                },
+                # Random spacing of the past frames, one choice a batch (upstream's name).
+                "different_history_freq": False,
                 # Task modes with their shares of the batches, {}: upstream's five, uniformly.
                 "modes": {},
                 "video_steps": 0,  # first phase: so many steps of video_model alone

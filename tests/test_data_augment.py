@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.augment import CropAndBlur, mirror_pusht
 from uva_jax.envs.pusht import CANVAS, IMAGE_SIZE, PushT, initial_state
+from uva_jax.errors import UserError
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
 
@@ -131,3 +132,45 @@ def test_only_the_chosen_samples_are_mirrored(scenes):
 def test_what_has_no_mirror_image_is_refused(name, shape):
     with pytest.raises(ValueError, match=f"{name}.* cannot be mirrored"):
         mirror_pusht({name: np.zeros(shape)})
+
+
+# ---- crops and blurs ----
+
+
+def _window(seed=0, n=4):
+    frame = np.random.default_rng(seed).integers(0, 256, (96, 96, 3), np.uint8)
+    return np.stack([frame] * n)
+
+
+def test_all_frames_of_a_window_are_cropped_and_blurred_alike():
+    for seed in range(8):
+        found = CropAndBlur()(_window(), np.random.default_rng(seed))
+        assert found.shape == (4, 96, 96, 3) and found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.stack([found[0]] * 4))
+
+
+def test_a_quarter_of_the_windows_and_those_blurred_by_nearly_nothing_stay():
+    window = _window(n=1)
+    kept = [
+        np.array_equal(CropAndBlur()(window, np.random.default_rng(seed)), window)
+        for seed in range(400)
+    ]
+    assert np.mean(kept) == pytest.approx(0.3, abs=0.1)
+
+
+def test_a_crop_is_a_part_of_the_frame_at_its_old_size():
+    ramp = np.broadcast_to(np.linspace(0, 250, 96)[:, None, None], (96, 96, 3))
+    ramp = np.round(ramp).astype(np.uint8)[None]
+    spans = set()
+    for seed in range(40):
+        found = CropAndBlur(blur=0.1)(ramp, np.random.default_rng(seed))[0, :, 0, 0].astype(int)
+        span = (found[-2] - found[1]) / (250 * 93 / 95)
+        spans.add(min((1.0, 0.95), key=lambda s: abs(s - span)))
+        assert span == pytest.approx(1.0, abs=0.01) or span == pytest.approx(0.95, abs=0.01)
+    assert spans == {1.0, 0.95}
+
+
+@pytest.mark.parametrize("wrong", [{"crop": 0.0}, {"crop": 1.5}, {"blur": 0.0}])
+def test_a_crop_or_blur_that_cannot_be_is_an_error(wrong):
+    with pytest.raises(UserError):
+        CropAndBlur(**wrong)

@@ -39,6 +39,33 @@ def run(optimizer, params, gradients):
 # ---- the optimizer ----
 
 
+def test_muon_moves_the_matrices_of_blocks_by_orthogonal_steps_of_adamws_size():
+    rng = np.random.default_rng(0)
+    params = {
+        "mar/encoder_blocks/0/mlp/fc1/kernel": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32),
+        "mar/encoder_blocks/0/mlp/fc1/bias": jnp.zeros(64),
+        "mar/z_proj/kernel": jnp.asarray(rng.normal(size=(16, 32)), jnp.float32),
+    }
+    gradient = {k: jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in params.items()}
+    options = PLAIN | {"weight_decay": 0.0}
+    moved = {}
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(OptimOptions(**options, optimizer=name))
+        moved[name], _ = optimizer.update(gradient, optimizer.init(params), params)
+    matrix, *rest = params
+    step = np.asarray(moved["muon"][matrix]) / PLAIN["lr"]
+    assert np.sqrt(np.mean(step**2)) == pytest.approx(0.2, rel=0.2)
+    singular = np.linalg.svd(step, compute_uv=False)
+    assert singular.max() < 2 * singular.min()  # Newton-Schulz, five steps
+    for name in rest:
+        np.testing.assert_allclose(moved["muon"][name], moved["adamw"][name], rtol=1e-6)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match="'adam',"):
+        OptimOptions(**PLAIN, optimizer="adam")
+
+
 @pytest.mark.parametrize(
     ("name", "warmup", "total", "stride"),
     [

@@ -19,6 +19,7 @@ from uva_jax.errors import UserError
 from uva_jax.graft.record import Site
 from uva_jax.metrics import MetricsWriter, read_metrics
 from uva_jax.train import latents, loop, pretrain
+from uva_jax.train.windows import StateScale, Windows, past_choices
 
 OPTIONS = pretrain.PretrainOptions(
     steps=24,
@@ -39,6 +40,7 @@ OPTIONS = pretrain.PretrainOptions(
     noise_draws=2,
     readout_weight=0.1,
     gradient_checkpointing=False,
+    different_history_freq=False,
     judge_windows=8,
 )
 DATA = source.DataOptions(
@@ -51,14 +53,17 @@ DATA = source.DataOptions(
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+MIRRORED = latents.Copies(mirror=True)
+
+
 class Killed(BaseException):
     """Stands for a kill."""
 
 
-def encode(folder, policy, buffer):
+def encode(folder, policy, buffer, copies=MIRRORED):
     with MetricsWriter(folder.parent, "pretrain") as metrics:
         site = Site(folder, metrics)
-        return latents.encode_frames(site, policy, buffer, "img", mirror=True)
+        return latents.encode_frames(site, policy, buffer, "img", copies)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +73,12 @@ def cache(shared, teacher, buffer):
 
 def windows(buffer, policy, **more):
     train, held_out = source.split(buffer, DATA)
-    return [pretrain.Windows(buffer, m, policy, DATA, 0, **more) for m in (train, held_out)]
+    return [Windows(buffer, m, policy, DATA, 0, **more) for m in (train, held_out)]
 
 
 def train(folder, teacher, buffer, cache, **changes):
     folder.mkdir(exist_ok=True)
-    scale = pretrain.StateScale.fit(buffer.read("state"), (4,))
+    scale = StateScale.fit(buffer.read("state"), (4,))
     with MetricsWriter(folder, "pretrain") as metrics:
         return pretrain.pretrain(
             teacher,
@@ -216,6 +221,38 @@ def test_windows_are_those_of_the_policy_and_go_on_into_the_future(teacher, buff
     assert steps.max() == 4 and steps.min() >= 0
 
 
+def test_views_are_copies_with_one_crop_and_blur_an_episode(teacher, buffer):
+    copies = latents.Copies(mirror=True, views=2, seed=3)
+    n, start = buffer.n_steps, int(buffer.episode_ends[0])
+    assert copies.count == 6
+    steps = np.arange(start, start + 3)
+    frames = buffer.read_rows({"img": steps})["img"]
+    np.testing.assert_array_equal(copies.read(buffer, "img", steps), frames)
+    changed = 0
+    for view in (1, 2):
+        copy = copies.number(view, 0)
+        found = copies.read(buffer, "img", steps + copy * n)
+        rng = np.random.default_rng((3, copy, 1))
+        np.testing.assert_array_equal(found, copies.change(frames, rng))
+        changed += not np.array_equal(found, frames)
+    assert changed
+    train_windows, _ = windows(buffer, teacher, copies=copies)
+    rows = np.arange(8)
+    plain, seen = (train_windows.read(rows, views=v)["frames"] for v in (0, np.full(8, 2)))
+    np.testing.assert_array_equal(seen - plain, 4 * n)
+
+
+def test_random_spacing_picks_upstreams_past_frames(teacher, buffer):
+    train_windows, _ = windows(buffer, teacher)
+    choices = past_choices(teacher)
+    assert choices.shape == (816, 4) and choices.min() == -15 and (choices[:, -1] == 0).all()
+    plain, spaced = (
+        train_windows.read(np.arange(64), past=past)["frames"] for past in (None, choices[0])
+    )
+    np.testing.assert_array_equal(plain[:, 3:], spaced[:, 3:])
+    assert (np.diff(spaced[:, :3], axis=1) == 0).all() and (spaced[:, 0] <= plain[:, 0]).all()
+
+
 def test_encoding_resumes_and_gives_the_mirror_image_too(
     tmp_path, teacher, buffer, cache, monkeypatch
 ):
@@ -233,7 +270,7 @@ def test_encoding_resumes_and_gives_the_mirror_image_too(
     again = encode(tmp_path / "latents", teacher, buffer)
     assert sorted(written) == list(range(again.num_chunks))  # none twice
     np.testing.assert_array_equal(again.read("mean"), cache.read("mean"))
-    frame = latents._frames(buffer, "img", np.array([buffer.n_steps + 5]))
+    frame = MIRRORED.read(buffer, "img", np.array([buffer.n_steps + 5]))
     mean, _ = teacher.vae.encode(teacher.preprocess(jnp.asarray(frame)))
     stored = cache.read("mean", buffer.n_steps + 5, buffer.n_steps + 6)
     np.testing.assert_allclose(stored, mean, atol=5e-3 * float(jnp.abs(mean).max()))

@@ -1,13 +1,17 @@
-"""PushT's mirror: a symmetry of the task that doubles its data.
+"""Augmentation: PushT's mirror, and upstream's random crops and blurs of whole windows.
 
+The mirror is a symmetry of the task that doubles its data.
 The scene, its physics and its goal are the same seen in the anti-diagonal of the canvas: the point
 (x, y) goes to (512 - y, 512 - x). The goal pose (256, 256, π/4) is its own mirror image.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from uva_jax.errors import UserError
 
 CANVAS = 512  # pixels of a side, in which points are given
 
@@ -42,6 +46,45 @@ def mirror_pusht(batch: Mapping[str, Any], where: Any = None) -> dict[str, Any]:
             chosen = where.reshape(-1, *[1] * (array.ndim - 1))
             mirrored[name] = _namespace(array).where(chosen, mirrored[name], array)
     return mirrored
+
+
+@dataclass(frozen=True)
+class CropAndBlur:
+    """What upstream does to a training window of PushT, each in half of the cases.
+
+    Attributes:
+      crop: side of the crop over the frame's; it is resized back.
+      blur: largest deviation of the Gaussian, in pixels; the smallest is 0.1.
+    """
+
+    crop: float = 0.95
+    blur: float = 2.0
+
+    def __post_init__(self):
+        if not 0 < self.crop <= 1:
+            raise UserError(f"a crop of {self.crop} of the frame's side is not in (0, 1]")
+        if self.blur < 0.1:
+            raise UserError(f"a blur of at most {self.blur} pixels: the smallest is 0.1")
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One crop and one blur, drawn from `rng`, for all frames (n, h, w, 3) uint8."""
+        import cv2  # beside the simulator, only augmentation needs it
+
+        height, width = frames.shape[1:3]
+        crops, blurs = rng.random(2) < 0.5
+        tall, wide = int(height * self.crop), int(width * self.crop)
+        top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+        deviation = rng.uniform(0.1, self.blur)
+        found = np.empty_like(frames)
+        for i, frame in enumerate(frames):
+            if crops:
+                frame = cv2.resize(frame[top : top + tall, left : left + wide], (width, height))
+            if blurs:
+                frame = cv2.GaussianBlur(
+                    frame, (5, 5), deviation, borderType=cv2.BORDER_REFLECT_101
+                )
+            found[i] = frame
+        return found
 
 
 def _mirror_images(images):

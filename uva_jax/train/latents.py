@@ -1,4 +1,4 @@
-"""The latent cache: every frame of a recording encoded once, and its mirror image too.
+"""The latent cache: every frame of a recording encoded once, with its augmented copies.
 
 Mean and log-variance are kept, so that a training step still samples its latents. It is an
 activation cache whose samples are frames: it resumes by chunks, and says what it was made from.
@@ -6,8 +6,10 @@ activation cache whose samples are frames: it resumes by chunks, and says what i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,13 +20,57 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uva_jax import parallel, policy_io
-from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.augment import CropAndBlur, mirror_pusht
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.graft.activations import ActivationCache
 from uva_jax.graft.record import Site
 from uva_jax.models.policy import Policy
 
 _CHUNK = 512  # frames
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a recording is encoded as: itself, its mirror image, and cropped and blurred views.
+
+    Copy number c holds all frames once, in their order: the frame's number in the cache is
+    c * n_steps + step. Each episode of a view has a crop and a blur of its own, so that they are
+    the same throughout a window.
+
+    Attributes:
+      mirror: every copy is followed by its mirror image.
+      views: augmented copies beside the plain one (0: none).
+      change: what makes them.
+      seed: of their draws.
+    """
+
+    mirror: bool = False
+    views: int = 0
+    change: CropAndBlur = CropAndBlur()
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        return (1 + self.views) * (1 + self.mirror)
+
+    def number(self, view, mirrored):
+        """The copy that a view (0: the plain frames) is, mirrored or not."""
+        return view * (1 + self.mirror) + mirrored
+
+    def read(self, buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:
+        """Frames (n, h, w, 3) uint8 by their numbers in the cache."""
+        steps, copies = numbers % buffer.n_steps, numbers // buffer.n_steps
+        found = to_uint8(buffer.read_rows({key: steps})[key], key)
+        views, mirrored = divmod(copies, 1 + self.mirror)
+        if mirrored.any():
+            found = mirror_pusht({"image": found}, mirrored.astype(bool))["image"]
+        episodes = np.searchsorted(buffer.episode_ends, steps, side="right")
+        for copy, episode in {(c, e) for c, e in zip(copies, episodes, strict=True)}:
+            if copy > self.mirror:
+                rows = (copies == copy) & (episodes == episode)
+                rng = np.random.default_rng((self.seed, int(copy), int(episode)))
+                found[rows] = self.change(found[rows], rng)
+        return found
 
 
 def parameter_hash(module: nnx.Module) -> str:
@@ -40,8 +86,7 @@ def encode_frames(
     policy: Policy,
     buffer: ReplayBuffer,
     image_key: str,
-    *,
-    mirror: bool,
+    copies: Copies,
 ) -> ActivationCache:
     """Encodes all frames of a buffer (or goes on doing so, or opens what is done).
 
@@ -49,22 +94,22 @@ def encode_frames(
       site: the cache's folder; progress and processes.
       policy: its VAE encodes, its image size is what frames are resized to.
       buffer: the recording; image_key: its array of frames.
-      mirror: mirror images follow the frames, in the same order.
+      copies: which augmented copies follow the plain frames.
 
     Returns:
-      The finished cache, with "mean" and "logvar" (frames [* 2], h', w', z).
+      The finished cache, with "mean" and "logvar" (copies * frames, h', w', z).
 
     Raises:
       UserError: the folder holds latents of another VAE, other data, or another size.
     """
-    total = buffer.n_steps * (1 + mirror)
+    total = buffer.n_steps * copies.count
     item = policy.latent_shape(1)[2:]
     meta = {
         "vae": parameter_hash(policy.vae),
         "data": buffer.fingerprint(),
         "image_key": image_key,
         "image_size": policy.config.image_size,
-        "mirror": mirror,
+        "copies": dataclasses.asdict(copies),
     }
     arrays = {name: (item, "float16") for name in ("mean", "logvar")}
     cache = site.open(arrays, total, chunk=_CHUNK, meta=meta)
@@ -76,18 +121,11 @@ def encode_frames(
         for index in mine:
             start, stop = cache.chunk_range(index)
             numbers = np.minimum(np.arange(start, start + _CHUNK), total - 1)
-            frames = _frames(buffer, image_key, numbers)
+            frames = copies.read(buffer, image_key, numbers)
             moments = {k: np.asarray(v)[: stop - start] for k, v in encode(frames).items()}
             cache.write_chunk(index, {k: v.astype(cache.dtype(k)) for k, v in moments.items()})
             bar.update(stop - start)
     return site.finish(cache)
-
-
-def _frames(buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:
-    """Frames by their number in the cache: those after the recording's are mirror images."""
-    read = to_uint8(buffer.read_rows({key: numbers % buffer.n_steps})[key], key)
-    where = numbers >= buffer.n_steps
-    return mirror_pusht({"image": read}, where)["image"] if where.any() else read
 
 
 def _encoder(policy: Policy, mesh):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uva_jax import parallel, policy_io
-from uva_jax.data.augment import mirror_pusht
-from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.source import DataOptions, WindowSpec, plan_strips
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
 from uva_jax.models.layers import linear, sub_key
@@ -31,6 +27,7 @@ from uva_jax.train import latents
 from uva_jax.train.loop import Flat, LoopOptions, part, run_loop
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import training_phases
+from uva_jax.train.windows import Windows, past_choices
 
 _READOUT = "readout"  # parameters that are dropped after training
 _JUDGE_BATCH = 64
@@ -46,6 +43,7 @@ class PretrainOptions(LoopOptions):
     noise_draws: int
     readout_weight: float
     gradient_checkpointing: bool
+    different_history_freq: bool
     judge_windows: int
 
     def __post_init__(self):
@@ -71,67 +69,6 @@ class PretrainOptions(LoopOptions):
             raise UserError("config.pretrain.modes gives no mode a share above 0")
         total = sum(given.values())
         return {m: s / total for m, s in given.items()}
-
-
-class Windows:
-    """Training windows of a recording: frame numbers in the latent cache, and actions.
-
-    A window has the history's and the future's frames, which end at and follow the current step,
-    and the actions from the current step on; past an episode's ends, its ends are repeated.
-    """
-
-    def __init__(
-        self,
-        buffer: ReplayBuffer,
-        mask: np.ndarray,
-        policy: Policy,
-        data: DataOptions,
-        seed: int,
-        *,
-        state_key: str = "",
-    ):
-        """Plans all windows of the episodes in `mask`.
-
-        Raises:
-          UserError: the policy reads more than images and actions, or the data cannot be mirrored.
-        """
-        spec = WindowSpec.of(policy.config)
-        if spec.more_than_images:
-            raise UserError(
-                "this policy reads more than one camera's images, but training on cached latents "
-                "knows those and the actions alone"
-            )
-        self._strips = plan_strips(
-            buffer.episode_ends, mask, strip=1, stride=spec.stride, options=data, seed=seed
-        )
-        self._spec, self._n_steps = spec, buffer.n_steps
-        self._ends = buffer.episode_ends
-        self._starts = np.append(0, buffer.episode_ends[:-1])
-        self._actions = np.asarray(buffer.read(data.action_key), np.float32)
-        self._states = np.asarray(buffer.read(state_key), np.float32) if state_key else None
-
-    def __len__(self) -> int:
-        return len(self._strips)
-
-    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
-        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw, and "state"
-        (b, k) of the current step, raw, where states were asked for."""
-        spec, strips = self._spec, self._strips
-        episode, mirror = strips.episode[windows], strips.mirror[windows]
-        first, last = self._starts[episode][:, None], self._ends[episode][:, None] - 1
-        current = first + strips.current[windows]
-
-        def rows(offsets):
-            return np.clip(current + offsets, first, last)
-
-        frames = rows(spec.stride * np.arange(1 - spec.n_frames, spec.n_frames + 1))
-        steps = rows(spec.action_offset + np.arange(spec.n_actions))
-        found = {"action": self._actions[steps]}
-        if self._states is not None:
-            found["state"] = self._states[current[:, 0]]
-        if mirror.any():
-            found = mirror_pusht(found, mirror)
-        return {"frames": frames + self._n_steps * mirror[:, None], **found}
 
 
 def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int):
@@ -275,8 +212,10 @@ def pretrain(
         + ", ".join(f"{m} {100 * s:.0f}%" for m, s in shares.items())
     )
 
-    def read(source: Windows, rows: np.ndarray, mode: int) -> dict[str, np.ndarray]:
-        batch = source.read(rows)
+    pasts = past_choices(policy) if options.different_history_freq else None
+
+    def read(source: Windows, rows: np.ndarray, mode: int, **how) -> dict[str, np.ndarray]:
+        batch = source.read(rows, **how)
         batch |= moments.read(batch.pop("frames"))
         if state_scale is not None:
             batch["state"] = state_scale(batch["state"])
@@ -284,8 +223,11 @@ def pretrain(
 
     def batches(step: int) -> dict[str, np.ndarray]:
         rows = epoch_rows(seed, len(windows), batch_size, step, step + 1)[0]
-        own = np.array_split(rows, jax.process_count())[jax.process_index()]
-        return read(windows, own, mode_at(step))
+        rng = np.random.default_rng((seed, 2, step))
+        views = rng.integers(windows.copies.views + 1, size=len(rows))
+        past = None if pasts is None else pasts[rng.integers(len(pasts))]
+        own = np.array_split(np.arange(len(rows)), jax.process_count())[jax.process_index()]
+        return read(windows, rows[own], mode_at(step), views=views[own], past=past)
 
     arrays = policy_io.flatten(policy)
     (phase,) = training_phases(arrays, task_modes=modes)
@@ -355,37 +297,3 @@ def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh)
         return {k: float(np.mean(v)) for k, v in sums.items() if np.isfinite(v).all()}
 
     return judge
-
-
-class StateScale(NamedTuple):
-    """States as a read-out sees them: unit variance, and angles as cosine and sine."""
-
-    mean: np.ndarray
-    std: np.ndarray
-    angles: tuple[int, ...]
-
-    @classmethod
-    def fit(cls, states: np.ndarray, angles: Sequence[int]) -> StateScale:
-        """Fits states (n, k), of which columns `angles` are radians.
-
-        Raises:
-          UserError: there is no such column.
-        """
-        if any(not 0 <= a < states.shape[1] for a in angles):
-            raise UserError(
-                f"config.pretrain.readout_angles is {tuple(angles)}, but the state has "
-                f"{states.shape[1]} columns, counted from 0"
-            )
-        flat = _without_angles(np.asarray(states, np.float32), tuple(angles))
-        return cls(flat.mean(0), np.maximum(flat.std(0), 1e-6), tuple(angles))
-
-    def __call__(self, states: np.ndarray) -> np.ndarray:
-        """(..., k) -> (..., k + angles) float32."""
-        flat = _without_angles(np.asarray(states, np.float32), self.angles)
-        return ((flat - self.mean) / self.std).astype(np.float32)
-
-
-def _without_angles(states: np.ndarray, angles: tuple[int, ...]) -> np.ndarray:
-    plain = [i for i in range(states.shape[-1]) if i not in angles]
-    turned = states[..., list(angles)]
-    return np.concatenate([states[..., plain], np.cos(turned), np.sin(turned)], axis=-1)

@@ -22,7 +22,7 @@ from convert.to_torch import export_policy, plain_cfg, torch_arrays
 from uva_jax import policy_io
 from uva_jax.config import section
 from uva_jax.data import normalizer, source
-from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.augment import CropAndBlur, mirror_pusht
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.errors import UserError
 from uva_jax.graft.record import Site
@@ -30,6 +30,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 from uva_jax.pipeline import Context
 from uva_jax.train import latents, pretrain, vae
+from uva_jax.train.windows import StateScale, Windows
 
 _BLOCK = 512  # frames read at a time
 
@@ -124,17 +125,22 @@ def run(
         policy, buffer, data = _start(context, open_data, mesh, dtype)
         policy_io.save_policy(start, policy, source={"stage": "pretrain", "part": "start"})
         policy = policy_io.load_policy(start, dtype=dtype)
-    mirror = bool(data.mirror)
+    augment = config.pretrain.augment
+    copies = latents.Copies(
+        bool(data.mirror), augment.views, CropAndBlur(augment.crop, augment.blur), seed
+    )
     site = Site(folder / "latents", context.metrics, context.is_primary, context.barrier)
-    cache = latents.encode_frames(site, policy, buffer, data.image_key, mirror=mirror)
+    cache = latents.encode_frames(site, policy, buffer, data.image_key, copies)
     moments = latents.Latents.open(cache, int(config.pretrain.memory_gb * 2**30))
     key = config.pretrain.readout
     train, held_out = source.split(buffer, data)
     trained = pretrain.pretrain(
         policy,
         moments,
-        pretrain.Windows(buffer, train, policy, data, seed, state_key=key),
-        pretrain.Windows(buffer, held_out, policy, data, seed, state_key=key),
+        *(
+            Windows(buffer, mask, policy, data, seed, state_key=key, copies=copies)
+            for mask in (train, held_out)
+        ),
         options=options,
         mesh=mesh,
         seed=seed,
@@ -201,7 +207,7 @@ def _check_starts(settings) -> None:
         )
 
 
-def _state_scale(settings, buffer: ReplayBuffer) -> pretrain.StateScale | None:
+def _state_scale(settings, buffer: ReplayBuffer) -> StateScale | None:
     if not settings.readout:
         return None
     if settings.readout not in buffer.keys:
@@ -209,7 +215,7 @@ def _state_scale(settings, buffer: ReplayBuffer) -> pretrain.StateScale | None:
             f"config.pretrain.readout is {settings.readout!r}, but the data holds "
             f"{', '.join(buffer.keys)}: name one of them, or '' for no read-out"
         )
-    return pretrain.StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
+    return StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
 
 
 def _train_vae(context: Context, policy: Policy, buffer, data: source.DataOptions, mesh, dtype):
