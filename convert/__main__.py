@@ -6,6 +6,7 @@ Problems with the input are one sentence on stderr and exit status 2; a failed c
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -67,9 +68,18 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from convert import bench
+    from convert import bench, bench_training
 
-    return bench.run(args)
+    if args.training:
+        result = bench_training.bench_training(args.size, args.batch)
+        text = bench_training.table(result)
+    else:
+        result = bench.bench_conversion(args.size, args.out)
+        text = bench.table(result)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,12 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--only", metavar="NAME", nargs="+", help="only these files of the folder")
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("bench", help="time and memory of converting a whole policy")
+    command = commands.add_parser(
+        "bench", help="what converting a whole policy, or a training step, costs"
+    )
     command.add_argument("--size", choices=("pusht", "tiny"), default="pusht")
     command.add_argument(
         "--out", metavar="DIR", type=Path, help="where to work (5 GB for pusht); removed afterwards"
     )
     command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    command.add_argument(
+        "--training", action="store_true", help="measure a training step, here and in PyTorch"
+    )
+    command.add_argument("--batch", type=int, default=16, help="windows of that step")
     command.set_defaults(run=_bench)
     return parser
 

@@ -8,7 +8,6 @@ slower. Every step runs in a process of its own, because the peak of memory is c
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
@@ -212,16 +211,16 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command."""
-    if args.out is not None and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is no folder; make it, or leave --out away.")
-    with tempfile.TemporaryDirectory(prefix="bench", dir=args.out) as folder:
-        result = bench(args.size, Path(folder))
-    print(table(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+def bench_conversion(size: str, out: Path | None) -> dict:
+    """`bench` in a temporary folder, in `out` if that is given.
+
+    Raises:
+      UserError: `out` is no folder.
+    """
+    if out is not None and not out.is_dir():
+        raise UserError(f"--out {out} is no folder; make it, or leave --out away.")
+    with tempfile.TemporaryDirectory(prefix="bench", dir=out) as folder:
+        return bench(size, Path(folder))
 
 
 if __name__ == "__main__":

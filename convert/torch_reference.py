@@ -91,7 +91,7 @@ class _FinalLayer(nn.Module):
 class _Net(nn.Module):
     def __init__(self, config: MLPHeadConfig):
         super().__init__()
-        width = config.width
+        self.width = width = config.width
         self.time_embed = _TimeEmbed(width)
         self.cond_embed = nn.Linear(config.z_channels, width)
         self.input_proj = nn.Linear(config.channels, width)
@@ -99,9 +99,9 @@ class _Net(nn.Module):
         self.final_layer = _FinalLayer(width, 2 * config.channels)
 
     def stages(self, x, t, c) -> dict[str, torch.Tensor]:
-        """x (b, n, channels), t (b,), c (b, n, z): every block's output, and "out"."""
+        """x (b, n, channels), t (b,) or (b, n), c (b, n, z): every block's output, and "out"."""
         stages = {"time_embed": self.time_embed(t)}
-        y = stages["time_embed"][:, None] + self.cond_embed(c)
+        y = stages["time_embed"].reshape(len(t), -1, self.width) + self.cond_embed(c)
         x = self.input_proj(x)
         for i, block in enumerate(self.res_blocks):
             x = stages[f"res_block{i}"] = block(x, y)

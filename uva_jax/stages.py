@@ -58,7 +58,8 @@ def teacher_checkpoint(config) -> Path:
     return path
 
 
-def _mesh(config):
+def mesh_of(config):
+    """The mesh that `config.mesh` describes."""
     return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
@@ -72,7 +73,7 @@ def run_pretrain(context: Context) -> dict:
     options = section(config.pretrain.score, training.ScoreOptions)
     with training.scorer(options, context.metrics.say) as score:
         result = pretrain_stage.run(
-            context, data, mesh=_mesh(config), dtype=compute_dtype(config), score=score
+            context, data, mesh=mesh_of(config), dtype=compute_dtype(config), score=score
         )
     if context.is_primary:
         policy = policy_io.load_policy(context.folder / "policy")
@@ -212,7 +213,7 @@ def run_finetune(context: Context) -> dict:
         policy_io.save_policy(context.workdir / "grafted", policy, source=about, records=records)
     config = context.config
     options = section(config.finetune, finetune.FinetuneOptions)
-    trainer = finetune.Trainer(policy, options, _mesh(config), config.seed)
+    trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed)
     tokens = finetune.trunk_is_frozen(trainer.phases, options)
     finetune.check_reuse(trainer.phases, options)
     if options.reuse_cache:

@@ -114,7 +114,7 @@ def encode_frames(
     arrays = {name: (item, "float16") for name in ("mean", "logvar")}
     cache = site.open(arrays, total, chunk=_CHUNK, meta=meta)
     mesh = parallel.make_mesh(devices=jax.local_devices())
-    encode = _encoder(policy, mesh)
+    encode = encoder(policy, mesh)
     mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
     done = cache.samples_done()
     with site.metrics.progress(total, unit="frames", desc=site.folder.name, initial=done) as bar:
@@ -128,7 +128,7 @@ def encode_frames(
     return site.finish(cache)
 
 
-def _encoder(policy: Policy, mesh):
+def encoder(policy: Policy, mesh):
     """frames (n, h, w, 3) uint8 -> "mean", "logvar", 32 frames of each device at a time."""
     graph, state = nnx.split(policy)
     state = jax.device_put(state, parallel.replicated(mesh))
