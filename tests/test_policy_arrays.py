@@ -77,6 +77,16 @@ def test_damaged_arrays_are_one_sentence_and_write_nothing(streamed, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
+def test_a_policy_whose_arrays_were_cut_is_one_sentence(streamed, tmp_path):
+    folder = shutil.copytree(streamed, tmp_path / "policy")
+    files = [f for f in (folder / "params").rglob("*") if f.is_file()]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    with open(largest, "r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    with pytest.raises(UserError, match="missing or damaged"):
+        policy_io.load_policy(folder)
+
+
 def test_arrays_of_another_architecture_are_refused_before_anything_is_written(teacher, tmp_path):
     arrays = {"mar/z_proj/bias": LazyArray((3,), np.dtype(np.float32), lambda: np.zeros(3))}
     with pytest.raises(UserError, match=r"mar/z_proj/bias has shape \(3,\)"):

@@ -8,6 +8,7 @@ arrays; the files are the same either way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,23 @@ from uva_jax.lazy_array import LazyArray, ahead
 
 _IN_FLIGHT = 64 << 20  # bytes of arrays that are read or written at a time
 # What orbax and tensorstore raise when files are missing or damaged.
-DAMAGE = (FileNotFoundError, KeyError, AttributeError, ValueError)
+_DAMAGE = (FileNotFoundError, KeyError, AttributeError, ValueError)
+
+
+@contextlib.contextmanager
+def damage_is_told(folder: Path) -> Iterator[None]:
+    """One sentence on a policy's arrays in `folder` that cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Orbax tells of unreadable data by a bare Exception, and by nothing else.
+        if type(error) is not Exception and not isinstance(error, _DAMAGE):
+            raise
+        raise UserError(
+            f"{folder} is missing or damaged ({_short(error)}); make the policy folder anew."
+        ) from error
 
 
 def checkpointer(arrays: Mapping) -> ocp.AsyncCheckpointer:
@@ -75,12 +92,8 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
                 # Not asyncio.run: its handling of Ctrl-C prints every array to a text unread.
                 loop = asyncio.new_event_loop()
                 try:
-                    return loop.run_until_complete(read([info]))[0]
-                except DAMAGE as error:
-                    raise UserError(
-                        f"{info.parent_dir} is damaged ({_short(error)}); make the policy folder "
-                        "anew."
-                    ) from error
+                    with damage_is_told(info.parent_dir):
+                        return loop.run_until_complete(read([info]))[0]
                 finally:
                     loop.close()
 
@@ -133,17 +146,10 @@ def read(folder: Path) -> dict[str, LazyArray]:
     Raises:
       UserError: the folder is missing or damaged.
     """
-    with _lazy_checkpointer() as opened:
-        try:
-            tree = opened.metadata(folder).item_metadata.tree
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return flat(opened.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how)))
-        except DAMAGE as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{folder} is missing or damaged ({_short(error)}); make the policy folder anew."
-            ) from error
+    with _lazy_checkpointer() as opened, damage_is_told(folder):
+        tree = opened.metadata(folder).item_metadata.tree
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return flat(opened.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how)))
 
 
 def nested(arrays: Mapping[str, object]) -> dict:

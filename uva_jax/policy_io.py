@@ -284,7 +284,7 @@ def load_policy(
         )
         for path, leaf in expected.items()
     }
-    try:
+    with policy_arrays.damage_is_told(params):
         with policy_arrays.checkpointer(expected) as checkpointer:
             found = flat(checkpointer.metadata(params).item_metadata.tree)
             _refuse_mismatches(folder, expected, found)
@@ -292,12 +292,6 @@ def load_policy(
             how = ocp.checkpoint_utils.construct_restore_args(tree)
             wanted = ocp.args.PyTreeRestore(tree, restore_args=how)
             arrays = flat(checkpointer.restore(params, args=wanted))
-    except UserError:
-        raise
-    except policy_arrays.DAMAGE as error:
-        raise UserError(
-            f"{params} is missing or damaged ({error}); make the policy folder anew."
-        ) from error
     return replace(policy, arrays)
 
 
