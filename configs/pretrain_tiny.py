@@ -35,4 +35,5 @@ def get_config():
     p.optimizer = "muon"
     p.steps, p.batch, p.lr, p.warmup = 8000, 64, 1e-3, 300
     p.ema.max_value = 0.9995
+    p.score.every, p.checkpoint_every = 2000, 1000
     return config

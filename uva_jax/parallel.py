@@ -180,6 +180,33 @@ def shardings_for(
     return jax.tree_util.tree_map_with_path(place, abstract_tree)
 
 
+def on_mesh(arrays: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict:
+    """Arrays that every process holds whole, divided as `shardings` says."""
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
+
+    def put(x, sharding):
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return {name: x if _is_global(x) else put(x, shardings[name]) for name, x in arrays.items()}
+
+
+def _is_global(x) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays of a mesh, however they are divided, whole in the memory of every process."""
+    if jax.process_count() == 1:
+        return {name: np.asarray(x) for name, x in arrays.items()}
+    # One after another, because all of them may not fit a device.
+    return {
+        name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        for name, x in arrays.items()
+    }
+
+
 def shard_batch(mesh: Mesh, batch):
     """This process's samples (NumPy arrays, samples first) as global arrays over the mesh.
 

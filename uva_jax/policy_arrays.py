@@ -122,6 +122,7 @@ def _parts(values: Sequence[LazyArray]) -> Iterator[slice]:
 
 
 def _lazy_checkpointer() -> ocp.Checkpointer:
+    """Works for this process alone, and waits for no other."""
     handler = _OneByOne()
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, handler),
@@ -129,8 +130,11 @@ def _lazy_checkpointer() -> ocp.Checkpointer:
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns where there is none
     )
     base = ocp.BasePyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(handler_impl=base, type_handler_registry=registry)
+        ocp.PyTreeCheckpointHandler(handler_impl=base, type_handler_registry=registry),
+        multiprocessing_options=alone,
     )
 
 

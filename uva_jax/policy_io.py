@@ -128,6 +128,12 @@ def save_policy(
         if jax.process_index() == 0:
             _write_description(partial, policy.config, source, records)
         arrays = flatten(policy)
+        if jax.process_count() > 1:
+            # What every process holds whole is written by one; the rest is written by all.
+            arrays = {
+                k: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x
+                for k, x in arrays.items()
+            }
         with policy_arrays.checkpointer(arrays) as checkpointer:
             checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(arrays)))
 

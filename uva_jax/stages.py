@@ -76,8 +76,8 @@ def run_pretrain(context: Context) -> dict:
             context, data, mesh=mesh_of(config), dtype=compute_dtype(config), score=score
         )
     if context.is_primary:
-        policy = policy_io.load_policy(context.folder / "policy")
-        path = training.write_training_report(context.workdir, config, policy)
+        architecture, _ = policy_io.read_description(context.folder / "policy")
+        path = training.write_training_report(context.workdir, config, architecture.task)
         context.metrics.say(f"report: {path}")
     return result
 
@@ -302,6 +302,8 @@ def run_export(context: Context) -> dict:
     # What no policy keeps (CLIP's vision half beside a language tower) comes from the teacher.
     kept = set(about.get("ignored", ())) - {"_dummy_variable"}
     base = teacher_checkpoint(context.config) if kept else None
+    if not context.is_primary:
+        return {}
     found = export_policy(policy / "policy", out, base=base)
     context.metrics.say(f"{out} ({found['bytes'] / 1e6:.1f} MB, {found['tensors']} tensors)")
     return {"file": str(out), "bytes": found["bytes"]}

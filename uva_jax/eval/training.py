@@ -96,8 +96,8 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
         yield score
 
 
-def write_training_report(workdir: Path, config, policy: Policy, stage: str = "pretrain") -> Path:
-    """`<workdir>/<stage>/report.html` from what the stage logged."""
+def write_training_report(workdir: Path, config, task: str, stage: str = "pretrain") -> Path:
+    """`<workdir>/<stage>/report.html` from what the stage logged of a policy for `task`."""
     lines = read_metrics(workdir, stage)
     names = sorted({k for line in lines for k in line})
     groups = (
@@ -114,7 +114,7 @@ def write_training_report(workdir: Path, config, policy: Policy, stage: str = "p
     scored = [line for line in lines if "policy/score" in line]
     shown = leaves(config)
     data = report.ReportData(
-        title=f"Training of {policy.config.task}: {workdir.name}",
+        title=f"Training of {task}: {workdir.name}",
         config={k: shown[k] for k in _SHOWN},
         curves=[
             {"title": title, "series": report.curve_series(workdir, stage, keys), **more}

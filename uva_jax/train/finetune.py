@@ -180,7 +180,7 @@ class Trainer:
             arrays |= init_lora(arrays, options.lora_targets, options.lora_rank, self.key)
         self.phases = plan_phases(arrays, options)
         self.shardings = parallel.shardings_for(arrays, mesh)
-        self.arrays = {k: jax.device_put(v, self.shardings[k]) for k, v in arrays.items()}
+        self.arrays = parallel.on_mesh(arrays, self.shardings)
 
     def start(self, phase: Phase, before: TrainState | None = None) -> TrainState:
         """The state of a phase, carrying over what trained before."""

@@ -150,7 +150,7 @@ def start_state(params: Flat, options: LoopOptions, mesh: Mesh) -> LoopState:
     """The state before the first step, placed on the mesh."""
     shardings = parallel.shardings_for(params, mesh)
     # Copies, because the steps donate their state.
-    placed = {k: jnp.array(jax.device_put(v, shardings[k]), copy=True) for k, v in params.items()}
+    placed = {k: jnp.array(v, copy=True) for k, v in parallel.on_mesh(params, shardings).items()}
     optimizer = options.make_optimizer()
     moments = jax.eval_shape(optimizer.init, placed)
     moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
@@ -170,8 +170,8 @@ def run_loop(
     metrics: MetricsWriter,
     desc: str = "",
     judge: Callable[[Flat, int], Mapping[str, float]] | None = None,
-) -> Flat:
-    """Trains to `options.steps`, going on where a cut-off run stopped; returns the average.
+) -> dict[str, np.ndarray]:
+    """Trains to `options.steps`, going on where a cut-off run stopped.
 
     Args:
       loss: of one batch.
@@ -184,10 +184,12 @@ def run_loop(
       metrics: gets the scalars, named "<desc>/<scalar>".
       desc: what trains, in a word.
       judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
+
+    Returns:
+      The averaged parameters, whole, in every process.
     """
     state, key = start_state(params, options, mesh), jax.random.key(seed)
-    whole = parallel.shardings_for(frozen, mesh)
-    frozen = {k: jax.device_put(v, whole[k]) for k, v in frozen.items()}
+    frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
     run = make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
     prefix = f"{desc}/" if desc else ""
     with Checkpoints(folder) as checkpoints:
@@ -212,7 +214,7 @@ def run_loop(
                     if judge is not None:
                         found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
-    return state.ema
+    return parallel.on_host(state.ema)
 
 
 def _next_stop(step: int, options: LoopOptions) -> int:

@@ -238,9 +238,9 @@ def pretrain(
         reader = Readout(policy.config.action_head.z_channels, width, rngs=nnx.Rngs(seed + 1))
         params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
 
-    def whole(average: Flat) -> Policy:
-        average = {k: v for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
-        return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | average)
+    def whole(average: Mapping[str, np.ndarray]) -> Policy:
+        own = {k: jnp.asarray(v) for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
+        return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | own)
 
     losses = _judge(
         pretrain_losses(policy, options, modes),
@@ -253,8 +253,7 @@ def pretrain(
     def judge(average: Flat, step: int) -> dict[str, float]:
         found = losses(average)
         if score is not None and (step % score_every == 0 or step == options.steps):
-            # On one device: rollouts would only repeat themselves on the others.
-            found |= score(whole({k: jnp.asarray(np.asarray(v)) for k, v in average.items()}))
+            found |= score(whole(parallel.on_host(average)))
         return found
 
     average = run_loop(
@@ -276,6 +275,7 @@ def pretrain(
 def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
     """averaged parameters -> losses on the first `count` held-out windows, by mode, with the same
     draws each time."""
+    frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
 
     @jax.jit
     def judged(params, frozen, batch, key):
@@ -291,7 +291,7 @@ def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh)
         sums: dict[str, list[float]] = {}
         for start in range(0, count, _JUDGE_BATCH):
             batch = read(np.arange(start, min(start + _JUDGE_BATCH, count)))
-            batch = {k: jax.device_put(v, whole) for k, v in batch.items()}
+            batch = parallel.on_mesh(batch, dict.fromkeys(batch, whole))
             for k, v in judged(params, frozen, batch, jax.random.key(start)).items():
                 sums.setdefault(k, []).append(float(v))
         return {k: float(np.mean(v)) for k, v in sums.items() if np.isfinite(v).all()}

@@ -208,13 +208,14 @@ def train_vae(
         cells = (size // vae.config.stride) ** 2 * vae.config.z_channels
         reader = StateReadout(cells, width, rngs=nnx.Rngs(seed + 1))
         params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
-    share = slice(jax.process_index(), None, jax.process_count())
 
     def batches(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
-        rows = rng.integers(len(frames), size=options.batch)[share]
+        rows, mirrored = rng.integers(len(frames), size=options.batch), rng.random(options.batch)
+        own = np.array_split(np.arange(options.batch), jax.process_count())[jax.process_index()]
+        rows = rows[own]
         batch = {"image": frames[rows]} | ({"state": states[rows]} if width else {})
-        batch = prepare(batch, (rng.random(options.batch) < 0.5)[share])
+        batch = prepare(batch, mirrored[own] < 0.5)
         return {"frames": batch.pop("image"), **batch}
 
     found = run_loop(
