@@ -259,6 +259,24 @@ def test_a_stop_signal_leaves_cleanly_and_says_how_to_go_on(tmp_path, name, stat
     assert err == ""
 
 
+def test_a_stop_signal_in_a_finalizer_that_swallows_it_stops_all_the_same(tmp_path):
+    body = """
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+    Swallows()
+    print("still here", flush=True)
+    time.sleep(30)
+    """
+    process = run_script(tmp_path, body, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and err == ""
+    assert out.splitlines()[-2] == "still here"
+    assert out.splitlines()[-1].startswith("stopped by SIGTERM: the same command")
+
+
 def test_a_workdir_in_use_by_a_live_process_is_refused_with_its_holder(tmp_path):
     body = "print('inside', flush=True)\nsys.stdin.readline()"
     holder = run_script(tmp_path, body, stdin=subprocess.PIPE)

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,11 @@ def _free_text(workdir: Path) -> str:
 
 @contextmanager
 def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
-    """Turns SIGTERM and SIGINT into SystemExit, with a line that says how to go on."""
+    """Turns SIGTERM and SIGINT into SystemExit, with a line that says how to go on.
+
+    A signal may arrive inside a callback of the garbage collector or a finalizer, where Python
+    drops exceptions; it is then raised again a moment later.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -121,6 +126,18 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
         stopped.append(number)
         raise SystemExit(128 + number)
 
+    def raise_again(number: int, frame: Any) -> None:
+        raise SystemExit(128 + stopped[0])
+
+    def dropped(what: Any) -> None:
+        if not stopped or not isinstance(what.exc_value, SystemExit):
+            hook_before(what)
+            return
+        signal.signal(signal.SIGALRM, raise_again)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, dropped
+    alarm_before = signal.getsignal(signal.SIGALRM)
     for number in signals:
         signal.signal(number, stop)
     try:
@@ -131,5 +148,8 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
             say(f"stopped by {name}: the same command goes on where this one ended")
         raise
     finally:
+        sys.unraisablehook = hook_before
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm_before)
         for number in signals:
             signal.signal(number, before[number])
