@@ -32,7 +32,7 @@ def get_config():
     p.vae_training.steps = 1500
     p.readout, p.readout_angles = "state", (4,)
     p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
-    p.steps, p.batch, p.lr, p.warmup = 12_000, 64, 1e-3, 300
+    p.steps, p.batch, p.lr, p.warmup = 11_000, 64, 1e-3, 300
     p.ema.max_value = 0.9995
     p.score.every, p.checkpoint_every = 3000, 1000
     return config

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from uva_jax.errors import UserError
 
@@ -31,6 +32,7 @@ DEFAULT_RULES: tuple[tuple[str, int], ...] = (
     (r"(^|/)(qkv|q|kv|fc1)/kernel$", -1),
     (r"(^|/)(proj|fc2)/kernel$", -2),
 )
+_PATIENCE = 24 * 3600  # seconds that processes wait for one another
 MIN_SHARDED_SIZE = 2**16  # smaller leaves cost less to keep everywhere than to gather
 
 
@@ -89,9 +91,25 @@ def is_primary() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here; `name` is the same on all of them."""
+    """Waits until all processes are here; `name` is the same on all of them, and used once.
+
+    The wait is not a collective of the devices, because those give up while one process works on
+    alone (rollouts, an export).
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes(name, timeout=_PATIENCE, processes=everyone)
+
+
+def whole(tree):
+    """`tree` as orbax saves it from several processes: what each holds alike becomes NumPy's.
+
+    Orbax writes NumPy arrays once, and divided ones part by part, but refuses an array that lies
+    on one process's devices. In a single process nothing changes.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: x if _is_global(x) else np.asarray(x), tree)
 
 
 def _environment_has_others(environment: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from uva_jax import policy_arrays
+from uva_jax import parallel, policy_arrays
 from uva_jax.errors import UserError
 from uva_jax.lazy_array import LazyArray
 from uva_jax.models.policy import Policy
@@ -127,13 +127,7 @@ def save_policy(
     with _appearing(folder) as partial:
         if jax.process_index() == 0:
             _write_description(partial, policy.config, source, records)
-        arrays = flatten(policy)
-        if jax.process_count() > 1:
-            # What every process holds whole is written by one; the rest is written by all.
-            arrays = {
-                k: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x
-                for k, x in arrays.items()
-            }
+        arrays = parallel.whole(flatten(policy))
         with policy_arrays.checkpointer(arrays) as checkpointer:
             checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(arrays)))
 

@@ -209,8 +209,7 @@ def run_finetune(context: Context) -> dict:
     policy = load_grafted(context, say=context.metrics.say)
     records = policy_io.read_records(context.inputs["convert"] / "policy")
     _, about = policy_io.read_description(context.inputs["convert"] / "policy")
-    if context.is_primary:
-        policy_io.save_policy(context.workdir / "grafted", policy, source=about, records=records)
+    policy_io.save_policy(context.workdir / "grafted", policy, source=about, records=records)
     config = context.config
     options = section(config.finetune, finetune.FinetuneOptions)
     trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed)
@@ -274,6 +273,8 @@ def run_evaluate(context: Context) -> dict:
         "graft": context.inputs["finetune"] / "policy",
     }
     policies = {k: _load(v, context.config) for k, v in policies.items()}
+    if not context.is_primary:
+        return {}
     return evaluation.run(context, policies, _held_out_windows(context, policies["teacher"]))
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from uva_jax import policy_io
+from uva_jax import parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.identity import read_json, write_json
 from uva_jax.models.grafted_head import GraftedHead
@@ -176,7 +176,7 @@ def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, met
     """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
     folder = Path(folder).absolute()
     checkpointer = ocp.StandardCheckpointer()
-    arrays = policy_io.nested(family_arrays(head, family))
+    arrays = policy_io.nested(parallel.whole(family_arrays(head, family)))
     checkpointer.save(folder / "params", arrays, force=True)
     checkpointer.wait_until_finished()
     write_json(folder / "metrics.json", metrics)

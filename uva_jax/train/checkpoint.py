@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from uva_jax import parallel
 from uva_jax.errors import UserError
 
 
@@ -42,7 +43,7 @@ class Checkpoints:
     def save(self, step: int, state) -> None:
         """Writes the state after `step` steps, in the background."""
         if self._manager.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(_leaves(state)))
+            self._manager.save(step, args=ocp.args.StandardSave(parallel.whole(_leaves(state))))
 
     def restore(self, like):
         """The newest state in the structure, shapes, dtypes and shardings of `like`, or None.
