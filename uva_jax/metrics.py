@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -138,6 +138,21 @@ class MetricsWriter:
                     self._bar = None
         else:
             yield _Lines(self._out, title, unit, total, initial, self._latest)
+
+    @contextmanager
+    def late_progress(self, unit: str, desc: str) -> Iterator[Callable[[int, int], None]]:
+        """`progress` of what may be done already: f(units done, units in all) shows it first."""
+        with ExitStack() as opened:
+            bar, before = None, 0
+
+            def show(done: int, total: int) -> None:
+                nonlocal bar, before
+                if bar is None:
+                    bar = opened.enter_context(self.progress(total, unit=unit, desc=desc))
+                bar.update(done - before)
+                before = done
+
+            yield show
 
     def close(self) -> None:
         """Closes the files; nothing more can be logged."""

@@ -103,29 +103,8 @@ def run_convert(context: Context) -> dict:
 def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
     """The data as the policy reads it; `changes` are those to `config.data`."""
     options = section(context.config.data, source.DataOptions)
-    with _Rendering(context.metrics) as progress:
+    with context.metrics.late_progress("frames", desc="rendering") as progress:
         return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
-
-
-class _Rendering:
-    """A progress bar that appears only when something is rendered."""
-
-    def __init__(self, metrics):
-        self.metrics, self.bar, self.done = metrics, None, 0
-
-    def __enter__(self):
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self._context = self.metrics.progress(total, unit="frames", desc="rendering")
-            self.bar = self._context.__enter__()
-        self.bar.update(done - self.done)
-        self.done = done
-
-    def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self._context.__exit__(*error)
 
 
 def _site(context: Context, folder: Path) -> record.Site:
