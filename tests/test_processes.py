@@ -97,19 +97,21 @@ def losses(workdir: Path, stage: str, name: str) -> list[float]:
     return [line[name] for line in read_metrics(workdir, stage) if name in line]
 
 
-def assert_same_parameters(found, wanted, relative: float) -> None:
+def assert_same_parameters(found, wanted) -> None:
+    """Equal but for rounding, which Adam makes visible where a gradient is next to nothing.
+
+    A run moves its parameters by 4e-3 and more, so another run's would not pass.
+    """
     wanted = policy_io.flatten(wanted)
     for path, x in policy_io.flatten(found).items():
-        # Biases of keys have no gradient but rounding, so they are held to a size of their own.
-        scale = max(np.abs(wanted[path]).max(), 0.05)
-        np.testing.assert_allclose(x, wanted[path], atol=relative * scale, err_msg=path)
+        assert np.sqrt(np.mean((np.asarray(x) - wanted[path]) ** 2)) < 3e-4, path
 
 
 def test_two_processes_graft_what_one_does(tmp_path, config, finished):
     run_two(tmp_path, config)
     found, _ = convert_checkpoint(tmp_path / "export" / "grafted.ckpt")
     wanted, _ = convert_checkpoint(finished.workdir / "export" / "grafted.ckpt")
-    assert_same_parameters(found, wanted, 2e-2)
+    assert_same_parameters(found, wanted)
     for stage, name in (("distill", "cross_attn/loss"), ("finetune", "loss")):
         np.testing.assert_allclose(
             *(losses(workdir, stage, name) for workdir in (tmp_path, finished.workdir)), rtol=1e-2
@@ -132,4 +134,4 @@ def test_two_processes_train_what_one_does(tmp_path, shared, buffer):
     )
     found, _ = convert_checkpoint(folders[1] / "pretrain" / "policy.ckpt")
     wanted = policy_io.load_policy(folders[0] / "pretrain" / "policy")
-    assert_same_parameters(found, wanted, 2e-3)
+    assert_same_parameters(found, wanted)
