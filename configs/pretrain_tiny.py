@@ -1,4 +1,4 @@
-"""Train a small PushT policy from scratch on the embedded demonstrations: 2 hours on 2 cores.
+"""Train a small PushT policy from nothing on the embedded demonstrations: about 3 hours, 2 cores.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m uva_jax.main --config configs/pretrain_tiny.py --workdir runs/own --stage pretrain

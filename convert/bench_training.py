@@ -8,6 +8,7 @@ process of its own, because the thread pools of two frameworks disturb each othe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.bench import architecture
+from uva_jax.envs.workers import usable_cores
 from uva_jax.errors import UserError
 from uva_jax.models.policy_config import PolicyConfig
 
@@ -59,12 +61,16 @@ def _batch(config: PolicyConfig, row: Row, size: int) -> dict[str, np.ndarray]:
 
 
 def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
+    """A call is one step of `size` windows, finished when it returns."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from configs import common
     from uva_jax import parallel, policy_io
+    from uva_jax.config import section
     from uva_jax.models import losses
+    from uva_jax.models.layers import sub_key
     from uva_jax.models.policy import Policy
     from uva_jax.train import latents, loop
 
@@ -74,38 +80,24 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     arrays = policy_io.flatten(policy)
     params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/"))}
     frozen = {k: v for k, v in arrays.items() if k not in params}
-    options = loop.LoopOptions(
-        steps=1000,
-        batch=size,
-        optimizer="adamw",
-        lr=1e-4,
-        warmup=1,
-        betas=(0.9, 0.95),
-        weight_decay=0.02,
-        clip_norm=0.0,
-        accumulate=1,
-        ema={"max_value": 0.999},
-        steps_per_call=1,
-        checkpoint_every=1000,
-        log_every=1000,
-    )
+    defaults = section(common.get_config().pretrain, loop.LoopOptions)
+    options = dataclasses.replace(defaults, batch=size, steps_per_call=1)
 
     def loss(params, frozen, batch, key, step):
         model = policy_io.replace(abstract, params | frozen)
         n = config.mar.n_frames
         if row.source == "frames":
-            moments = model.vae.encode(
-                model.preprocess(batch["image"].reshape(-1, *batch["image"].shape[2:]))
+            cond, target = (
+                model.encode_observation(batch["image"][:, part], key=sub_key(key, i))
+                for i, part in enumerate((slice(n), slice(n, None)))
             )
-            moments = [x.reshape(len(batch["image"]), 2 * n, *x.shape[1:]) for x in moments]
-            moments = dict(zip(("mean", "logvar"), moments, strict=True))
         else:
-            moments = {k: batch[k] for k in ("mean", "logvar")}
-        found = jax.lax.stop_gradient(latents.sample(model, moments, key))
+            found = latents.sample(model, batch, key)
+            cond, target = found[:, :n], found[:, n:]
         total, _ = losses.latent_loss(
             model,
-            found[:, n:],
-            found[:, :n],
+            jax.lax.stop_gradient(target),
+            jax.lax.stop_gradient(cond),
             batch["action"],
             task_mode="policy_model",
             key=key,
@@ -129,6 +121,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
 
 
 def _torch_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
+    """The same in torch."""
     import torch
     from einops import rearrange
     from torch.nn import functional
@@ -197,7 +190,7 @@ def bench_training(size: str, batch: int) -> dict:
     environment = dict(os.environ)
     # What configs/pretrain_tiny.py advises: a device a core, and large pages.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    devices = f"--xla_force_host_platform_device_count={len(os.sched_getaffinity(0))}"
+    devices = f"--xla_force_host_platform_device_count={usable_cores()}"
     environment.setdefault("XLA_FLAGS", devices)
     found = []
     for row in ROWS:

@@ -19,6 +19,11 @@ def test_a_torch_step_moves_the_policy(source):
     moved = [cell for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)]
     assert moved
     policy = next(c.cell_contents for c in moved if hasattr(c.cell_contents, "vae_model"))
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    step()
+    changed = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+    assert any(n.startswith("model.encoder_blocks") for n in changed)
+    assert not any(n.startswith("vae_model") for n in changed)
     grads = {n for n, p in policy.named_parameters() if p.grad is not None}
     assert any(n.startswith("model.encoder_blocks") for n in grads)
     assert any(n.startswith("model.diffactloss") for n in grads)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import CONFIG, make_policy, python, silently
 
+from configs import common
 from convert import torch_file
 from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import torch_arrays
 from uva_jax import parallel, policy_io
+from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.errors import UserError
 from uva_jax.graft.record import Site
@@ -21,26 +23,19 @@ from uva_jax.metrics import MetricsWriter, read_metrics
 from uva_jax.train import latents, loop, pretrain
 from uva_jax.train.windows import StateScale, Windows, past_choices
 
-OPTIONS = pretrain.PretrainOptions(
+OPTIONS = dataclasses.replace(
+    section(common.get_config().pretrain, pretrain.PretrainOptions),
     steps=24,
     batch=8,
-    optimizer="adamw",
     lr=3e-3,
     warmup=1,
-    betas=(0.9, 0.95),
-    weight_decay=0.02,
-    clip_norm=1.0,
-    accumulate=1,
     ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
     steps_per_call=2,
     checkpoint_every=12,
     log_every=2,
     modes={"policy_model": 1.0},
-    video_steps=0,
     noise_draws=2,
     readout_weight=0.1,
-    gradient_checkpointing=False,
-    different_history_freq=False,
     judge_windows=8,
 )
 DATA = source.DataOptions(

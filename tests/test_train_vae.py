@@ -7,31 +7,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import common
 from uva_jax import parallel, policy_io
+from uva_jax.config import section
 from uva_jax.metrics import MetricsWriter, read_metrics
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.models.vae import VAE
 from uva_jax.train import vae as training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-OPTIONS = training.VAEOptions(
+OPTIONS = dataclasses.replace(
+    section(common.get_config().pretrain.vae_training, training.VAEOptions),
     steps=24,
     batch=8,
-    optimizer="adamw",
     lr=2e-3,
     warmup=2,
-    betas=(0.9, 0.95),
-    weight_decay=0.01,
-    clip_norm=1.0,
-    accumulate=1,
     ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
-    steps_per_call=1,
     checkpoint_every=12,
     log_every=4,
     frames=64,
-    kl_weight=2e-6,
-    edge_weight=0.5,
-    focus=40.0,
     readout_weight=0.1,
     decode_every=1,
 )

@@ -24,7 +24,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from uva_jax import config as settings
-from uva_jax import parallel, policy_io, stages
+from uva_jax import parallel, sample, stages
 from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
@@ -104,9 +104,19 @@ class Bench:
             self.copies,
         )
         self.moments = latents.Latents.open(self.cache, int(config.pretrain.memory_gb * 2**30))
+        self.train, self.held_out = source.split(self.buffer, self.data)
+        self.reader = open_reader(dataclasses.replace(self.data, mirror=""), self.policy)
+        self.strips = source.plan_strips(
+            self.buffer.episode_ends,
+            self.held_out,
+            strip=1,
+            stride=self.reader.stride,
+            options=self.reader.options,
+            seed=0,
+        ).first(_JUDGED)
 
     def encoding_seconds(self) -> float:
-        """Of one frame."""
+        """What encoding one frame takes."""
         mesh = parallel.make_mesh(devices=jax.local_devices())
         encode = latents.encoder(self.policy, mesh)
         frames = self.copies.read(
@@ -136,15 +146,14 @@ class Bench:
         folder.mkdir(exist_ok=True)
         own, seed = self.config.pretrain, self.config.seed
         key = own.readout if variant.readout else ""
-        train, held_out = source.split(self.buffer, self.data)
         how = {"mirror": variant.mirror, "views": variant.views, "key": key}
         options = dataclasses.replace(options, **variant.changes)
         with MetricsWriter(folder, "pretrain", fresh=True) as metrics:
             policy = pretrain.pretrain(
                 self.policy,
                 self.moments,
-                self.windows(train, **how),
-                self.windows(held_out, **how | {"mirror": False, "views": 0}),
+                self.windows(self.train, **how),
+                self.windows(self.held_out, **how | {"mirror": False, "views": 0}),
                 options=options,
                 mesh=stages.mesh_of(self.config),
                 seed=seed,
@@ -154,11 +163,11 @@ class Bench:
                 if key
                 else None,
             )
-        found = self._figures(policy, folder, options, held_out)
+        found = self._figures(policy, folder, options)
         write_json(folder / "row.json", found)
         return found
 
-    def _figures(self, policy: Policy, folder: Path, options, held_out: np.ndarray) -> dict:
+    def _figures(self, policy: Policy, folder: Path, options: pretrain.PretrainOptions) -> dict:
         lines = read_metrics(folder, "pretrain")
         # From the second line on: the first call compiles.
         timed = [line for line in lines if "policy/loss" in line][1:]
@@ -169,18 +178,8 @@ class Bench:
             )
         seconds = (timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
         (judged,) = [line for line in lines if "policy/held_out/policy_model/act_loss" in line]
-        plain = dataclasses.replace(self.data, mirror="")
-        reader = open_reader(plain, policy)
-        strips = source.plan_strips(
-            self.buffer.episode_ends,
-            held_out,
-            strip=1,
-            stride=reader.stride,
-            options=plain,
-            seed=0,
-        )
         samples, truth = sample_actions(
-            policy, reader, strips.first(_JUDGED), draws=4, sampling_steps="10", seed=0
+            policy, self.reader, self.strips, draws=4, sampling_steps="10", seed=0
         )
         return {
             "seconds": seconds,
@@ -189,8 +188,8 @@ class Bench:
         }
 
 
-def table(rows: Mapping[str, Mapping], encoding: float, options: pretrain.PretrainOptions) -> str:
-    """The figures for people."""
+def table(rows: Mapping[str, Mapping], encoding: float) -> str:
+    """The figures for people; `encoding` is what encoding a step's frames takes, in seconds."""
     first = next(iter(rows.values()))
     lines = [f"{'':<30}{'s/step':>8}{'x':>7}{'action loss':>13}{'action MSE':>12}"]
 
@@ -199,15 +198,14 @@ def table(rows: Mapping[str, Mapping], encoding: float, options: pretrain.Pretra
 
     for name, row in rows.items():
         line(name, row["seconds"], f"{row['act_loss']:>13.4f}", f"{row['action_mse']:>12.5f}")
-    frames = 2 * 4 * options.batch
-    line("frames encoded in every step", first["seconds"] + encoding * frames, f"{'same':>13}")
+    line("frames encoded in every step", first["seconds"] + encoding, f"{'same':>13}")
     return "\n".join(lines)
 
 
 def run(config, workdir: Path, policy: str, steps: int) -> None:
     """Makes the table; a cut-off run goes on at the row it was at."""
     config = settings.check(config)
-    vae_of = policy_io.load_policy(_policy_folder(policy, workdir))
+    vae_of = sample.load(policy, "ema")
     options = section(config.pretrain, pretrain.PretrainOptions)
     options = dataclasses.replace(
         options,
@@ -235,19 +233,8 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
             f"{bench.buffer.n_episodes} episodes, {steps} steps of {options.batch} windows; "
             f"encoding takes {encoding * 1e3:.1f} ms a frame, once for each copy of the recording"
         )
-        print(table(rows, encoding, options), flush=True)
-
-
-def _policy_folder(policy: str, workdir: Path) -> Path:
-    if policy != "embedded":
-        return Path(policy).expanduser()
-    from convert.from_torch import from_torch
-
-    folder = workdir / "policy"
-    if not (folder / "policy.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        from_torch(stages.ASSETS / "uva_pusht_tiny.ckpt", folder)
-    return folder
+        frames = 2 * bench.policy.config.mar.n_frames * options.batch
+        print(table(rows, encoding * frames), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,15 +245,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     flags.DEFINE_string("workdir", None, "Folder of the runs.", flag_values=values)
     flags.DEFINE_string(
-        "policy", "embedded", "Folder of a policy, whose VAE is used.", flag_values=values
+        "policy",
+        "embedded",
+        "Whose VAE is used: a policy folder, a UVA .ckpt or 'embedded'.",
+        flag_values=values,
     )
     flags.DEFINE_integer("steps", 400, "Steps of every run.", lower_bound=8, flag_values=values)
 
     def command() -> int:
         try:
             values(["ablate", *(sys.argv[1:] if argv is None else argv)])
-        except (flags.Error, OSError) as error:
-            raise UserError(f"{error}") from error
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{error} (see configs/common.py for every setting)") from error
         if config.value is None or values.workdir is None:
             raise UserError("say what to train and where: --config FILE --workdir DIR")
         run(config.value, Path(values.workdir), values.policy, values.steps)

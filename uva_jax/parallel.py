@@ -101,7 +101,7 @@ def barrier(name: str) -> None:
         multihost.sync_global_processes(name, timeout=_PATIENCE, processes=everyone)
 
 
-def whole(tree):
+def savable(tree):
     """`tree` as orbax saves it from several processes: what each holds alike becomes NumPy's.
 
     Orbax writes NumPy arrays once, and divided ones part by part, but refuses an array that lies

@@ -127,7 +127,7 @@ def save_policy(
     with _appearing(folder) as partial:
         if jax.process_index() == 0:
             _write_description(partial, policy.config, source, records)
-        arrays = parallel.whole(flatten(policy))
+        arrays = parallel.savable(flatten(policy))
         with policy_arrays.checkpointer(arrays) as checkpointer:
             checkpointer.save(partial / _PARAMS, args=ocp.args.PyTreeSave(nested(arrays)))
 

@@ -176,7 +176,7 @@ def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, met
     """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
     folder = Path(folder).absolute()
     checkpointer = ocp.StandardCheckpointer()
-    arrays = policy_io.nested(parallel.whole(family_arrays(head, family)))
+    arrays = policy_io.nested(parallel.savable(family_arrays(head, family)))
     checkpointer.save(folder / "params", arrays, force=True)
     checkpointer.wait_until_finished()
     write_json(folder / "metrics.json", metrics)

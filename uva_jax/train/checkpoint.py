@@ -43,7 +43,7 @@ class Checkpoints:
     def save(self, step: int, state) -> None:
         """Writes the state after `step` steps, in the background."""
         if self._manager.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(parallel.whole(_leaves(state))))
+            self._manager.save(step, args=ocp.args.StandardSave(parallel.savable(_leaves(state))))
 
     def restore(self, like):
         """The newest state in the structure, shapes, dtypes and shardings of `like`, or None.

@@ -233,14 +233,15 @@ def pretrain(
     (phase,) = training_phases(arrays, task_modes=modes)
     params = {k: arrays[k] for k in phase.trainable}
     frozen = {k: v for k, v in arrays.items() if k not in params}
+    frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
     width = 0 if state_scale is None else read(windows, np.arange(1), 0)["state"].shape[1]
     if width:
         reader = Readout(policy.config.action_head.z_channels, width, rngs=nnx.Rngs(seed + 1))
         params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
 
     def whole(average: Mapping[str, np.ndarray]) -> Policy:
-        own = {k: jnp.asarray(v) for k, v in average.items() if not k.startswith(f"{_READOUT}/")}
-        return policy_io.replace(policy_io.abstract_policy(policy.config), frozen | own)
+        own = {k: jnp.asarray(v) for k, v in average.items() if k in arrays}
+        return policy_io.replace(policy_io.abstract_policy(policy.config), arrays | own)
 
     losses = _judge(
         pretrain_losses(policy, options, modes),
@@ -275,7 +276,6 @@ def pretrain(
 def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
     """averaged parameters -> losses on the first `count` held-out windows, by mode, with the same
     draws each time."""
-    frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
 
     @jax.jit
     def judged(params, frozen, batch, key):

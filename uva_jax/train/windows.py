@@ -99,7 +99,14 @@ class Windows:
 
 
 def past_choices(policy: Policy) -> np.ndarray:
-    """Upstream's choices of the history's frames, as steps before the current one; one a batch."""
+    """Upstream's choices of the history's frames, of which each batch draws one.
+
+    Returns:
+      (816, 4) steps from -15 to 0, rising, the current step last.
+
+    Raises:
+      UserError: the policy does not see 4 of 16 steps.
+    """
     choices = history_combinations() - 15
     if (policy.config.n_obs_steps, policy.config.mar.n_frames) != (16, choices.shape[1]):
         raise UserError(
