@@ -104,12 +104,13 @@ def get_config() -> ConfigDict:
             "finetune": {
                 "steps": 50_000,
                 "batch": 256,
+                "optimizer": "adamw",  # or "muon"
                 "lr": 1e-4,
                 "warmup": 1000,
                 "betas": (0.9, 0.95),
                 "weight_decay": 0.02,  # not on biases, norms and other 1-d tensors
                 "clip_norm": 1.0,
-                "accumulate": 1,  # gradient accumulation
+                "accumulate": 1,  # parts of a batch, one after the other, for less memory
                 "data_fraction": 0.1,  # of the training episodes, whole ones, picked by seed
                 # Take the windows that capture has cached instead of encoding `data_fraction` of
                 # the episodes. Needs everything before the head frozen: freeze=("mar",).
@@ -124,6 +125,7 @@ def get_config() -> ConfigDict:
                 "lora_targets": ("mar/decoder_blocks/*/attn/*", "mar/decoder_blocks/*/mlp/*"),
                 "gradient_checkpointing": False,
                 "ema": {"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+                "steps_per_call": 1,  # steps in one call of the compiled program
                 "checkpoint_every": 1000,
                 "log_every": 50,
             },

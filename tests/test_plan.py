@@ -224,4 +224,4 @@ def test_stage_2_that_does_not_fit_is_told_to_recompute_and_to_divide():
         check(config), plan.architecture(check(config), None), jax.devices()[:1], None
     )
     assert "--config.finetune.gradient_checkpointing" in program.advice
-    assert any("batch=2 --config.finetune.accumulate=2" in a for a in program.advice)
+    assert "--config.finetune.accumulate=2" in program.advice

@@ -11,13 +11,14 @@ from flax import nnx
 from uva_jax import parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.graft import assemble
-from uva_jax.metrics import MetricsWriter
+from uva_jax.metrics import MetricsWriter, read_metrics
 from uva_jax.models.lora import init_lora, merge_lora
-from uva_jax.train import finetune
+from uva_jax.train import finetune, loop
 
 OPTIONS = finetune.FinetuneOptions(
     steps=4,
     batch=4,
+    optimizer="adamw",
     lr=1e-2,
     warmup=1,
     betas=(0.9, 0.95),
@@ -36,6 +37,7 @@ OPTIONS = finetune.FinetuneOptions(
     lora_targets=("mar/decoder_blocks/*/attn/*",),
     gradient_checkpointing=False,
     ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+    steps_per_call=1,
     checkpoint_every=2,
     log_every=2,
 )
@@ -81,16 +83,16 @@ def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkey
     class Killed(BaseException):
         pass
 
-    saved = finetune.Checkpoints.save
+    saved = loop.Checkpoints.save
 
     def save_and_die(self, step, state):
         saved(self, step, state)
         raise Killed
 
-    monkeypatch.setattr(finetune.Checkpoints, "save", save_and_die)
+    monkeypatch.setattr(loop.Checkpoints, "save", save_and_die)
     with pytest.raises(Killed):
         train(graft, tokens, tmp_path / "cut")
-    monkeypatch.setattr(finetune.Checkpoints, "save", saved)
+    monkeypatch.setattr(loop.Checkpoints, "save", saved)
     resumed = train(graft, tokens, tmp_path / "cut")
     for path, x in whole.items():
         np.testing.assert_array_equal(x, resumed[path], err_msg=path)
@@ -107,6 +109,33 @@ def test_phases_open_further_parameters_at_their_step(graft):
     opened = set(second.trainable) - set(first.trainable)
     assert opened and all(k.startswith("action_head/memory/") for k in opened)
     assert finetune.trunk_is_frozen((first, second), options)
+
+
+def test_what_a_phase_opens_trains_from_then_on(graft, tokens, tmp_path):
+    frozen = {"freeze": ("mar", "action_head/memory")}
+    opened = {**frozen, "unfreeze_at": {"2": ("action_head/memory",)}}
+    before = policy_io.flatten(graft)
+    closed = train(graft, tokens, tmp_path / "closed", **frozen)
+    after = train(graft, tokens, tmp_path / "opened", **opened)
+    for path, x in before.items():
+        if path.startswith("action_head/memory/"):
+            np.testing.assert_array_equal(x, closed[path], err_msg=path)
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert any(k.startswith("action_head/memory/") for k in moved)
+    lines = [line["step"] for line in read_metrics(tmp_path / "opened", "finetune")]
+    assert lines == [2, 4]
+    # The second phase is as resumable as the first: a finished run has nothing left to do.
+    again = train(graft, tokens, tmp_path / "opened", **opened)
+    for path, x in after.items():
+        np.testing.assert_array_equal(x, again[path], err_msg=path)
+
+
+def test_a_batch_of_few_windows_still_divides_into_its_parts(tokens):
+    options = dataclasses.replace(OPTIONS, batch=40, accumulate=5)
+    assert len(finetune.token_batches(tokens, options, 0)(3)["z"]) == 10
+    options = dataclasses.replace(OPTIONS, batch=40, accumulate=20)
+    with pytest.raises(UserError, match="12 windows, too few"):
+        finetune.token_batches(tokens, options, 0)
 
 
 def test_cached_tokens_are_refused_while_the_trunk_trains(graft):

@@ -111,22 +111,6 @@ def test_the_gradient_is_clipped_by_the_norm_of_the_whole_tree():
     np.testing.assert_allclose(moments["b"], [0.08], rtol=1e-6)
 
 
-def test_accumulating_four_batches_is_one_step_of_their_mean():
-    params = {"kernel": jnp.ones((2, 2))}
-    gradients = [
-        {"kernel": jnp.asarray(np.random.default_rng(i).normal(size=(2, 2)), jnp.float32)}
-        for i in range(4)
-    ]
-    mean = jax.tree.map(lambda *g: sum(g) / 4, *gradients)
-    accumulating = make_optimizer(OptimOptions(**PLAIN, accumulate=4))
-    before, _ = run(accumulating, params, gradients[:3])
-    np.testing.assert_array_equal(before["kernel"], params["kernel"])
-    after, _ = run(accumulating, params, gradients)
-    wanted, _ = run(make_optimizer(OptimOptions(**PLAIN)), params, [mean])
-    np.testing.assert_allclose(after["kernel"], wanted["kernel"], rtol=1e-6)
-    assert (after["kernel"] != params["kernel"]).all()
-
-
 def test_a_warm_up_as_long_as_the_training_is_refused():
     with pytest.raises(UserError, match="warmup_steps is 1000 and total_steps 200"):
         OptimOptions(1e-4, 1000, 200)

@@ -27,6 +27,9 @@ _CHOICES = {
     "head.memory": ("video", "video+aggregate"),
     "head.adapter": ("conv", "linear"),
     "head.start": ("preserve", "random"),
+    "finetune.optimizer": ("adamw", "muon"),
+    "pretrain.optimizer": ("adamw", "muon"),
+    "pretrain.vae_training.optimizer": ("adamw", "muon"),
     "pretrain.save_dtype": ("float32", "bfloat16"),
     "capture.dtype": ("bfloat16", "float16", "float32"),
     "distill.loss.cross_attn": ("l1", "l2", "huber"),
@@ -37,7 +40,10 @@ _POSITIVE = (
     "capture.num_samples capture.held_out capture.strip capture.batch distill.epochs "
     "distill.batch distill.lr finetune.steps finetune.batch finetune.lr finetune.accumulate "
     "finetune.noise_draws pretrain.steps pretrain.batch pretrain.accumulate pretrain.noise_draws "
-    "pretrain.steps_per_call pretrain.checkpoint_every evaluate.num_seeds "
+    "pretrain.steps_per_call pretrain.checkpoint_every pretrain.vae_training.batch "
+    "pretrain.vae_training.accumulate pretrain.vae_training.steps_per_call "
+    "pretrain.vae_training.checkpoint_every finetune.steps_per_call finetune.checkpoint_every "
+    "finetune.log_every evaluate.num_seeds "
     "evaluate.max_steps evaluate.draws data.horizon"
 ).split()
 _FREE = ("finetune.unfreeze_at", "pretrain.modes")  # keys of these sections are the user's own

@@ -28,7 +28,7 @@ from uva_jax.graft import assemble, distill
 from uva_jax.graft.capture import CaptureOptions, make_capture
 from uva_jax.models.lora import init_lora
 from uva_jax.models.policy_config import PolicyConfig
-from uva_jax.train import finetune
+from uva_jax.train import finetune, loop
 from uva_jax.train.optim import OptimOptions, make_optimizer
 
 Devices = Sequence[jax.Device]
@@ -224,21 +224,20 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     finetune.check_reuse(phases, options)
     arrays = _place(arrays, parallel.shardings_for(arrays, mesh))
     params = {k: arrays[k] for k in max((p.trainable for p in phases), key=len)}
-    moments = jax.eval_shape(make_optimizer(finetune.optim_options(options)).init, params)
+    moments = jax.eval_shape(options.make_optimizer().init, params)
     moments = _place(moments, parallel.shardings_for(moments, mesh))
-    state = finetune.TrainState(params, params, moments)
-    rows, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-    actions = (options.batch, head.n_actions, head.channels)
+    state = loop.LoopState(params, params, moments)
+    rows, whole = NamedSharding(mesh, P(None, *parallel.BATCH)), parallel.replicated(mesh)
+    lead = (1, options.batch)  # one step a call
     if tokens:
-        z = (options.batch, teacher.mar.n_tokens, head.z_channels)
+        z = (*lead, teacher.mar.n_tokens, head.z_channels)
         batch = {"z": _array(rows, z, jnp.dtype(config.capture.dtype))}
-        batch["actions"] = _array(rows, actions, jnp.float32)
+        batch["actions"] = _array(rows, (*lead, head.n_actions, head.channels), jnp.float32)
     else:
-        frames = (options.batch, teacher.mar.n_frames)
-        batch = _windows(config, teacher, frames, frames[:1], rows)
-    step = finetune.make_step(
-        policy,
-        finetune.loss_on_tokens if tokens else finetune.loss_on_images,
+        batch = _windows(config, teacher, (*lead, teacher.mar.n_frames), lead, rows)
+    loss = finetune.loss_on_tokens if tokens else finetune.loss_on_images
+    step = loop.make_steps(
+        finetune.graft_loss(policy, loss, options),
         options,
         mesh,
         jax.tree.map(lambda x: x.sharding, state),
@@ -246,12 +245,8 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     frozen = {k: v for k, v in arrays.items() if k not in params}
     trained = sum(math.prod(x.shape) for x in params.values())
     advice = [] if options.gradient_checkpointing else ["--config.finetune.gradient_checkpointing"]
-    if options.batch % (2 * shares) == 0:
-        advice.append(
-            f"--config.finetune.batch={options.batch // 2} "
-            f"--config.finetune.accumulate={2 * options.accumulate} "
-            f"--config.finetune.steps={2 * options.steps}"
-        )
+    if options.batch % (2 * options.accumulate * shares) == 0:
+        advice.append(f"--config.finetune.accumulate={2 * options.accumulate}")
     if mesh.shape["fsdp"] == 1 and mesh.size % 4 == 0:
         advice.append("--config.mesh.fsdp=4")
     return Program(

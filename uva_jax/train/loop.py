@@ -1,4 +1,6 @@
-"""A training loop: AdamW, moving average, accumulation, resumable states, several steps a call.
+"""The training loop: AdamW, moving average, accumulation, resumable states, several steps a call.
+
+Stage 2, the policy's training and the VAE's all run here; each brings its loss and its batches.
 
 Several steps may run in one call of the compiled function (`lax.scan`): on a CPU every call takes
 its working memory afresh from the system, page by page, a quarter of a small model's step. Not for
@@ -8,6 +10,7 @@ What a step sees depends on the seed and its number alone, so a resumed run repe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from uva_jax import parallel
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
 from uva_jax.train.checkpoint import Checkpoints
-from uva_jax.train.optim import OptimOptions, ema_update, make_optimizer
+from uva_jax.train.optim import OptimOptions, carry_optimizer_state, ema_update, make_optimizer
 
 Flat = dict[str, jax.Array]
 # (trained, frozen, batch, key, step) -> loss, scalars to log
@@ -146,20 +149,36 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
     return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
 
 
-def start_state(params: Flat, options: LoopOptions, mesh: Mesh) -> LoopState:
-    """The state before the first step, placed on the mesh."""
+def start_state(
+    params: Flat, options: LoopOptions, mesh: Mesh, before: LoopState | None = None
+) -> LoopState:
+    """The state before the first step, placed on the mesh.
+
+    Args:
+      params: what trains.
+      options: of the optimiser.
+      mesh: (data, fsdp, tensor).
+      before: the state of an earlier phase, in which less trained: its parameters, averages,
+        moments and step count go on.
+    """
+    if before is not None:
+        params = params | before.params
     shardings = parallel.shardings_for(params, mesh)
     # Copies, because the steps donate their state.
     placed = {k: jnp.array(v, copy=True) for k, v in parallel.on_mesh(params, shardings).items()}
+    average = {k: jnp.array(v, copy=True) for k, v in placed.items()}
     optimizer = options.make_optimizer()
     moments = jax.eval_shape(optimizer.init, placed)
     moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
-    return LoopState(placed, {k: jnp.array(v, copy=True) for k, v in placed.items()}, moments)
+    if before is not None:
+        average |= before.ema
+        moments = carry_optimizer_state(before.moments, moments)
+    return LoopState(placed, average, moments)
 
 
 def run_loop(
     loss: Loss,
-    params: Flat,
+    state: LoopState,
     frozen: Flat,
     batches: Callable[[int], Mapping[str, np.ndarray]],
     *,
@@ -168,59 +187,72 @@ def run_loop(
     seed: int,
     folder: Path,
     metrics: MetricsWriter,
+    steps: range | None = None,
     desc: str = "",
     judge: Callable[[Flat, int], Mapping[str, float]] | None = None,
-) -> dict[str, np.ndarray]:
-    """Trains to `options.steps`, going on where a cut-off run stopped.
+) -> LoopState:
+    """Trains, going on where a cut-off run stopped.
 
     Args:
       loss: of one batch.
-      params: what trains; frozen: what does not.
+      state: before the first step; its arrays are used up.
+      frozen: parameters that do not train.
       batches: step -> this process's share of that step's batch, samples first.
       options: of the loop.
       mesh: (data, fsdp, tensor).
       seed: of the loss's draws.
       folder: holds the resumable states.
-      metrics: gets the scalars, named "<desc>/<scalar>".
+      metrics: gets the scalars, named "<desc>/<scalar>", as means since the last line.
+      steps: which of the `options.steps` to do; by default all.
       desc: what trains, in a word.
       judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
-
-    Returns:
-      The averaged parameters, whole, in every process.
     """
-    state, key = start_state(params, options, mesh), jax.random.key(seed)
+    steps = range(options.steps) if steps is None else steps
+    key = jax.random.key(seed)
     frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
     run = make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
     prefix = f"{desc}/" if desc else ""
+    step, running, recent = steps.start, [], []
     with Checkpoints(folder) as checkpoints:
-        step = 0
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
-            metrics.say(f"{desc} goes on at step {step} of {options.steps}")
+            if step < steps.stop:
+                metrics.say(f"{desc} goes on at step {step} of {options.steps}".lstrip())
         with metrics.progress(options.steps, unit="steps", desc=desc, initial=step) as bar:
-            while step < options.steps:
-                stop = _next_stop(step, options)
-                group = [batches(i) for i in range(step, stop)]
+            while step < steps.stop:
+                before, step = step, _next_stop(step, steps.stop, options)
+                group = [batches(i) for i in range(before, step)]
                 group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
-                state, scalars = run(state, frozen, _put(mesh, group), jnp.int32(step), key)
-                done, step = stop - step, stop
-                values = {f"{prefix}{k}": float(v) for k, v in scalars.items()}
-                saves = step % options.checkpoint_every == 0 or step == options.steps
-                if saves or step // options.log_every > (step - done) // options.log_every:
-                    metrics.log(step, **values)
-                bar.update(done, loss=values[f"{prefix}loss"])
+                state, scalars = run(state, frozen, _put(mesh, group), jnp.int32(before), key)
+                running.append((step - before, scalars))
+                saves = step % options.checkpoint_every == 0 or step == steps.stop
+                logs = saves or step // options.log_every > before // options.log_every
+                # One call stays under way, so that the next batch is read while it computes.
+                while len(running) > (0 if logs else 1):
+                    done, scalars = running.pop(0)
+                    recent.append({k: float(v) for k, v in scalars.items()})
+                    bar.update(done, loss=recent[-1]["loss"])
+                if logs:
+                    metrics.log(step, **{f"{prefix}{k}": v for k, v in _means(recent).items()})
+                    recent = []
                 if saves:
                     checkpoints.save(step, state)
                     if judge is not None:
                         found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
-    return parallel.on_host(state.ema)
+    return state
 
 
-def _next_stop(step: int, options: LoopOptions) -> int:
+def _means(recent: list[dict[str, float]]) -> dict[str, float]:
+    """Each scalar's mean over the calls that had it (a loss of one task mode is NaN elsewhere)."""
+    found = {k: [call[k] for call in recent if not math.isnan(call[k])] for k in recent[0]}
+    return {k: float(np.mean(v)) if v else math.nan for k, v in found.items()}
+
+
+def _next_stop(step: int, stop: int, options: LoopOptions) -> int:
     """Where the call that begins at `step` ends: the same steps, wherever a run was resumed."""
     ends = (options.steps_per_call, options.checkpoint_every)
-    return min(options.steps, *((step // every + 1) * every for every in ends))
+    return min(stop, *((step // every + 1) * every for every in ends))
 
 
 def _put(mesh: Mesh, group: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

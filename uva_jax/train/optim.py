@@ -36,7 +36,6 @@ class OptimOptions:
     eps: float = 1e-8
     weight_decay: float = 0.02
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
-    accumulate: int = 1  # batches whose gradients are averaged for one optimizer step
     optimizer: str = "adamw"
 
     def __post_init__(self):
@@ -47,8 +46,6 @@ class OptimOptions:
             )
         if self.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer is {self.optimizer!r}, but must be 'adamw' or 'muon'")
-        if self.accumulate < 1:
-            raise UserError(f"accumulate is {self.accumulate}, but must be at least 1")
 
 
 def warmup_cosine(base_lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -97,8 +94,7 @@ def muon_mask(params):
 def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.GradientTransformation:
     """Clipping, AdamW or Muon, and the schedule, for the trainable part of the parameters.
 
-    The norm is that of the whole tree it is given. With `accumulate` > 1 updates are zero until
-    that many gradients have come, and their mean is used.
+    The norm is that of the whole tree it is given.
     """
     schedule = warmup_cosine(options.lr, options.warmup_steps, options.total_steps)
     adamw = optax.adamw(
@@ -122,10 +118,7 @@ def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.Gra
         ]
     if options.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
-    optimizer = optax.chain(*parts)
-    if options.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, options.accumulate).gradient_transformation()
-    return optimizer
+    return optax.chain(*parts)
 
 
 def carry_optimizer_state(old_state, new_state):

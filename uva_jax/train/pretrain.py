@@ -24,7 +24,7 @@ from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES
 from uva_jax.train import latents
-from uva_jax.train.loop import Flat, LoopOptions, part, run_loop
+from uva_jax.train.loop import Flat, LoopOptions, part, run_loop, start_state
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import training_phases
 from uva_jax.train.windows import Windows, past_choices
@@ -257,9 +257,9 @@ def pretrain(
             found |= score(whole(parallel.on_host(average)))
         return found
 
-    average = run_loop(
+    state = run_loop(
         pretrain_loss(policy, options, modes, state_size=width),
-        params,
+        start_state(params, options, mesh),
         frozen,
         batches,
         options=options,
@@ -270,7 +270,7 @@ def pretrain(
         desc="policy",
         judge=judge,
     )
-    return whole(average)
+    return whole(parallel.on_host(state.ema))
 
 
 def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:

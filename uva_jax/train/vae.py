@@ -19,13 +19,13 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
-from uva_jax import policy_io
+from uva_jax import parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
 from uva_jax.models.layers import linear
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.models.vae import VAE
-from uva_jax.train.loop import LoopOptions, part, run_loop
+from uva_jax.train.loop import LoopOptions, part, run_loop, start_state
 
 _LEVELS = 9  # of a channel's difference from the median frame
 _SAMPLE = 512  # frames that medians and frequencies are taken from
@@ -218,9 +218,9 @@ def train_vae(
         batch = prepare(batch, mirrored[own] < 0.5)
         return {"frames": batch.pop("image"), **batch}
 
-    found = run_loop(
+    state = run_loop(
         vae_loss(vae.config, options, weights, state_size=width, size=size, dtype=dtype),
-        params,
+        start_state(params, options, mesh),
         {},
         batches,
         options=options,
@@ -230,7 +230,8 @@ def train_vae(
         metrics=metrics,
         desc="vae",
     )
-    trained = policy_io.replace(_abstract(vae.config), part(found, "vae"))
+    average = parallel.on_host(state.ema)
+    trained = policy_io.replace(_abstract(vae.config), part(average, "vae"))
     return scaled_to_unit(trained, sample, jax.random.key(seed))
 
 
