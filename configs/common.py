@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
                 "vae": "",
                 "from_scratch": False,  # may start from random weights where none are given
                 "model": {  # upstream's sizes for PushT
+                    "task": "pusht",  # a label that the checkpoint carries
                     "image_size": 256,
                     "vae_width": 128,
                     "vae_multipliers": (1, 1, 2, 2, 4),
@@ -145,6 +146,10 @@ def get_config() -> ConfigDict:
                     "video_head": (1024, 6),  # width, blocks
                     "action_head": (1024, 6),
                     "n_action_steps": 8,  # of the predicted actions executed
+                    # Width of the vectors that tell the task in language (CLIP's: 512; 0: none);
+                    # they come from config.data.language.
+                    "text_dim": 0,
+                    "past_actions": False,  # the past actions are an input too
                 },
                 "vae_training": {
                     "steps": 0,  # 0: the VAE stays as it was given

@@ -6,6 +6,8 @@
 The task sentences are those of the files' names; their latents come from the language tower in
 the checkpoint and CLIP's vocabulary (`config.data.vocabulary`), or from a file of latents
 (`config.data.language`).
+`--stage pretrain` trains such a policy on the same recording, from MAR's weights and its KL-VAE
+(`config.pretrain.mar`, `config.pretrain.vae`); it needs the file of latents.
 There is no Libero simulator here: the graft is judged by its actions on held-out windows.
 """
 
@@ -17,5 +19,6 @@ def get_config():
     config.teacher.checkpoint = "pretrained_models/libero10.ckpt"
     config.data.path = "data/libero_10.zarr"
     config.data.image_key = "agentview_rgb"
+    config.pretrain.model.task, config.pretrain.model.text_dim = "libero10", 512
     config.evaluate.simulator = ""
     return config

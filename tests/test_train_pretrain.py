@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, make_policy, python, silently
+from variants import TASKS, write_recording
 
 from configs import common
 from convert import torch_file
@@ -347,6 +348,54 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert "Score in rollouts" in page and "Action loss" in page and "after step 2" in page
     done = json.loads((folder / "done.json").read_text())
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
+
+
+def test_a_policy_told_its_task_in_language_trains_from_nothing(
+    make_config, stage_config, tmp_path, monkeypatch
+):
+    from uva_jax.main import run
+
+    data, vectors = write_recording(tmp_path)
+    config = make_config(data__path=str(data), data__image_key="view", data__mirror="")
+    config.data.language, config.data.max_episodes = str(vectors), 0
+    config.pretrain.update(stage_config.pretrain, from_scratch=True, readout="")
+    config.pretrain.update(modes={"policy_model": 1.0}, save_dtype="float32", checkpoint_every=2)
+    config.pretrain.score.every = 0
+    config.pretrain.model.update(task="libero10", text_dim=12, past_actions=True)
+    read, seen = Windows.read, []
+
+    def reading(self, *args, **how):
+        seen.append(read(self, *args, **how))
+        return seen[-1]
+
+    monkeypatch.setattr(Windows, "read", reading)
+    silently(run, config, str(tmp_path / "run"), ["pretrain"])
+    with np.load(vectors) as given:
+        told = {tuple(given[task]) for task in TASKS}
+    assert {tuple(row) for batch in seen for row in batch["text_latents"]} == told
+    policy, _ = convert_checkpoint(tmp_path / "run" / "pretrain" / "policy.ckpt")
+    assert policy.config == policy_io.load_policy(tmp_path / "run" / "pretrain" / "policy").config
+    assert (policy.config.task, policy.config.mar.text_dim) == ("libero10", 12)
+    # The last layers start at zero, so after two steps language shows in the tokens alone.
+    cond = jax.random.normal(jax.random.key(0), policy.latent_shape(1))
+    tokens = [
+        policy.video_tokens(cond, {"text_latents": np.full((1, 12), x, np.float32)}) for x in (0, 1)
+    ]
+    assert float(jnp.abs(tokens[0] - tokens[1]).max()) > 1e-3
+
+
+def test_past_actions_end_where_the_predicted_ones_begin(buffer):
+    policy = make_policy(
+        dataclasses.replace(CONFIG, mar=dataclasses.replace(CONFIG.mar, history_action=True))
+    )
+    data = dataclasses.replace(DATA, mirror="")
+    mask, _ = source.split(buffer, data)
+    rows = np.arange(32)
+    found = Windows(buffer, mask, policy, data, 0).read(rows)
+    strips = source.plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=data, seed=0)
+    wanted = source.single_windows(source.WindowReader(buffer, data, policy).read(strips, rows))
+    np.testing.assert_array_equal(found["past_action"], wanted["past_action"])
+    np.testing.assert_array_equal(found["action"], wanted["action"])
 
 
 def test_missing_weights_are_an_error_unless_from_scratch(stage_config, tmp_path):

@@ -108,8 +108,8 @@ def pretrain_loss(
     """The loss of a batch, as `run_loop` takes it.
 
     The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z), "action" (b, n, a), raw, "mode"
-    (b,), the same number into `modes` b times, and with `state_size` "state" (b, state_size),
-    roughly of unit variance.
+    (b,), the same number into `modes` b times, what else `Policy.streams` takes, and with
+    `state_size` "state" (b, state_size), roughly of unit variance.
 
     Args:
       policy: gives the structure; its arrays are not used.
@@ -129,7 +129,7 @@ def pretrain_loss(
         model = policy_io.replace(abstract, own | frozen)
         found = latents.sample(model, batch, sub_key(key, 0))
         cond, target = found[:, :n_frames], found[:, n_frames:]
-        actions = model.normalize("action", batch["action"])
+        actions, streams = model.normalize("action", batch["action"]), model.streams(batch)
 
         def in_mode(name):
             total, parts = latent_loss(
@@ -139,6 +139,7 @@ def pretrain_loss(
                 actions,
                 task_mode=name,
                 key=sub_key(key, 1),
+                streams=streams,
                 train=train,
                 noise_draws=options.noise_draws,
             )

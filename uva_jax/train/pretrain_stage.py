@@ -39,6 +39,7 @@ _BLOCK = 512  # frames read at a time
 class ModelOptions:
     """`config.pretrain.model`; see `configs/common.py` for each field."""
 
+    task: str
     image_size: int
     vae_width: int
     vae_multipliers: tuple[int, ...]
@@ -49,10 +50,12 @@ class ModelOptions:
     video_head: tuple[int, int]
     action_head: tuple[int, int]
     n_action_steps: int
+    text_dim: int
+    past_actions: bool
 
 
 def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
-    """The architecture of a policy that sees one camera.
+    """The architecture of a policy that sees one camera, and may be told its task in language.
 
     Raises:
       UserError: the image size does not give whole latent cells that conv_fc can pool.
@@ -71,6 +74,7 @@ def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
         return MLPHeadConfig(channels, width, size[0], size[1], grid=grid, **more)
 
     return PolicyConfig(
+        task=options.task,
         image_size=options.image_size,
         vae=vae_config,
         mar=MARConfig(
@@ -85,11 +89,14 @@ def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
             action_dim=action_dim,
             attn_dropout=options.dropout,
             proj_dropout=options.dropout,
+            text_dim=options.text_dim,
+            history_action=options.past_actions,
         ),
         video_head=head(vae_config.z_channels, options.video_head, clip=False),
         action_head=head(action_dim, options.action_head, aggregator="conv_fc"),
         normalizer_fields=(("action", action_dim),),
         n_action_steps=options.n_action_steps,
+        language_model="clip" if options.text_dim else None,
     )
 
 
@@ -120,11 +127,12 @@ def run(
     start = folder / "start"
     if (start / "policy.json").exists():
         policy = policy_io.load_policy(start, dtype=dtype)
-        buffer, data = _opened(open_data, policy)
+        reader = _opened(open_data, policy)
     else:
-        policy, buffer, data = _start(context, open_data, mesh, dtype)
+        policy, reader = _start(context, open_data, mesh, dtype)
         policy_io.save_policy(start, policy, source={"stage": "pretrain", "part": "start"})
         policy = policy_io.load_policy(start, dtype=dtype)
+    buffer, data = reader.buffer, reader.options
     augment = config.pretrain.augment
     copies = latents.Copies(
         bool(data.mirror), augment.views, CropAndBlur(augment.crop, augment.blur), seed
@@ -138,7 +146,12 @@ def run(
         policy,
         moments,
         *(
-            Windows(buffer, mask, policy, data, seed, state_key=key, copies=copies)
+            Windows(
+                *(buffer, mask, policy, data, seed),
+                state_key=key,
+                text=reader.text,
+                copies=copies,
+            )
             for mask in (train, held_out)
         ),
         options=options,
@@ -164,23 +177,24 @@ def run(
     return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
 
 
-def _opened(open_data, policy: Policy) -> tuple[ReplayBuffer, source.DataOptions]:
+def _opened(open_data, policy: Policy) -> source.WindowReader:
     reader = open_data(policy)
     if reader.options.layout:
         raise UserError(
             f"config.data.layout is {reader.options.layout!r}, whose windows are more than images "
             "and actions as they are stored: training knows those alone"
         )
-    return reader.buffer, reader.options
+    return reader
 
 
 def _start(context: Context, open_data, mesh, dtype):
-    """The policy that training begins with, its VAE trained; the buffer and how it is read."""
+    """The policy that training begins with, its VAE trained; the reader of its data."""
     config, settings = context.config, context.config.pretrain
     _check_starts(settings)
     model = section(settings.model, ModelOptions)
     probe = policy_io.abstract_policy(model_config(model, 2))
-    buffer, data = _opened(open_data, probe)
+    reader = _opened(open_data, probe)
+    buffer, data = reader.buffer, reader.options
     action_dim = buffer.shape(data.action_key)[-1]
     policy = Policy(model_config(model, action_dim), dtype=dtype, rngs=nnx.Rngs(config.seed))
     policy = fit_actions(policy, buffer, data)
@@ -190,7 +204,7 @@ def _start(context: Context, open_data, mesh, dtype):
             context.metrics.say(said)
     if settings.vae_training.steps:
         policy.vae = _train_vae(context, policy, buffer, data, mesh, dtype)
-    return policy, buffer, data
+    return policy, reader
 
 
 def _check_starts(settings) -> None:

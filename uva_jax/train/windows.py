@@ -35,22 +35,24 @@ class Windows:
         seed: int,
         *,
         state_key: str = "",
+        text: np.ndarray | None = None,
         copies: Copies | None = None,
     ):
         """Plans all windows of the episodes in `mask`.
 
         Args:
+          text: (episodes, text_dim) language vectors, for a policy that takes them.
           copies: how the cache is laid out; by default it holds the frames, and their mirror
             images if the data are mirrored.
 
         Raises:
-          UserError: the policy reads more than images and actions, or the data cannot be mirrored.
+          UserError: the policy reads a wrist camera or its own state.
         """
         spec = WindowSpec.of(policy.config)
-        if spec.more_than_images:
+        if spec.wrist or spec.states:
             raise UserError(
-                "this policy reads more than one camera's images, but training on cached latents "
-                "knows those and the actions alone"
+                "this policy reads a wrist camera or its own state, but training on cached latents "
+                "knows one camera's images, language and actions alone"
             )
         self._strips = plan_strips(
             buffer.episode_ends, mask, strip=1, stride=spec.stride, options=data, seed=seed
@@ -61,6 +63,7 @@ class Windows:
         self._starts = np.append(0, buffer.episode_ends[:-1])
         self._actions = np.asarray(buffer.read(data.action_key), np.float32)
         self._states = np.asarray(buffer.read(state_key), np.float32) if state_key else None
+        self._text = text
 
     def __len__(self) -> int:
         return len(self._strips)
@@ -68,7 +71,8 @@ class Windows:
     def read(
         self, windows: np.ndarray, views: np.ndarray | int = 0, past: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw, and "state"
+        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw; "past_action"
+        (b, n, a), raw, and "text_latents" (b, text_dim), where the policy takes them; "state"
         (b, k) of the current step, raw, where states were asked for.
 
         Args:
@@ -90,6 +94,11 @@ class Windows:
         frames = rows(offsets)
         steps = rows(spec.action_offset + np.arange(spec.n_actions))
         found = {"action": self._actions[steps]}
+        if spec.past_actions:
+            steps = rows(spec.action_offset - np.arange(spec.past_actions, 0, -1))
+            found["past_action"] = self._actions[steps]
+        if self._text is not None:
+            found["text_latents"] = self._text[episode]
         if self._states is not None:
             found["state"] = self._states[current[:, 0]]
         if mirror.any():
