@@ -137,8 +137,8 @@ class Trainer:
           metrics: a MetricsWriter.
         """
         total, state = self.options.steps, None
-        starts = [phase.start for phase in self.phases]
-        for phase, stop in zip(self.phases, (*starts[1:], total), strict=True):
+        stops = [*(phase.start for phase in self.phases[1:]), total]
+        for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
             params = {k: self.arrays[k] for k in phase.trainable}
             state = run_loop(
                 graft_loss(self.policy, loss, self.options),
@@ -148,7 +148,7 @@ class Trainer:
                 options=self.options,
                 mesh=self.mesh,
                 seed=self.seed,
-                folder=folder / f"phase{starts.index(phase.start)}",
+                folder=folder / f"phase{index}",
                 metrics=metrics,
                 steps=range(phase.start, min(stop, total)),
             )
