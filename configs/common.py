@@ -130,7 +130,8 @@ def get_config() -> ConfigDict:
                 "log_every": 50,
             },
             "pretrain": {  # training a policy; runs with --stage pretrain alone
-                # Weights to start from: MAR's .pth and a KL-VAE's .ckpt, as they were published.
+                # Weights to start from: MAR's .pth and a KL-VAE's .ckpt, as they were published, or
+                # a UVA checkpoint for either.
                 "mar": "",
                 "vae": "",
                 "from_scratch": False,  # may start from random weights where none are given

@@ -1,4 +1,4 @@
-"""Published weights as a start: an image MAR, or a KL-VAE, into the parts of a policy they fit.
+"""Weights to start from: an image MAR, a KL-VAE or an earlier UVA, into the parts that they fit.
 
 What fits is decided by name and shape, through the table of `rules.py`; everything else stays as it
 was, and is counted in a sentence, because a start that silently matches nothing is no start.
@@ -11,8 +11,8 @@ import os
 import jax.numpy as jnp
 
 from convert import rules, torch_file
-from convert.from_torch import to_array
-from convert.torch_file import LazyTensor
+from convert.from_torch import WEIGHTS, state_tensors, to_array
+from convert.torch_file import Checkpoint, LazyTensor
 from uva_jax import policy_io
 from uva_jax.errors import UserError
 from uva_jax.models.policy import Policy
@@ -26,12 +26,13 @@ _SHOWN = 4
 
 
 def start_from(policy: Policy, path: str | os.PathLike, kind: str) -> tuple[Policy, str]:
-    """Fills what a published checkpoint fits.
+    """Fills what a checkpoint fits.
 
     Args:
       policy: with arrays; what is not matched keeps them.
-      path: "mar": MAR's .pth (`model_ema`, or `model`); "vae": LDM's or MAR's KL-VAE (.ckpt).
-      kind: "mar" or "vae".
+      path: "mar": MAR's .pth (`model_ema`, or `model`); "vae": LDM's or MAR's KL-VAE (.ckpt);
+        or, for both, a checkpoint of UVA, from which upstream too starts its second phase.
+      kind: "mar" (all but the VAE) or "vae".
 
     Returns:
       The policy, and a sentence that says what was and what was not matched.
@@ -40,19 +41,12 @@ def start_from(policy: Policy, path: str | os.PathLike, kind: str) -> tuple[Poli
       UserError: the file is missing or unsound, holds no such weights, or none of them fits.
     """
     checkpoint = torch_file.read(path)
-    places, prefix = _KINDS[kind]
-    payload = checkpoint.payload if isinstance(checkpoint.payload, dict) else {}
-    place = next((p for p in places if isinstance(payload.get(p), dict)), None)
-    if place is None:
-        raise UserError(
-            f"{path} has no {' or '.join(map(repr, places))}: give a {kind.upper()} checkpoint as "
-            "it was published"
-        )
+    place, tensors = _tensors(checkpoint, kind)
     arrays = policy_io.flatten(policy)
     wanted = {k for k in arrays if k.startswith("vae/") == (kind == "vae")}
     filled, left = {}, []
-    for name, tensor in payload[place].items():
-        found = rules.to_flax(prefix + name) if isinstance(tensor, LazyTensor) else None
+    for name, tensor in tensors.items():
+        found = rules.to_flax(name) if isinstance(tensor, LazyTensor) else None
         if found is None or found[0] not in wanted:
             left.append(name)
             continue
@@ -77,6 +71,23 @@ def start_from(policy: Policy, path: str | os.PathLike, kind: str) -> tuple[Poli
         f"{len(fresh)} of the policy's start fresh{_some(fresh)}"
     )
     return policy_io.replace(policy, arrays | filled), said
+
+
+def _tensors(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, object]]:
+    """Where the weights lie, and they by the policy's names."""
+    if held := [k for k, name in WEIGHTS.items() if name in checkpoint.state_dict_names]:
+        tensors = state_tensors(checkpoint, held[0])  # the averaged ones first
+        own = {k: v for k, v in tensors.items() if k.startswith("vae_model.") == (kind == "vae")}
+        return WEIGHTS[held[0]], {k: v for k, v in own.items() if not k.startswith("normalizer.")}
+    places, prefix = _KINDS[kind]
+    payload = checkpoint.payload if isinstance(checkpoint.payload, dict) else {}
+    place = next((p for p in places if isinstance(payload.get(p), dict)), None)
+    if place is None:
+        raise UserError(
+            f"{checkpoint.path} has no {' or '.join(map(repr, places))}: give a {kind.upper()} "
+            "checkpoint as it was published, or one of UVA"
+        )
+    return place, {f"{prefix}{name}": value for name, value in payload[place].items()}
 
 
 def _some(names: list[str]) -> str:

@@ -312,6 +312,14 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     for name, value in named.items():
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
+    # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
+    whole = torch_arrays(policy_io.flatten(teacher))
+    torch_file.write(tmp_path / "uva.ckpt", {"cfg": {}, "state_dicts": {"ema_model": whole}})
+    filled, _ = start_from(policy_io.replace(fresh, zeros), tmp_path / "uva.ckpt", kind)
+    got, wanted = policy_io.flatten(filled), policy_io.flatten(teacher)
+    for path, x in got.items():
+        comes = path.startswith("vae/") == (kind == "vae") and not path.startswith("normalizer/")
+        np.testing.assert_array_equal(x, wanted[path] if comes else zeros[path], err_msg=path)
     with pytest.raises(UserError, match="no 'model_ema'|no 'state_dict'"):
         torch_file.write(tmp_path / "no.pth", {"other": {}})
         start_from(fresh, tmp_path / "no.pth", kind)
