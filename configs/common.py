@@ -151,6 +151,10 @@ def get_config() -> ConfigDict:
                     # they come from config.data.language.
                     "text_dim": 0,
                     "past_actions": False,  # the past actions are an input too
+                    # Arrays of the robot's state that are an input, joined in this order.
+                    "states": (),
+                    "predict_states": True,  # their future is predicted while training
+                    "wrist": False,  # a second camera (data.wrist_key), seen and predicted
                 },
                 "vae_training": {
                     "steps": 0,  # 0: the VAE stays as it was given

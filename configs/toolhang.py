@@ -5,7 +5,8 @@
     python -m uva_jax.main --config configs/toolhang.py --workdir runs/toolhang
 
 Whether the policy takes the wrist camera, the state and past actions is read from the checkpoint;
-what it does not take is not read. There is no robomimic simulator here: the graft is judged by its
+what it does not take is not read. `--stage pretrain` trains such a policy on the same recording.
+There is no robomimic simulator here: the graft is judged by its
 actions on held-out windows.
 """
 
@@ -18,5 +19,10 @@ def get_config():
     config.data.path = "data/tool_hang.zarr"
     config.data.image_key = "sideview_image"
     config.data.wrist_key = "robot0_eye_in_hand_image"
+    config.pretrain.model.update(
+        task="toolhang",
+        states=("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
+        wrist=True,
+    )
     config.evaluate.simulator = ""
     return config

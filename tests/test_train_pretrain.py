@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, make_policy, python, silently
-from variants import TASKS, write_recording
+from variants import ROBOT_STATE, TASKS, write_recording
 
 from configs import common
 from convert import torch_file
@@ -18,6 +18,7 @@ from convert.to_torch import torch_arrays
 from uva_jax import parallel, policy_io
 from uva_jax.config import section
 from uva_jax.data import source
+from uva_jax.data.source import WindowSpec
 from uva_jax.errors import UserError
 from uva_jax.graft.record import Site
 from uva_jax.metrics import MetricsWriter, read_metrics
@@ -358,18 +359,19 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
 
 
-def test_a_policy_told_its_task_in_language_trains_from_nothing(
+def test_a_policy_with_every_input_trains_from_nothing(
     make_config, stage_config, tmp_path, monkeypatch
 ):
     from uva_jax.main import run
 
     data, vectors = write_recording(tmp_path)
-    config = make_config(data__path=str(data), data__image_key="view", data__mirror="")
+    config = make_config(data__path=str(data), data__image_key="view", data__wrist_key="wrist")
     config.data.language, config.data.max_episodes = str(vectors), 0
     config.pretrain.update(stage_config.pretrain, from_scratch=True, readout="")
-    config.pretrain.update(modes={"policy_model": 1.0}, save_dtype="float32", checkpoint_every=2)
-    config.pretrain.score.every = 0
-    config.pretrain.model.update(task="libero10", text_dim=12, past_actions=True)
+    config.pretrain.modes = {"full_dynamic_model": 1.0}
+    config.pretrain.save_dtype, config.pretrain.score.every = "float32", 0
+    inputs = {"text_dim": 12, "past_actions": True, "states": tuple(ROBOT_STATE), "wrist": True}
+    config.pretrain.model.update(task="everything", **inputs)
     read, seen = Windows.read, []
 
     def reading(self, *args, **how):
@@ -381,29 +383,44 @@ def test_a_policy_told_its_task_in_language_trains_from_nothing(
     with np.load(vectors) as given:
         told = {tuple(given[task]) for task in TASKS}
     assert {tuple(row) for batch in seen for row in batch["text_latents"]} == told
+    (line,) = [x for x in read_metrics(tmp_path / "run", "pretrain") if "policy/loss" in x]
+    parts = [line[f"policy/{name}_loss"] for name in ("video", "act", "prop")]
+    assert line["policy/loss"] == pytest.approx(sum(parts), rel=1e-5) and min(parts) > 0
     policy, _ = convert_checkpoint(tmp_path / "run" / "pretrain" / "policy.ckpt")
     assert policy.config == policy_io.load_policy(tmp_path / "run" / "pretrain" / "policy").config
-    assert (policy.config.task, policy.config.mar.text_dim) == ("libero10", 12)
-    # The last layers start at zero, so after two steps language shows in the tokens alone.
+    assert policy.config.proprio_keys == tuple(ROBOT_STATE) and policy.wrist_head is not None
+    obs = WindowSpec.of(policy.config)
+    assert (obs.text, obs.past_actions, obs.wrist, obs.state_steps) == (True, 16, True, 16)
+    # The last layers start at zero, so after two steps an input shows in the tokens alone.
+    rng = np.random.default_rng(0)
+    obs = {name: rng.uniform(-1, 1, (1, 16, k)) for name, k in ROBOT_STATE.items()}
+    obs |= {"past_action": rng.uniform(-1, 1, (1, 16, 10)), "text_latents": np.zeros((1, 12))}
+    obs = {name: value.astype(np.float32) for name, value in obs.items()}
     cond = jax.random.normal(jax.random.key(0), policy.latent_shape(1))
-    tokens = [
-        policy.video_tokens(cond, {"text_latents": np.full((1, 12), x, np.float32)}) for x in (0, 1)
-    ]
-    assert float(jnp.abs(tokens[0] - tokens[1]).max()) > 1e-3
+    plain = policy.video_tokens(cond, policy.streams(obs, cond))
+    for name in obs:
+        changed = policy.streams(obs | {name: obs[name] + 1}, cond)
+        assert float(jnp.abs(policy.video_tokens(cond, changed) - plain).max()) > 1e-4, name
+    other = policy.video_tokens(cond, policy.streams(obs, -cond))
+    assert float(jnp.abs(other - plain).max()) > 1e-4
 
 
-def test_past_actions_end_where_the_predicted_ones_begin(buffer):
-    policy = make_policy(
-        dataclasses.replace(CONFIG, mar=dataclasses.replace(CONFIG.mar, history_action=True))
-    )
+def test_windows_of_more_than_images_are_those_that_the_policy_acts_on(buffer):
+    """Past actions and states are the reader's; targets are the states that follow."""
+    mar = dataclasses.replace(CONFIG.mar, history_action=True, proprio_dim=5)
+    policy = make_policy(dataclasses.replace(CONFIG, mar=mar, proprio_keys=("state",)))
     data = dataclasses.replace(DATA, mirror="")
     mask, _ = source.split(buffer, data)
     rows = np.arange(32)
     found = Windows(buffer, mask, policy, data, 0).read(rows)
     strips = source.plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=data, seed=0)
     wanted = source.single_windows(source.WindowReader(buffer, data, policy).read(strips, rows))
-    np.testing.assert_array_equal(found["past_action"], wanted["past_action"])
-    np.testing.assert_array_equal(found["action"], wanted["action"])
+    for name in ("past_action", "action", "state"):
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    ends, current = buffer.episode_ends, strips.current[rows, 0]
+    first, last = np.append(0, ends[:-1])[strips.episode[rows]], ends[strips.episode[rows]] - 1
+    following = np.minimum((first + current)[:, None] + np.arange(1, 17), last[:, None])
+    np.testing.assert_array_equal(found["state_next"], buffer.read("state")[following])
 
 
 def test_missing_weights_are_an_error_unless_from_scratch(stage_config, tmp_path):

@@ -90,7 +90,7 @@ class Bench:
                 "trained with this configuration"
             )
         fresh = Policy(wanted, dtype=stages.compute_dtype(config), rngs=nnx.Rngs(config.seed))
-        self.policy = pretrain_stage.fit_actions(fresh, self.buffer, self.data)
+        self.policy = pretrain_stage.fit_normalizer(fresh, self.buffer, self.data)
         self.policy.vae = vae_of.vae
         augment = config.pretrain.augment
         self.copies = latents.Copies(

@@ -108,8 +108,9 @@ def pretrain_loss(
     """The loss of a batch, as `run_loop` takes it.
 
     The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z), "action" (b, n, a), raw, "mode"
-    (b,), the same number into `modes` b times, what else `Policy.streams` takes, and with
-    `state_size` "state" (b, state_size), roughly of unit variance.
+    (b,), the same number into `modes` b times, what else `Policy.streams` takes, "wrist_mean" and
+    "wrist_logvar" where a wrist camera is seen, "<state>_next" (b, n, k) where states are
+    predicted, and with `state_size` "state" (b, state_size), roughly of unit variance.
 
     Args:
       policy: gives the structure; its arrays are not used.
@@ -129,7 +130,17 @@ def pretrain_loss(
         model = policy_io.replace(abstract, own | frozen)
         found = latents.sample(model, batch, sub_key(key, 0))
         cond, target = found[:, :n_frames], found[:, n_frames:]
-        actions, streams = model.normalize("action", batch["action"]), model.streams(batch)
+        actions = model.normalize("action", batch["action"])
+        more, wrist_cond = {}, None
+        if model.config.mar.proprio_image:
+            wrist = {k: batch[f"wrist_{k}"] for k in ("mean", "logvar")}
+            wrist = latents.sample(model, wrist, sub_key(key, 2))
+            wrist_cond, more["wrist_target"] = wrist[:, :n_frames], wrist[:, n_frames:]
+        if model.proprio_head is not None:
+            names = model.config.proprio_keys
+            parts = [model.normalize(k, batch[f"{k}_next"]) for k in names]
+            more["proprio_target"] = jnp.concatenate(parts, axis=-1)
+        more["streams"] = model.streams(batch, wrist_cond)
 
         def in_mode(name):
             total, parts = latent_loss(
@@ -139,15 +150,17 @@ def pretrain_loss(
                 actions,
                 task_mode=name,
                 key=sub_key(key, 1),
-                streams=streams,
                 train=train,
                 noise_draws=options.noise_draws,
+                **more,
             )
             nothing = jnp.full((), jnp.nan)  # what a mode does not have is not averaged
             scalars = {
                 "video_loss": parts["video_loss"] if name in VIDEO_MODES else nothing,
                 "act_loss": parts["act_loss"] if name in ACTION_MODES else nothing,
             }
+            if "prop_loss" in parts:
+                scalars["prop_loss"] = parts["prop_loss"]
             if state_size:
                 scalars["readout"] = nothing
             if state_size and name in ACTION_MODES:
@@ -184,6 +197,7 @@ def pretrain(
     seed: int,
     folder: Path,
     metrics: MetricsWriter,
+    wrist: latents.Latents | None = None,
     state_scale: Callable[[np.ndarray], np.ndarray] | None = None,
     score: Callable[[Policy], Mapping[str, float]] | None = None,
     score_every: int = 0,
@@ -192,7 +206,7 @@ def pretrain(
 
     Args:
       policy: where to start.
-      moments: latents of every frame.
+      moments: latents of every frame; wrist: of the wrist camera's, if the policy sees one.
       windows, held_out: what to train on and to judge by.
       options: of modes, losses and the loop.
       state_scale: raw states (b, k) -> what is read out; None: no read-out.
@@ -217,7 +231,10 @@ def pretrain(
 
     def read(source: Windows, rows: np.ndarray, mode: int, **how) -> dict[str, np.ndarray]:
         batch = source.read(rows, **how)
-        batch |= moments.read(batch.pop("frames"))
+        frames = batch.pop("frames")
+        batch |= moments.read(frames)
+        if wrist is not None:
+            batch |= {f"wrist_{k}": v for k, v in wrist.read(frames).items()}
         if state_scale is not None:
             batch["state"] = state_scale(batch["state"])
         return batch | {"mode": np.full(len(rows), mode, np.int32)}

@@ -52,14 +52,38 @@ class ModelOptions:
     n_action_steps: int
     text_dim: int
     past_actions: bool
+    states: tuple[str, ...]
+    predict_states: bool
+    wrist: bool
+
+    def __post_init__(self):
+        if self.wrist and not self.states:
+            raise UserError(
+                "config.pretrain.model.wrist needs states beside it (config.pretrain.model.states):"
+                " the original reads a wrist camera together with the robot's state"
+            )
 
 
-def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
-    """The architecture of a policy that sees one camera, and may be told its task in language.
+def model_config(
+    options: ModelOptions,
+    action_dim: int,
+    state_dims: Mapping[str, int] | None = None,
+    *,
+    spaced: bool = False,
+) -> PolicyConfig:
+    """The architecture of a policy that is trained from nothing.
+
+    Args:
+      options: sizes and inputs.
+      action_dim: width of an action.
+      state_dims: widths of `options.states` (by default 1 each).
+      spaced: the past is spaced at random while training (`different_history_freq`).
 
     Raises:
       UserError: the image size does not give whole latent cells that conv_fc can pool.
     """
+    widths = {name: (state_dims or {}).get(name, 1) for name in options.states}
+    state_dim = sum(widths.values())
     levels = len(options.vae_multipliers)
     vae_config = VAEConfig(options.vae_width, options.vae_multipliers, attn_levels=(levels - 1,))
     side, rest = divmod(options.image_size, vae_config.stride)
@@ -91,10 +115,22 @@ def model_config(options: ModelOptions, action_dim: int) -> PolicyConfig:
             proj_dropout=options.dropout,
             text_dim=options.text_dim,
             history_action=options.past_actions,
+            proprio_dim=state_dim,
+            **({"proprio_steps": MARConfig.n_frames} if spaced else {}),
+            proprio_image=options.wrist,
+            wrist=options.wrist,
         ),
         video_head=head(vae_config.z_channels, options.video_head, clip=False),
+        wrist_head=head(vae_config.z_channels, options.video_head, clip=False)
+        if options.wrist
+        else None,
         action_head=head(action_dim, options.action_head, aggregator="conv_fc"),
-        normalizer_fields=(("action", action_dim),),
+        proprio_head=head(state_dim, options.action_head, aggregator="conv_fc")
+        if state_dim and options.predict_states
+        else None,
+        normalizer_fields=(("action", action_dim), *widths.items()),
+        proprio_keys=tuple(widths),
+        different_history_freq=spaced,
         n_action_steps=options.n_action_steps,
         language_model="clip" if options.text_dim else None,
     )
@@ -137,9 +173,14 @@ def run(
     copies = latents.Copies(
         bool(data.mirror), augment.views, CropAndBlur(augment.crop, augment.blur), seed
     )
-    site = Site(folder / "latents", context.metrics, context.is_primary, context.barrier)
-    cache = latents.encode_frames(site, policy, buffer, data.image_key, copies)
-    moments = latents.Latents.open(cache, int(config.pretrain.memory_gb * 2**30))
+
+    def encoded(name: str, image_key: str) -> latents.Latents:
+        site = Site(folder / name, context.metrics, context.is_primary, context.barrier)
+        cache = latents.encode_frames(site, policy, buffer, image_key, copies)
+        return latents.Latents.open(cache, int(config.pretrain.memory_gb * 2**30))
+
+    moments = encoded("latents", data.image_key)
+    wrist = encoded("latents_wrist", data.wrist_key) if policy.config.mar.wrist else None
     key = config.pretrain.readout
     train, held_out = source.split(buffer, data)
     trained = pretrain.pretrain(
@@ -159,6 +200,7 @@ def run(
         seed=seed,
         folder=folder / "states",
         metrics=context.metrics,
+        wrist=wrist,
         state_scale=_state_scale(config.pretrain, buffer),
         score=score,
         score_every=config.pretrain.score.every,
@@ -192,12 +234,15 @@ def _start(context: Context, open_data, mesh, dtype):
     config, settings = context.config, context.config.pretrain
     _check_starts(settings)
     model = section(settings.model, ModelOptions)
+    spaced = settings.different_history_freq
     probe = policy_io.abstract_policy(model_config(model, 2))
     reader = _opened(open_data, probe)
     buffer, data = reader.buffer, reader.options
-    action_dim = buffer.shape(data.action_key)[-1]
-    policy = Policy(model_config(model, action_dim), dtype=dtype, rngs=nnx.Rngs(config.seed))
-    policy = fit_actions(policy, buffer, data)
+    action_dim, *widths = (buffer.shape(k)[-1] for k in (data.action_key, *model.states))
+    widths = dict(zip(model.states, widths, strict=True))
+    wanted = model_config(model, action_dim, widths, spaced=spaced)
+    policy = Policy(wanted, dtype=dtype, rngs=nnx.Rngs(config.seed))
+    policy = fit_normalizer(policy, buffer, data)
     for kind in ("mar", "vae"):
         if settings[kind]:
             policy, said = start_from(policy, Path(settings[kind]).expanduser(), kind)
@@ -239,10 +284,11 @@ def _train_vae(context: Context, policy: Policy, buffer, data: source.DataOption
     train, _ = source.split(buffer, data)
     owner = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
     rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(train[owner]))
-    rows = np.sort(rows[: options.frames])
-    frames = resized_frames(policy, buffer, data.image_key, rows)
+    cameras = (data.image_key, data.wrist_key)[: 1 + policy.config.mar.wrist]
+    rows = np.sort(rows[: options.frames // len(cameras)])
+    frames = np.concatenate([resized_frames(policy, buffer, key, rows) for key in cameras])
     scale = _state_scale(settings, buffer)
-    states = buffer.read(settings.readout)[rows] if scale else None
+    states = np.tile(buffer.read(settings.readout)[rows], (len(cameras), 1)) if scale else None
 
     def prepare(batch: dict, where: np.ndarray) -> dict:
         batch = mirror_pusht(batch, where) if data.mirror else batch
@@ -275,15 +321,16 @@ def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndar
     return found
 
 
-def fit_actions(policy: Policy, buffer: ReplayBuffer, data: source.DataOptions) -> Policy:
-    """The policy with its action normaliser fitted to the data (and to its mirror image)."""
-    actions = np.asarray(buffer.read(data.action_key), np.float32)
-    if data.mirror:
-        actions = np.concatenate([actions, mirror_pusht({"action": actions})["action"]])
-    field = normalizer.fit_field(actions)
+def fit_normalizer(policy: Policy, buffer: ReplayBuffer, data: source.DataOptions) -> Policy:
+    """The policy with its normaliser fitted to the data (and to the actions' mirror image)."""
     arrays = policy_io.flatten(policy)
-    for name, value in policy_io.flat(field).items():
-        arrays[f"normalizer/action/{name}"] = jnp.asarray(value)
+    for name, _ in policy.config.normalizer_fields:
+        values = buffer.read(data.action_key if name == "action" else name)
+        values = np.asarray(values, np.float32)
+        if data.mirror:  # of images and actions alone
+            values = np.concatenate([values, mirror_pusht({"action": values})["action"]])
+        for stat, value in policy_io.flat(normalizer.fit_field(values)).items():
+            arrays[f"normalizer/{name}/{stat}"] = jnp.asarray(value)
     return policy_io.replace(policy, arrays)
 
 

@@ -44,16 +44,8 @@ class Windows:
           text: (episodes, text_dim) language vectors, for a policy that takes them.
           copies: how the cache is laid out; by default it holds the frames, and their mirror
             images if the data are mirrored.
-
-        Raises:
-          UserError: the policy reads a wrist camera or its own state.
         """
         spec = WindowSpec.of(policy.config)
-        if spec.wrist or spec.states:
-            raise UserError(
-                "this policy reads a wrist camera or its own state, but training on cached latents "
-                "knows one camera's images, language and actions alone"
-            )
         self._strips = plan_strips(
             buffer.episode_ends, mask, strip=1, stride=spec.stride, options=data, seed=seed
         )
@@ -64,6 +56,7 @@ class Windows:
         self._actions = np.asarray(buffer.read(data.action_key), np.float32)
         self._states = np.asarray(buffer.read(state_key), np.float32) if state_key else None
         self._text = text
+        self._robot = {k: np.asarray(buffer.read(k), np.float32) for k in spec.states}
 
     def __len__(self) -> int:
         return len(self._strips)
@@ -72,8 +65,9 @@ class Windows:
         self, windows: np.ndarray, views: np.ndarray | int = 0, past: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw; "past_action"
-        (b, n, a), raw, and "text_latents" (b, text_dim), where the policy takes them; "state"
-        (b, k) of the current step, raw, where states were asked for.
+        (b, n, a), raw, and "text_latents" (b, text_dim), where the policy takes them; the robot's
+        states by name (b, steps, k), and "<name>_next" (b, n, k) of the steps that follow, raw;
+        "state" (b, k) of the current step, raw, where a read-out was asked for.
 
         Args:
           windows: (b,) numbers of windows.
@@ -97,6 +91,10 @@ class Windows:
         if spec.past_actions:
             steps = rows(spec.action_offset - np.arange(spec.past_actions, 0, -1))
             found["past_action"] = self._actions[steps]
+        seen = rows(np.arange(1 - spec.state_steps, 1) if past is None else past)
+        for name, values in self._robot.items():
+            found[name] = values[seen]
+            found[f"{name}_next"] = values[rows(np.arange(1, spec.n_actions + 1))]
         if self._text is not None:
             found["text_latents"] = self._text[episode]
         if self._states is not None:
