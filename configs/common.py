@@ -173,6 +173,7 @@ def get_config() -> ConfigDict:
                     "focus": 40.0,  # what rare pixels may count over the background
                     "readout_weight": 1.0,
                     "decode_every": 3,  # of the frames that are read out, one in 3 is decoded
+                    "decoder_steps": 0,  # further steps of the decoder alone, every frame decoded
                     "steps_per_call": 1,
                     "checkpoint_every": 500,
                     "log_every": 20,

@@ -29,7 +29,7 @@ def get_config():
         video_head=(128, 3),
         action_head=(256, 3),
     )
-    p.vae_training.steps = 1500
+    p.vae_training.steps, p.vae_training.decoder_steps = 1500, 400
     p.readout, p.readout_angles = "state", (4,)
     p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
     p.steps, p.batch, p.lr, p.warmup = 11_000, 64, 1e-3, 300

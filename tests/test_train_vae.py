@@ -113,3 +113,14 @@ def test_a_finished_run_is_not_trained_again(shared, scene, trained):
 def test_a_pool_smaller_than_a_batch_is_an_error(tmp_path, scene):
     with pytest.raises(training.UserError, match="lower config.pretrain.vae_training.batch"):
         train(tmp_path, scene, batch=128)
+
+
+def test_the_decoder_trains_on_by_itself(shared, scene, trained):
+    vae, frames = trained[0], scene[0].astype(np.float32) / 127.5 - 1
+    further = train(shared / "vae", scene, decoder_steps=24)
+    before, after = policy_io.flatten(vae), policy_io.flatten(further)
+    moved = {k.split("/")[0] for k in before if not np.array_equal(before[k], after[k])}
+    assert moved == {"decoder", "post_quant_conv"}
+    mean, _ = vae.encode(frames)
+    errors = [np.mean(np.abs(x.decode(mean * 0.2325) - frames)) for x in (vae, further)]
+    assert errors[1] < 0.95 * errors[0]

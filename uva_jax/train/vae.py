@@ -7,6 +7,7 @@ static background counts once, small things that come and go up to `focus` times
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from uva_jax.train.loop import LoopOptions, part, run_loop, start_state
 
 _LEVELS = 9  # of a channel's difference from the median frame
 _SAMPLE = 512  # frames that medians and frequencies are taken from
+_DECODER = ("vae/decoder/", "vae/post_quant_conv/")
 _READOUT = "readout"  # prefix of parameters that are dropped after training
 
 
@@ -42,6 +44,7 @@ class VAEOptions(LoopOptions):
     focus: float
     readout_weight: float
     decode_every: int
+    decoder_steps: int
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,8 +141,8 @@ def vae_loss(
     readout = nnx.eval_shape(lambda: StateReadout(cells, max(state_size, 1), rngs=nnx.Rngs(0)))
 
     def loss(params, frozen, batch, key, step):
-        del frozen, step
-        model = policy_io.replace(vae, part(params, "vae"))
+        del step
+        model = policy_io.replace(vae, part(params | frozen, "vae"))
         frames = batch["frames"].astype(jnp.float32) / 127.5 - 1.0
         mean, logvar = model.encode(frames)
         scaled = model.sample(mean, logvar, jax.random.normal(key, mean.shape))
@@ -174,7 +177,10 @@ def train_vae(
     metrics: MetricsWriter,
     dtype=None,
 ) -> VAE:
-    """Trains on a pool of frames and scales the latents to unit variance.
+    """Trains on a pool of frames, scales the latents to unit variance, then trains the decoder on.
+
+    Most of the first part's time goes into what the latents hold; with them settled, the decoder
+    alone learns from every frame what they look like (`options.decoder_steps`).
 
     Args:
       vae: where to start; its config is kept.
@@ -232,7 +238,27 @@ def train_vae(
     )
     average = parallel.on_host(state.ema)
     trained = policy_io.replace(_abstract(vae.config), part(average, "vae"))
-    return scaled_to_unit(trained, sample, jax.random.key(seed))
+    trained = scaled_to_unit(trained, sample, jax.random.key(seed))
+    if not options.decoder_steps:
+        return trained
+    arrays = {f"vae/{k}": v for k, v in policy_io.flatten(trained).items()}
+    decoder = {k: v for k, v in arrays.items() if k.startswith(_DECODER)}
+    steps = options.decoder_steps
+    options = dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10))
+    state = run_loop(
+        vae_loss(vae.config, options, weights, size=size, dtype=dtype),
+        start_state(decoder, options, mesh),
+        {k: v for k, v in arrays.items() if k not in decoder},
+        lambda step: {"frames": batches(step)["frames"]},
+        options=options,
+        mesh=mesh,
+        seed=seed + 1,
+        folder=folder.with_name(f"{folder.name}_decoder"),
+        metrics=metrics,
+        desc="decoder",
+    )
+    average = arrays | parallel.on_host(state.ema)
+    return policy_io.replace(_abstract(vae.config), part(average, "vae"))
 
 
 def scaled_to_unit(vae: VAE, frames: np.ndarray, key: jax.Array) -> VAE:
