@@ -1,9 +1,9 @@
-"""The embedded teacher against numbers that the original computed with it (teacher_reference.npz).
+"""The embedded teacher against numbers that the original's code computed with its weights.
 
-The reference's own VAE outputs carry an error: torch ran GroupNorm over channels-last maps, where
-its float32 sums are off by up to 8e-5 of the maximum against float64 (this port is off by 2.5e-7).
-So the VAE's mean and logvar get 1.2e-4, and everything after it is fed the recorded latents and
-gets the usual 2e-5, or 5e-4 out of a sampling loop.
+`teacher_reference.npz` was recorded by running upstream's own modules (MAR, DiffActLoss, DiffLoss,
+AutoencoderKL) on the shipped checkpoint in float32, one thread, with the noise stored beside the
+outputs; the three numbers that upstream wires for 256 px were set for 64. Single passes are held to
+2e-5 of the maximum, sampling loops to 5e-4.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from uva_jax.models.policy import Policy
 
 HERE = Path(__file__).parent
 TEACHER = HERE.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
-SINGLE, SAMPLED, GROUP_NORM = 2e-5, 5e-4, 1.2e-4
+SINGLE, SAMPLED = 2e-5, 5e-4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +67,7 @@ def test_vae_moments(teacher, reference):
     moments = teacher.vae.encode(rearrange(frames, "b t h w c -> (b t) h w c"))
     for name, value in zip(("mean", "logvar"), moments, strict=True):
         got = rearrange(value, "n h w c -> n c h w")
-        assert_close(got, reference[f"vae/{name}"], GROUP_NORM)
+        assert_close(got, reference[f"vae/{name}"], SINGLE)
 
 
 def test_vae_latents_are_scaled_samples(teacher, reference):
@@ -83,7 +83,7 @@ def test_vae_decodes(teacher, reference):
     mean = jnp.asarray(rearrange(reference["vae/mean"], "n c h w -> n h w c"))
     frames = jax.jit(lambda vae, z: vae.decode(z))(teacher.vae, mean * 0.2325)
     frames = rearrange(frames, "n h w c -> n c h w")[..., ::2, ::2]
-    assert_close(frames, reference["vae/decoded_of_mean_stride2"], GROUP_NORM)
+    assert_close(frames, reference["vae/decoded_of_mean_stride2"], SINGLE)
 
 
 def test_transformer_in_policy_mode(teacher, reference):
@@ -112,7 +112,6 @@ def test_sampled_actions(teacher, reference, steps):
 
 
 def test_predict_action_from_raw_frames(teacher, reference):
-    """The whole path: the GroupNorm error of the reference's latents does not reach the actions."""
     eps = rearrange(reference["vae/eps"], "(b t) c h w -> b t h w c", t=4)
     noise = rearrange(reference["policy/noise_10"], "k (b n) c -> k b n c", b=2)
     act = jax.jit(Policy.predict_action, static_argnames="sampling_steps")
@@ -134,5 +133,5 @@ def test_video_tokens_and_samples(teacher, reference):
     )
     tokens = sample(teacher.video_head, jnp.asarray(reference["video/decoder_out"]), noise)
     latents = rearrange(tokens, "b (t h w) c -> (b t) c h w", t=4, h=4)
-    # Not clipped, the teacher's video samples reach a thousand: relative to the maximum.
+    # Not clipped, so ten steps leave large values: relative to the maximum.
     assert_close(latents, reference["video/latents_10"], SAMPLED)
