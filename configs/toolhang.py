@@ -6,8 +6,7 @@
 
 Whether the policy takes the wrist camera, the state and past actions is read from the checkpoint;
 what it does not take is not read. `--stage pretrain` trains such a policy on the same recording.
-There is no robomimic simulator here: the graft is judged by its
-actions on held-out windows.
+There is no robomimic simulator here: the graft is judged by its actions on held-out windows.
 """
 
 from configs import pusht

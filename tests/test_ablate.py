@@ -54,6 +54,13 @@ def test_a_row_is_trained_judged_and_kept(config, tmp_path, capsys, monkeypatch)
         ablate.run(config, tmp_path / "runs", str(tmp_path / "policy"), 9)
 
 
+def test_a_policy_of_more_than_images_is_refused(config, tmp_path):
+    told = config.copy_and_resolve_references()
+    told.pretrain.model.text_dim = 12
+    with pytest.raises(ablate.UserError, match="one camera and nothing else"):
+        ablate.run(told, tmp_path / "runs", "embedded", 8)
+
+
 def test_what_is_missing_is_said(capsys):
     assert ablate.main(["--config", "configs/pretrain_tiny.py"]) == 2
     assert "--workdir" in capsys.readouterr().err

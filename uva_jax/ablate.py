@@ -84,6 +84,11 @@ class Bench:
         self.buffer = open_reader(self.data, vae_of).buffer
         shape = self.buffer.shape(self.data.action_key)
         wanted = pretrain_stage.model_config(model, shape[-1])
+        if source.WindowSpec.of(wanted).more_than_images:
+            raise UserError(
+                "this table is of policies that see one camera and nothing else: leave "
+                "config.pretrain.model.text_dim, past_actions, states and wrist as they are"
+            )
         if wanted.vae != vae_of.config.vae or wanted.image_size != vae_of.config.image_size:
             raise UserError(
                 "the VAE of --policy is not of the configuration's size: give a policy that was "

@@ -91,10 +91,11 @@ class Windows:
         if spec.past_actions:
             steps = rows(spec.action_offset - np.arange(spec.past_actions, 0, -1))
             found["past_action"] = self._actions[steps]
-        seen = rows(np.arange(1 - spec.state_steps, 1) if past is None else past)
-        for name, values in self._robot.items():
-            found[name] = values[seen]
-            found[f"{name}_next"] = values[rows(np.arange(1, spec.n_actions + 1))]
+        if self._robot:
+            seen = rows(np.arange(1 - spec.state_steps, 1) if past is None else past)
+            following = rows(np.arange(1, spec.n_actions + 1))
+            for name, values in self._robot.items():
+                found[name], found[f"{name}_next"] = values[seen], values[following]
         if self._text is not None:
             found["text_latents"] = self._text[episode]
         if self._states is not None:
