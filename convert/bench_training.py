@@ -108,8 +108,8 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     mesh = parallel.make_mesh()
     state = loop.start_state(params, options, mesh)
     run = loop.make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
-    batch = parallel.shard_batch(mesh, _batch(config, row, size))
-    batch = {k: v[None] for k, v in batch.items()}
+    batch = {k: v[None] for k, v in _batch(config, row, size).items()}
+    batch = parallel.shard_batch(mesh, batch, axis=1)
     frozen = jax.device_put(frozen, parallel.replicated(mesh))
 
     def step():

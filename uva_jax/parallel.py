@@ -156,9 +156,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis spread over "data" and "fsdp"."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """How a batch lies on the mesh: its samples, on that axis, divided over (data, fsdp)."""
+    return NamedSharding(mesh, P(*[None] * axis, *BATCH))
 
 
 def shardings_for(
@@ -225,18 +225,18 @@ def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     }
 
 
-def shard_batch(mesh: Mesh, batch):
-    """This process's samples (NumPy arrays, samples first) as global arrays over the mesh.
+def shard_batch(mesh: Mesh, batch, axis: int = 0):
+    """This process's samples (NumPy arrays, samples on that axis) as global arrays over the mesh.
 
     Raises:
       UserError: the samples cannot be dealt evenly to the devices.
     """
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, axis)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def put(array):
         array = np.asarray(array)
-        total = len(array) * jax.process_count()
+        total = array.shape[axis] * jax.process_count()
         if total % shares:
             raise UserError(
                 f"a batch of {total} samples cannot be dealt evenly to the mesh's {shares} data "

@@ -227,7 +227,7 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     moments = jax.eval_shape(options.make_optimizer().init, params)
     moments = _place(moments, parallel.shardings_for(moments, mesh))
     state = loop.LoopState(params, params, moments)
-    rows, whole = NamedSharding(mesh, P(None, *parallel.BATCH)), parallel.replicated(mesh)
+    rows, whole = parallel.batch_sharding(mesh, axis=1), parallel.replicated(mesh)
     lead = (1, options.batch)  # one step a call
     if tokens:
         z = (*lead, teacher.mar.n_tokens, head.z_channels)

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from uva_jax import parallel
 from uva_jax.errors import UserError
@@ -223,7 +222,8 @@ def run_loop(
                 before, step = step, _next_stop(step, steps.stop, options)
                 group = [batches(i) for i in range(before, step)]
                 group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
-                state, scalars = run(state, frozen, _put(mesh, group), jnp.int32(before), key)
+                group = parallel.shard_batch(mesh, group, axis=1)
+                state, scalars = run(state, frozen, group, jnp.int32(before), key)
                 running.append((step - before, scalars))
                 saves = step % options.checkpoint_every == 0 or step == steps.stop
                 logs = saves or step // options.log_every > before // options.log_every
@@ -253,19 +253,3 @@ def _next_stop(step: int, stop: int, options: LoopOptions) -> int:
     """Where the call that begins at `step` ends: the same steps, wherever a run was resumed."""
     ends = (options.steps_per_call, options.checkpoint_every)
     return min(stop, *((step // every + 1) * every for every in ends))
-
-
-def _put(mesh: Mesh, group: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Steps' batches (steps, samples, ...) of this process as global arrays over the mesh."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    total = next(iter(group.values())).shape[1] * jax.process_count()
-    if total % shares:
-        raise UserError(
-            f"a batch of {total} samples cannot be dealt evenly to the mesh's {shares} data "
-            "shares (data x fsdp): use a multiple"
-        )
-    sharding = NamedSharding(mesh, P(None, *parallel.BATCH))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in group.items()
-    }
