@@ -45,11 +45,11 @@ def scene():
     return frames, where.astype(np.float32) / 4 - 1.4, dots
 
 
-def train(folder, scene, **changes):
+def train(folder, scene, start=None, **changes):
     folder.mkdir(exist_ok=True)
     with MetricsWriter(folder, "pretrain") as metrics:
         return training.train_vae(
-            VAE(CONFIG, rngs=nnx.Rngs(0)),
+            start or VAE(CONFIG, rngs=nnx.Rngs(0)),
             scene[0],
             scene[1],
             prepare=lambda batch, where: batch,
@@ -124,3 +124,10 @@ def test_the_decoder_trains_on_by_itself(shared, scene, trained):
     mean, _ = vae.encode(frames)
     errors = [np.mean(np.abs(x.decode(mean * 0.2325) - frames)) for x in (vae, further)]
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_given_vae_can_have_its_decoder_alone_trained(tmp_path, shared, scene, trained):
+    both = policy_io.flatten(train(shared / "vae", scene, decoder_steps=24))
+    alone = train(tmp_path / "alone", scene, trained[0], steps=0, decoder_steps=24)
+    for path, x in policy_io.flatten(alone).items():
+        np.testing.assert_array_equal(x, both[path])

@@ -25,6 +25,7 @@ from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.graft.activations import ActivationCache
 from uva_jax.graft.record import Site
 from uva_jax.models.policy import Policy
+from uva_jax.models.vae import VAE
 
 _CHUNK = 512  # frames
 
@@ -73,11 +74,12 @@ class Copies:
         return found
 
 
-def parameter_hash(module: nnx.Module) -> str:
-    """A sha256 of all of a module's arrays and their paths."""
+def encoder_hash(vae: VAE) -> str:
+    """A sha256 of the arrays that encode, and their paths."""
     digest = hashlib.sha256()
-    for path, x in sorted(policy_io.flatten(module).items()):
-        digest.update(path.encode() + np.asarray(x).tobytes())
+    for path, x in sorted(policy_io.flatten(vae).items()):
+        if path.startswith(("encoder/", "quant_conv/")):
+            digest.update(path.encode() + np.asarray(x).tobytes())
     return digest.hexdigest()
 
 
@@ -105,7 +107,7 @@ def encode_frames(
     total = buffer.n_steps * copies.count
     item = policy.latent_shape(1)[2:]
     meta = {
-        "vae": parameter_hash(policy.vae),
+        "vae": encoder_hash(policy.vae),
         "data": buffer.fingerprint(),
         "image_key": image_key,
         "image_size": policy.config.image_size,

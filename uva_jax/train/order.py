@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 
@@ -16,11 +18,13 @@ def epoch_rows(seed: int, count: int, batch: int, start: int, stop: int) -> np.n
     per_epoch = count // batch
     if per_epoch < 1:
         raise ValueError(f"a batch of {batch} cannot be drawn from {count} samples")
-    orders: dict[int, np.ndarray] = {}
     rows = []
     for step in range(start, stop):
         epoch, position = divmod(step, per_epoch)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(count)
-        rows.append(orders[epoch][position * batch : (position + 1) * batch])
+        rows.append(_order(seed, epoch, count)[position * batch : (position + 1) * batch])
     return np.stack(rows).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)  # training asks for one step at a time
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)

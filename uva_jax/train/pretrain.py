@@ -45,9 +45,14 @@ class PretrainOptions(LoopOptions):
     gradient_checkpointing: bool
     different_history_freq: bool
     judge_windows: int
+    products: str
 
     def __post_init__(self):
         super().__post_init__()
+        if self.products not in ("float32", "bfloat16"):
+            raise UserError(
+                f"config.pretrain.products is {self.products!r}; it is float32 or bfloat16"
+            )
         if unknown := [m for m in self.modes if m not in TASK_MODES]:
             raise UserError(
                 f"config.pretrain.modes names {unknown[0]!r}, which is no task mode; there are "
@@ -126,6 +131,10 @@ def pretrain_loss(
     readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))
 
     def loss(params, frozen, batch, key, step):
+        with jax.default_matmul_precision(options.products):
+            return in_float32(params, frozen, batch, key, step)
+
+    def in_float32(params, frozen, batch, key, step):
         own = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
         model = policy_io.replace(abstract, own | frozen)
         found = latents.sample(model, batch, sub_key(key, 0))

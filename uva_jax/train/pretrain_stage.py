@@ -247,7 +247,7 @@ def _start(context: Context, open_data, mesh, dtype):
         if settings[kind]:
             policy, said = start_from(policy, Path(settings[kind]).expanduser(), kind)
             context.metrics.say(said)
-    if settings.vae_training.steps:
+    if settings.vae_training.steps or settings.vae_training.decoder_steps:
         policy.vae = _train_vae(context, policy, buffer, data, mesh, dtype)
     return policy, reader
 

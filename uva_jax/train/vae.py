@@ -180,7 +180,8 @@ def train_vae(
     """Trains on a pool of frames, scales the latents to unit variance, then trains the decoder on.
 
     Most of the first part's time goes into what the latents hold; with them settled, the decoder
-    alone learns from every frame what they look like (`options.decoder_steps`).
+    alone learns from every frame what they look like (`options.decoder_steps`). Without
+    `options.steps` only the second part runs.
 
     Args:
       vae: where to start; its config is kept.
@@ -209,11 +210,6 @@ def train_vae(
         width = prepare(one, np.zeros(1, bool))["state"].shape[1]
     sample = frames[np.random.default_rng(seed).permutation(len(frames))[:_SAMPLE]]
     weights = PixelWeights(sample.astype(np.float32) / 127.5 - 1.0, options.focus)
-    params = {f"vae/{k}": v for k, v in policy_io.flatten(vae).items()}
-    if width:
-        cells = (size // vae.config.stride) ** 2 * vae.config.z_channels
-        reader = StateReadout(cells, width, rngs=nnx.Rngs(seed + 1))
-        params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
 
     def batches(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
@@ -224,41 +220,46 @@ def train_vae(
         batch = prepare(batch, mirrored[own] < 0.5)
         return {"frames": batch.pop("image"), **batch}
 
-    state = run_loop(
-        vae_loss(vae.config, options, weights, state_size=width, size=size, dtype=dtype),
-        start_state(params, options, mesh),
-        {},
-        batches,
-        options=options,
-        mesh=mesh,
-        seed=seed,
-        folder=folder,
-        metrics=metrics,
-        desc="vae",
-    )
-    average = parallel.on_host(state.ema)
-    trained = policy_io.replace(_abstract(vae.config), part(average, "vae"))
-    trained = scaled_to_unit(trained, sample, jax.random.key(seed))
-    if not options.decoder_steps:
-        return trained
-    arrays = {f"vae/{k}": v for k, v in policy_io.flatten(trained).items()}
-    decoder = {k: v for k, v in arrays.items() if k.startswith(_DECODER)}
-    steps = options.decoder_steps
-    options = dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10))
-    state = run_loop(
-        vae_loss(vae.config, options, weights, size=size, dtype=dtype),
-        start_state(decoder, options, mesh),
-        {k: v for k, v in arrays.items() if k not in decoder},
-        lambda step: {"frames": batches(step)["frames"]},
-        options=options,
-        mesh=mesh,
-        seed=seed + 1,
-        folder=folder.with_name(f"{folder.name}_decoder"),
-        metrics=metrics,
-        desc="decoder",
-    )
-    average = arrays | parallel.on_host(state.ema)
-    return policy_io.replace(_abstract(vae.config), part(average, "vae"))
+    def fit(params, frozen, batches, options, state_size, seed, folder, desc) -> VAE:
+        state = run_loop(
+            vae_loss(vae.config, options, weights, state_size=state_size, size=size, dtype=dtype),
+            start_state(params, options, mesh),
+            frozen,
+            batches,
+            options=options,
+            mesh=mesh,
+            seed=seed,
+            folder=folder,
+            metrics=metrics,
+            desc=desc,
+        )
+        average = frozen | parallel.on_host(state.ema)
+        return policy_io.replace(_abstract(vae.config), part(average, "vae"))
+
+    def arrays() -> dict[str, jax.Array]:
+        return {f"vae/{k}": v for k, v in policy_io.flatten(vae).items()}
+
+    if options.steps:
+        params = arrays()
+        if width:
+            cells = (size // vae.config.stride) ** 2 * vae.config.z_channels
+            reader = StateReadout(cells, width, rngs=nnx.Rngs(seed + 1))
+            params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
+        vae = fit(params, {}, batches, options, width, seed, folder, "vae")
+        vae = scaled_to_unit(vae, sample, jax.random.key(seed))
+    if steps := options.decoder_steps:
+        decoder = {k: v for k, v in arrays().items() if k.startswith(_DECODER)}
+        vae = fit(
+            decoder,
+            {k: v for k, v in arrays().items() if k not in decoder},
+            lambda step: {"frames": batches(step)["frames"]},
+            dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10)),
+            0,
+            seed + 1,
+            folder.with_name(f"{folder.name}_decoder"),
+            "decoder",
+        )
+    return vae
 
 
 def scaled_to_unit(vae: VAE, frames: np.ndarray, key: jax.Array) -> VAE:

@@ -1,0 +1,61 @@
+"""The products and gradients that are written out for the CPU, against jax's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from uva_jax.models import layers
+
+
+def _relative(found, wanted):
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("rows", [128, 130])  # in stripes, and not
+def test_bfloat16_factors_are_rounded_and_summed_in_float32(rows):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, grad = (
+        jax.random.normal(k, shape)
+        for k, shape in zip(keys, ((rows, 24), (24, 40), (rows, 40)), strict=True)
+    )
+    out, back = jax.vjp(layers.bfloat16_product, x, kernel)
+    x, kernel, grad = (v.astype(jnp.bfloat16).astype(jnp.float32) for v in (x, kernel, grad))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, x @ kernel, rtol=1e-5, atol=1e-4)
+    to_x, to_kernel = back(grad)
+    np.testing.assert_allclose(to_x, grad @ kernel.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(to_kernel, x.T @ grad, rtol=1e-5, atol=1e-4)
+
+
+def test_linear_heeds_the_matmul_precision():
+    layer = layers.linear(24, 40, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(40.0)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 24))
+    exact = layer(x)
+    with jax.default_matmul_precision("bfloat16"):
+        rounded = layer(x)
+    assert rounded.shape == exact.shape and rounded.dtype == jnp.float32
+    assert 1e-5 < _relative(rounded, exact) < 1e-2
+    with jax.default_matmul_precision("float32"):
+        np.testing.assert_array_equal(layer(x), exact)
+
+
+def test_a_convolutions_gradient_is_the_same_in_pieces(monkeypatch):
+    layer = layers.conv(8, 16, (3, 3), padding=((0, 1), (0, 1)), strides=2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (5, 12, 12, 8))
+
+    def gradients():
+        def loss(state, x):
+            return jnp.sum(nnx.merge(graph, state)(x) ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(state, x)
+
+    whole = gradients()
+    monkeypatch.setattr(layers, "_CACHE", 2 * x[0].size * 4)  # two maps, two maps, one map
+    pieces = gradients()
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+        assert _relative(b, a) < 1e-5
