@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     backend: str  # torch or uva_jax
     source: str  # frames or latents
-    precision: str  # float32 or bfloat16
+    precision: str  # float32, bfloat16, or products: float32 with factors rounded to bfloat16
     draws: int = 1
 
 
@@ -42,7 +42,11 @@ ROWS = tuple(
     for backend in ("torch", "uva_jax")
     for source in ("frames", "latents")
     for precision in ("float32", "bfloat16")
-) + tuple(Row("uva_jax", "latents", precision, 4) for precision in ("float32", "bfloat16"))
+)
+ROWS += (Row("uva_jax", "latents", "products"),)
+ROWS += tuple(
+    Row("uva_jax", "latents", precision, 4) for precision in ("float32", "bfloat16", "products")
+)
 
 
 def _batch(config: PolicyConfig, row: Row, size: int) -> dict[str, np.ndarray]:
@@ -69,7 +73,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     from configs import common
     from uva_jax import parallel, policy_io
     from uva_jax.config import section
-    from uva_jax.models import losses
+    from uva_jax.models import layers, losses
     from uva_jax.models.layers import sub_key
     from uva_jax.models.policy import Policy
     from uva_jax.train import latents, loop
@@ -83,7 +87,11 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     defaults = section(common.get_config().pretrain, loop.LoopOptions)
     options = dataclasses.replace(defaults, batch=size, steps_per_call=1)
 
-    def loss(params, frozen, batch, key, step):
+    def loss(*args):
+        with layers.bfloat16_products(row.precision == "products"):  # as `pretrain.products`
+            return in_precision(*args)
+
+    def in_precision(params, frozen, batch, key, step):
         model = policy_io.replace(abstract, params | frozen)
         n = config.mar.n_frames
         if row.source == "frames":

@@ -181,6 +181,23 @@ def test_the_loss_is_the_same_on_one_device_and_on_eight():
     assert eight == pytest.approx(one, rel=1e-5)
 
 
+def test_rounded_products_change_the_loss_in_its_last_digits():
+    policy, rng = make_policy(), np.random.default_rng(0)
+    shape = (4, 8, *policy.latent_shape(1)[2:])
+    batch = {"mean": rng.normal(size=shape), "logvar": np.full(shape, -2.0)}
+    batch["action"] = rng.uniform(0, 512, (4, 16, 2))
+    batch = {k: v.astype(np.float32) for k, v in batch.items()}
+    found = []
+    for products in ("float32", "bfloat16"):
+        options = dataclasses.replace(OPTIONS, products=products)
+        loss = pretrain.pretrain_loss(policy, options, ("full_dynamic_model",))
+        run = jax.jit(lambda p, b, loss=loss: loss(p, {}, b, jax.random.key(0), 0)[0])
+        found.append(float(run(policy_io.flatten(policy), batch)))
+    assert found[0] != found[1] == pytest.approx(found[0], rel=2e-2)
+    with pytest.raises(UserError, match="it is float32 or bfloat16"):
+        dataclasses.replace(OPTIONS, products="fp8")
+
+
 def test_modes_come_with_their_shares_after_the_video_phase():
     options = dataclasses.replace(OPTIONS, video_steps=10)
     names, mode = pretrain.task_modes({"policy_model": 0.8, "inverse_model": 0.2}, options, 0)

@@ -7,6 +7,8 @@ keys in calls; modules hold no random state.
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -49,6 +51,11 @@ def _product_backward(factors, grad):
 
 
 bfloat16_product.defvjp(_product_forward, _product_backward)
+
+
+def bfloat16_products(wanted: bool = True) -> contextlib.AbstractContextManager:
+    """Where this is entered (while tracing), float32 `Linear` layers use `bfloat16_product`."""
+    return jax.default_matmul_precision("bfloat16") if wanted else contextlib.nullcontext()
 
 
 def _bfloat16_wanted() -> bool:

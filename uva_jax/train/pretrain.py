@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from uva_jax import parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
-from uva_jax.models.layers import linear, sub_key
+from uva_jax.models.layers import bfloat16_products, linear, sub_key
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES
@@ -131,10 +131,10 @@ def pretrain_loss(
     readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))
 
     def loss(params, frozen, batch, key, step):
-        with jax.default_matmul_precision(options.products):
-            return in_float32(params, frozen, batch, key, step)
+        with bfloat16_products(options.products == "bfloat16"):
+            return in_precision(params, frozen, batch, key, step)
 
-    def in_float32(params, frozen, batch, key, step):
+    def in_precision(params, frozen, batch, key, step):
         own = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
         model = policy_io.replace(abstract, own | frozen)
         found = latents.sample(model, batch, sub_key(key, 0))
