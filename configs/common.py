@@ -198,9 +198,9 @@ def get_config() -> ConfigDict:
                 "modes": {},
                 "video_steps": 0,  # first phase: so many steps of video_model alone
                 "noise_draws": 4,  # of the heads for each window; upstream: 1
-                # Factors of linear layers where `precision` leaves them float32: "bfloat16" rounds
-                # them and sums in float32 (a step takes 0.6 of the time on CPUs with AMX).
-                "products": "float32",
+                # How float32 matrices are multiplied, in JAX's words: "default", or "bfloat16",
+                # which rounds linear layers' factors and sums in float32 (faster with a CPU's AMX).
+                "matmul_precision": "default",
                 "steps": 100_000,
                 "batch": 64,
                 "optimizer": "adamw",  # upstream's; "muon": of blocks' matrices, AdamW of the rest

@@ -33,6 +33,6 @@ def get_config():
     p.readout, p.readout_angles = "state", (4,)
     p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
     p.steps, p.batch, p.lr, p.warmup = 11_000, 64, 1e-3, 300
-    p.products, p.ema.max_value = "bfloat16", 0.9995
+    p.matmul_precision, p.ema.max_value = "bfloat16", 0.9995
     p.score.every, p.checkpoint_every = 3000, 1000
     return config

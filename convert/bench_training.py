@@ -33,19 +33,19 @@ class Row(NamedTuple):
 
     backend: str  # torch or uva_jax
     source: str  # frames or latents
-    precision: str  # float32, bfloat16, or products: float32 with factors rounded to bfloat16
+    precision: str  # float32, bfloat16, or mixed: float32 but for the factors of matrix products
     draws: int = 1
 
 
-ROWS = tuple(
-    Row(backend, source, precision)
-    for backend in ("torch", "uva_jax")
-    for source in ("frames", "latents")
-    for precision in ("float32", "bfloat16")
-)
-ROWS += (Row("uva_jax", "latents", "products"),)
-ROWS += tuple(
-    Row("uva_jax", "latents", precision, 4) for precision in ("float32", "bfloat16", "products")
+ROWS = (
+    *(
+        Row(backend, source, precision)
+        for backend in ("torch", "uva_jax")
+        for source in ("frames", "latents")
+        for precision in ("float32", "bfloat16")
+    ),
+    Row("uva_jax", "latents", "mixed"),
+    *(Row("uva_jax", "latents", precision, 4) for precision in ("float32", "bfloat16", "mixed")),
 )
 
 
@@ -73,7 +73,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     from configs import common
     from uva_jax import parallel, policy_io
     from uva_jax.config import section
-    from uva_jax.models import layers, losses
+    from uva_jax.models import losses
     from uva_jax.models.layers import sub_key
     from uva_jax.models.policy import Policy
     from uva_jax.train import latents, loop
@@ -87,11 +87,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     defaults = section(common.get_config().pretrain, loop.LoopOptions)
     options = dataclasses.replace(defaults, batch=size, steps_per_call=1)
 
-    def loss(*args):
-        with layers.bfloat16_products(row.precision == "products"):  # as `pretrain.products`
-            return in_precision(*args)
-
-    def in_precision(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, key, step):
         model = policy_io.replace(abstract, params | frozen)
         n = config.mar.n_frames
         if row.source == "frames":
@@ -102,15 +98,17 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
         else:
             found = latents.sample(model, batch, key)
             cond, target = found[:, :n], found[:, n:]
-        total, _ = losses.latent_loss(
-            model,
-            jax.lax.stop_gradient(target),
-            jax.lax.stop_gradient(cond),
-            batch["action"],
-            task_mode="policy_model",
-            key=key,
-            noise_draws=row.draws,
-        )
+        # As `pretrain.matmul_precision`.
+        with jax.default_matmul_precision("bfloat16" if row.precision == "mixed" else "default"):
+            total, _ = losses.latent_loss(
+                model,
+                jax.lax.stop_gradient(target),
+                jax.lax.stop_gradient(cond),
+                batch["action"],
+                task_mode="policy_model",
+                key=key,
+                noise_draws=row.draws,
+            )
         return total, {"loss": total}
 
     mesh = parallel.make_mesh()

@@ -35,11 +35,11 @@ def test_linear_heeds_the_matmul_precision():
     layer.bias[...] = jnp.arange(40.0)
     x = jax.random.normal(jax.random.key(1), (2, 3, 24))
     exact = layer(x)
-    with layers.bfloat16_products():
+    with jax.default_matmul_precision("bfloat16"):
         rounded = layer(x)
     assert rounded.shape == exact.shape and rounded.dtype == jnp.float32
     assert 1e-5 < _relative(rounded, exact) < 1e-2
-    with layers.bfloat16_products(False):
+    with jax.default_matmul_precision("default"):
         np.testing.assert_array_equal(layer(x), exact)
 
 

@@ -1,9 +1,9 @@
 """The embedded teacher against numbers that the original's code computed with its weights.
 
-`teacher_reference.npz` was recorded by running upstream's own modules (MAR, DiffActLoss, DiffLoss,
-AutoencoderKL) on the shipped checkpoint in float32, one thread, with the noise stored beside the
-outputs; the three numbers that upstream wires for 256 px were set for 64. Single passes are held to
-2e-5 of the maximum, sampling loops to 5e-4.
+`goldens/record_teacher.py` recorded `teacher_reference.npz` by running upstream's own modules (MAR,
+DiffActLoss, DiffLoss, the VAE's halves) on the shipped checkpoint in float32, one thread, with the
+noise stored beside the outputs; the three numbers that upstream wires for 256 px were set for 64.
+Single passes are held to 2e-5 of the maximum, sampling loops to 5e-4.
 """
 
 from pathlib import Path

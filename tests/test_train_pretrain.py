@@ -181,21 +181,21 @@ def test_the_loss_is_the_same_on_one_device_and_on_eight():
     assert eight == pytest.approx(one, rel=1e-5)
 
 
-def test_rounded_products_change_the_loss_in_its_last_digits():
+def test_rounded_factors_change_the_loss_in_its_last_digits():
     policy, rng = make_policy(), np.random.default_rng(0)
     shape = (4, 8, *policy.latent_shape(1)[2:])
     batch = {"mean": rng.normal(size=shape), "logvar": np.full(shape, -2.0)}
     batch["action"] = rng.uniform(0, 512, (4, 16, 2))
     batch = {k: v.astype(np.float32) for k, v in batch.items()}
     found = []
-    for products in ("float32", "bfloat16"):
-        options = dataclasses.replace(OPTIONS, products=products)
+    for precision in ("default", "bfloat16"):
+        options = dataclasses.replace(OPTIONS, matmul_precision=precision)
         loss = pretrain.pretrain_loss(policy, options, ("full_dynamic_model",))
         run = jax.jit(lambda p, b, loss=loss: loss(p, {}, b, jax.random.key(0), 0)[0])
         found.append(float(run(policy_io.flatten(policy), batch)))
     assert found[0] != found[1] == pytest.approx(found[0], rel=2e-2)
-    with pytest.raises(UserError, match="it is float32 or bfloat16"):
-        dataclasses.replace(OPTIONS, products="fp8")
+    with pytest.raises(UserError, match="it is default or bfloat16"):
+        dataclasses.replace(OPTIONS, matmul_precision="fp8")
 
 
 def test_modes_come_with_their_shares_after_the_video_phase():
@@ -296,6 +296,13 @@ def test_latents_of_another_vae_are_refused(cache, teacher, buffer):
     other = policy_io.replace(teacher, arrays)
     with pytest.raises(UserError, match="vae"):
         encode(cache.folder, other, buffer)
+
+
+def test_latents_serve_every_decoder(cache, teacher, buffer):
+    arrays = policy_io.flatten(teacher)
+    arrays["vae/decoder/conv_out/bias"] = arrays["vae/decoder/conv_out/bias"] + 1
+    same = encode(cache.folder, policy_io.replace(teacher, arrays), buffer)
+    assert same.samples_done() == cache.num_samples
 
 
 def test_latents_on_the_disk_are_those_in_memory(cache):

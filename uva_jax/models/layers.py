@@ -7,8 +7,6 @@ keys in calls; modules hold no random state.
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -53,29 +51,25 @@ def _product_backward(factors, grad):
 bfloat16_product.defvjp(_product_forward, _product_backward)
 
 
-def bfloat16_products(wanted: bool = True) -> contextlib.AbstractContextManager:
-    """Where this is entered (while tracing), float32 `Linear` layers use `bfloat16_product`."""
-    return jax.default_matmul_precision("bfloat16") if wanted else contextlib.nullcontext()
-
-
-def _bfloat16_wanted() -> bool:
-    return jax.config.jax_default_matmul_precision == "bfloat16"
+def _matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(n, c) times (c, d), in the precision that `jax.default_matmul_precision` asks for."""
+    wanted = jax.config.jax_default_matmul_precision == "bfloat16"
+    return bfloat16_product(x, kernel) if wanted and x.dtype == jnp.float32 else x @ kernel
 
 
 class Linear(nnx.Linear):
     """Linear layer that works on a matrix whatever the leading axes of its input.
 
     XLA's CPU backend takes twice as long for the gradient of a kernel when the input has more
-    than one leading axis. It also ignores `jax.default_matmul_precision("bfloat16")`, which float32
-    layers heed here.
+    than one leading axis. It ignores `jax.default_matmul_precision("bfloat16")` too; this does not.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if self.dtype is None and _bfloat16_wanted():
-            rows = bfloat16_product(rows, self.kernel[...]) + self.bias[...]
-        else:
-            rows = super().__call__(rows)
+        rows, kernel, bias = self.promote_dtype(
+            (rows, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        rows = _matrix_product(rows, kernel) + bias
         return rows.reshape(*inputs.shape[:-1], rows.shape[-1])
 
 
@@ -161,8 +155,7 @@ def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     rows = rearrange(jnp.stack(shifted, axis=3), "n h w k c -> (n h w) (k c)")
     kernel = rearrange(kernel, "i j c d -> (i j c) d")
-    plain = layer.dtype is not None or not _bfloat16_wanted()
-    out = (rows @ kernel if plain else bfloat16_product(rows, kernel)) + bias
+    out = _matrix_product(rows, kernel) + bias
     return out.reshape(*x.shape[:3], -1)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from uva_jax import parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.metrics import MetricsWriter
-from uva_jax.models.layers import bfloat16_products, linear, sub_key
+from uva_jax.models.layers import linear, sub_key
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES
@@ -45,13 +45,14 @@ class PretrainOptions(LoopOptions):
     gradient_checkpointing: bool
     different_history_freq: bool
     judge_windows: int
-    products: str
+    matmul_precision: str
 
     def __post_init__(self):
         super().__post_init__()
-        if self.products not in ("float32", "bfloat16"):
+        if self.matmul_precision not in ("default", "bfloat16"):
             raise UserError(
-                f"config.pretrain.products is {self.products!r}; it is float32 or bfloat16"
+                f"config.pretrain.matmul_precision is {self.matmul_precision!r}; it is default or "
+                "bfloat16"
             )
         if unknown := [m for m in self.modes if m not in TASK_MODES]:
             raise UserError(
@@ -131,10 +132,6 @@ def pretrain_loss(
     readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))
 
     def loss(params, frozen, batch, key, step):
-        with bfloat16_products(options.products == "bfloat16"):
-            return in_precision(params, frozen, batch, key, step)
-
-    def in_precision(params, frozen, batch, key, step):
         own = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
         model = policy_io.replace(abstract, own | frozen)
         found = latents.sample(model, batch, sub_key(key, 0))
@@ -180,11 +177,12 @@ def pretrain_loss(
                 total = total + options.readout_weight * (1 - 0.9 * step / options.steps) * read
             return scalars | {"loss": total}
 
-        if len(modes) == 1:
-            scalars = in_mode(modes[0])
-        else:
-            branches = [lambda name=name: in_mode(name) for name in modes]
-            scalars = jax.lax.switch(batch["mode"][0], branches)
+        with jax.default_matmul_precision(options.matmul_precision):
+            if len(modes) == 1:
+                scalars = in_mode(modes[0])
+            else:
+                branches = [lambda name=name: in_mode(name) for name in modes]
+                scalars = jax.lax.switch(batch["mode"][0], branches)
         return scalars["loss"], scalars
 
     return loss
