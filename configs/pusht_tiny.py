@@ -26,8 +26,8 @@ def get_config():
     config.finetune.reuse_cache = True
     config.finetune.steps = 300
     config.finetune.batch = 64
-    config.finetune.lr = 1e-5
+    config.finetune.lr = 2e-6
     config.finetune.warmup = 30
     config.finetune.ema.max_value = 0.99
-    config.evaluate.sampling_steps = "10"
+    config.evaluate.windows = 128
     return config
