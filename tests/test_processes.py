@@ -81,6 +81,17 @@ def run_two(workdir: Path, config: Path, *more: str) -> str:
     return said[0]
 
 
+def run_one_and_two(parent: Path, config: Path, *more: str) -> list[Path]:
+    """Runs a command in one process of two devices and in two of one: the same compiler settings,
+    so that what differs is the processes. Returns both folders."""
+    folders = [parent / name for name in ("one", "two")]
+    one = start(folders[0], config, 2, *more)
+    out = one.communicate(timeout=400)[0]
+    assert one.returncode == 0, out
+    run_two(folders[1], config, *more)
+    return folders
+
+
 @pytest.fixture(scope="module")
 def config(shared, make_config) -> Path:
     """The file of the configuration that `finished` ran."""
@@ -107,16 +118,13 @@ def assert_same_parameters(found, wanted) -> None:
         assert np.sqrt(np.mean((np.asarray(x) - wanted[path]) ** 2)) < 3e-4, path
 
 
-def test_two_processes_graft_what_one_does(tmp_path, config, finished):
-    run_two(tmp_path, config)
-    found, _ = convert_checkpoint(tmp_path / "export" / "grafted.ckpt")
-    wanted, _ = convert_checkpoint(finished.workdir / "export" / "grafted.ckpt")
-    assert_same_parameters(found, wanted)
+def test_two_processes_graft_what_one_does(tmp_path, config):
+    folders = run_one_and_two(tmp_path, config)
+    grafts = [convert_checkpoint(folder / "export" / "grafted.ckpt")[0] for folder in folders]
+    assert_same_parameters(*grafts)
     for stage, name in (("distill", "cross_attn/loss"), ("finetune", "loss")):
-        np.testing.assert_allclose(
-            *(losses(workdir, stage, name) for workdir in (tmp_path, finished.workdir)), rtol=1e-2
-        )
-    assert (tmp_path / "eval" / "report.html").exists()
+        np.testing.assert_allclose(*(losses(folder, stage, name) for folder in folders), rtol=1e-2)
+    assert (folders[1] / "eval" / "report.html").exists()
 
 
 def test_two_processes_train_what_one_does(tmp_path, shared, buffer):
@@ -124,11 +132,7 @@ def test_two_processes_train_what_one_does(tmp_path, shared, buffer):
     changes = {"data.max_episodes": EPISODES, "data.cache": str(shared / "cache")}
     text = _CONFIG.format(changes=changes | {"data.mirror": "pusht"})
     config.write_text(text.replace("    return config\n", _PRETRAIN.lstrip("\n")))
-    one = start(tmp_path / "one", config, 2, "--stage", "pretrain")
-    out = one.communicate(timeout=400)[0]
-    assert one.returncode == 0, out
-    run_two(tmp_path / "two", config, "--stage", "pretrain")
-    folders = [tmp_path / name for name in ("one", "two")]
+    folders = run_one_and_two(tmp_path, config, "--stage", "pretrain")
     np.testing.assert_allclose(
         *(losses(folder, "pretrain", "policy/loss") for folder in folders), rtol=1e-4
     )
