@@ -201,6 +201,7 @@ def get_config() -> ConfigDict:
                 # How float32 matrices are multiplied, in JAX's words: "default", or "bfloat16",
                 # which rounds linear layers' factors and sums in float32 (faster with a CPU's AMX).
                 "matmul_precision": "default",
+                # 0: the policy of pretrain.mar stays, and its decoder alone trains on.
                 "steps": 100_000,
                 "batch": 64,
                 "optimizer": "adamw",  # upstream's; "muon": of blocks' matrices, AdamW of the rest

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from configs import pretrain_tiny, pusht_tiny
 from uva_jax.data.pusht_demos import RenderWorker, load_demos, render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import UNIT_STEPS
@@ -100,3 +101,9 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
 def test_impossible_numbers_of_episodes_are_refused(tmp_path, number):
     with pytest.raises(UserError, match="1 to 1200 are embedded"):
         render_demos(tmp_path / "d", max_episodes=number)
+
+
+def test_the_default_graft_holds_out_the_episodes_that_its_teacher_never_saw():
+    graft, teacher = pusht_tiny.get_config().data, pretrain_tiny.get_config().data
+    for name in ("path", "max_episodes", "val_ratio", "split_seed"):
+        assert graft[name] == teacher[name], name

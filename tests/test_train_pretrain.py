@@ -22,7 +22,7 @@ from uva_jax.data.source import WindowSpec
 from uva_jax.errors import UserError
 from uva_jax.graft.record import Site
 from uva_jax.metrics import MetricsWriter, read_metrics
-from uva_jax.train import latents, loop, pretrain
+from uva_jax.train import latents, loop, pretrain, pretrain_stage
 from uva_jax.train.windows import StateScale, Windows, past_choices
 
 OPTIONS = dataclasses.replace(
@@ -453,3 +453,18 @@ def test_missing_weights_are_an_error_unless_from_scratch(stage_config, tmp_path
     stage_config.pretrain.from_scratch = False
     with pytest.raises(UserError, match="from_scratch"):
         run(stage_config, str(tmp_path), ["pretrain"])
+
+
+def test_without_steps_the_decoder_alone_trains_on(stage_config, checkpoint, tmp_path):
+    from uva_jax.main import run
+
+    config = stage_config.copy_and_resolve_references()
+    config.pretrain.update(mar=str(checkpoint), steps=0)
+    with pytest.raises(UserError, match="decoder_steps"):
+        run(config, str(tmp_path / "refused"), ["pretrain"])
+    config.pretrain.vae_training.update(steps=0, decoder_steps=2)
+    silently(run, config, str(tmp_path), ["pretrain"])
+    given = policy_io.flatten(pretrain_stage.rounded(convert_checkpoint(checkpoint)[0])[0])
+    found = policy_io.flatten(policy_io.load_policy(tmp_path / "pretrain" / "policy"))
+    moved = [path for path, x in found.items() if not np.array_equal(x, given[path])]
+    assert moved and all(p.startswith(("vae/decoder/", "vae/post_quant_conv/")) for p in moved)

@@ -39,7 +39,7 @@ _CHOICES = {
 _POSITIVE = (
     "capture.num_samples capture.held_out capture.strip capture.batch distill.epochs "
     "distill.batch distill.lr finetune.steps finetune.batch finetune.lr finetune.accumulate "
-    "finetune.noise_draws pretrain.steps pretrain.batch pretrain.accumulate pretrain.noise_draws "
+    "finetune.noise_draws pretrain.batch pretrain.accumulate pretrain.noise_draws "
     "pretrain.steps_per_call pretrain.checkpoint_every pretrain.vae_training.batch "
     "pretrain.vae_training.accumulate pretrain.vae_training.steps_per_call "
     "pretrain.vae_training.checkpoint_every finetune.steps_per_call finetune.checkpoint_every "

@@ -15,7 +15,6 @@ from flax import nnx
 _XAVIER = nnx.initializers.xavier_uniform()
 _ROWS_AND_COLUMNS = (((1,), (0,)), ((), ()))  # of a plain matrix product
 _STRIPES = 64
-_CACHE = 2**20  # bytes of a convolution's inputs that a core works on at once
 
 
 def _bfloat16_dot(x: jax.Array, y: jax.Array, dimensions=_ROWS_AND_COLUMNS) -> jax.Array:
@@ -111,34 +110,8 @@ def conv(
         strides,
         padding=padding,
         dtype=dtype,
-        conv_general_dilated=_convolve,
         rngs=rngs,
     )
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, strides, padding, **how) -> jax.Array:
-    """`lax.conv_general_dilated`, on CPUs with the kernel's gradient summed over a few maps at a
-    time: XLA takes twice as long for what does not fit the cache."""
-
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
-
-    at_once = max(1, _CACHE // (x[0].size * x.dtype.itemsize))
-    if jax.default_backend() != "cpu" or len(x) <= at_once:
-        return plain(x, kernel)
-
-    def backward(inputs, grad):
-        x, kernel = inputs
-        (to_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](grad)
-        to_kernel = jnp.zeros_like(kernel)
-        for start in range(0, len(x), at_once):
-            some = slice(start, start + at_once)
-            to_kernel += jax.vjp(lambda k, s=some: plain(x[s], k), kernel)[1](grad[some])[0]
-        return to_x, to_kernel
-
-    product = jax.custom_vjp(plain)
-    product.defvjp(lambda x, kernel: (plain(x, kernel), (x, kernel)), backward)
-    return product(x, kernel)
 
 
 def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from convert import torch_file
+from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import export_policy, plain_cfg, torch_arrays
 from uva_jax import policy_io
@@ -168,6 +169,26 @@ def run(
         policy, reader = _start(context, open_data, mesh, dtype)
         policy_io.save_policy(start, policy, source={"stage": "pretrain", "part": "start"})
         policy = policy_io.load_policy(start, dtype=dtype)
+    trained = policy
+    if options.steps:
+        trained = _train_policy(context, policy, reader, options, mesh, score)
+    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
+    records = None
+    if config.pretrain.save_dtype == "bfloat16":
+        trained, records = rounded(trained)
+    policy_io.save_policy(folder / "policy", trained, source=about, records=records)
+    found = {}
+    if context.is_primary:
+        found = export_policy(folder / "policy", folder / "policy.ckpt")
+        shutil.rmtree(start)
+        context.metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(trained, nnx.Param)))
+    return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
+
+
+def _train_policy(context: Context, policy: Policy, reader, options, mesh, score) -> Policy:
+    """The policy with its transformer and heads trained on the cached latents of all frames."""
+    config, folder, seed = context.config, context.folder, context.config.seed
     buffer, data = reader.buffer, reader.options
     augment = config.pretrain.augment
     copies = latents.Copies(
@@ -183,7 +204,7 @@ def run(
     wrist = encoded("latents_wrist", data.wrist_key) if policy.config.mar.wrist else None
     key = config.pretrain.readout
     train, held_out = source.split(buffer, data)
-    trained = pretrain.pretrain(
+    return pretrain.pretrain(
         policy,
         moments,
         *(
@@ -205,18 +226,6 @@ def run(
         score=score,
         score_every=config.pretrain.score.every,
     )
-    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
-    records = None
-    if config.pretrain.save_dtype == "bfloat16":
-        trained, records = rounded(trained)
-    policy_io.save_policy(folder / "policy", trained, source=about, records=records)
-    found = {}
-    if context.is_primary:
-        found = export_policy(folder / "policy", folder / "policy.ckpt")
-        shutil.rmtree(start)
-        context.metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
-    count = sum(x.size for x in jax.tree.leaves(nnx.state(trained, nnx.Param)))
-    return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
 
 
 def _opened(open_data, policy: Policy) -> source.WindowReader:
@@ -233,6 +242,12 @@ def _start(context: Context, open_data, mesh, dtype):
     """The policy that training begins with, its VAE trained; the reader of its data."""
     config, settings = context.config, context.config.pretrain
     _check_starts(settings)
+    if not settings.steps:
+        policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
+        reader = _opened(open_data, policy)
+        buffer, data = reader.buffer, reader.options
+        policy.vae = _train_vae(context, policy, buffer, data, mesh, dtype)
+        return policy, reader
     model = section(settings.model, ModelOptions)
     spaced = settings.different_history_freq
     probe = policy_io.abstract_policy(model_config(model, 2))
@@ -253,6 +268,15 @@ def _start(context: Context, open_data, mesh, dtype):
 
 
 def _check_starts(settings) -> None:
+    if not settings.steps:
+        decoder = settings.vae_training.decoder_steps and not settings.vae_training.steps
+        if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
+            raise UserError(
+                "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
+                "policy as config.pretrain.mar, pretrain.vae_training.decoder_steps, and "
+                "pretrain.vae_training.steps=0"
+            )
+        return
     missing = [kind for kind in ("mar", "vae") if not settings[kind]]
     if missing and not settings.from_scratch:
         raise UserError(
