@@ -176,6 +176,8 @@ def get_config() -> ConfigDict:
                     # Further steps of the decoder alone, every frame decoded; with steps=0 they
                     # are the only ones.
                     "decoder_steps": 0,
+                    # Their frames are drawn with odds of their rarity to this power (0: alike).
+                    "decoder_rarity": 0.0,
                     "steps_per_call": 1,
                     "checkpoint_every": 500,
                     "log_every": 20,

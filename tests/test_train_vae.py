@@ -45,14 +45,14 @@ def scene():
     return frames, where.astype(np.float32) / 4 - 1.4, dots
 
 
-def train(folder, scene, start=None, **changes):
+def train(folder, scene, start=None, prepare=lambda batch, where: batch, **changes):
     folder.mkdir(exist_ok=True)
     with MetricsWriter(folder, "pretrain") as metrics:
         return training.train_vae(
             start or VAE(CONFIG, rngs=nnx.Rngs(0)),
             scene[0],
             scene[1],
-            prepare=lambda batch, where: batch,
+            prepare=prepare,
             options=dataclasses.replace(OPTIONS, **changes),
             mesh=parallel.make_mesh(),
             seed=0,
@@ -131,3 +131,34 @@ def test_a_given_vae_can_have_its_decoder_alone_trained(tmp_path, shared, scene,
     alone = train(tmp_path / "alone", scene, trained[0], steps=0, decoder_steps=24)
     for path, x in policy_io.flatten(alone).items():
         np.testing.assert_array_equal(x, both[path])
+
+
+def test_a_frame_is_rare_by_what_it_shows_where():
+    frames = np.full((8, 4, 4, 3), 250, np.uint8)
+    frames[:6, 0, 0] = frames[6, 3, 3] = 0  # six times the same dot, then one elsewhere, and none
+    found = training.rarity(frames)
+    pixels = np.full((8, 16), -np.log(1))
+    pixels[:6, 0], pixels[6:, 0] = -np.log(6 / 8), -np.log(2 / 8)
+    pixels[:, 15] = -np.log(7 / 8)
+    pixels[6, 15] = -np.log(1 / 8)
+    np.testing.assert_allclose(found, pixels.mean(axis=1), rtol=1e-12)
+
+
+def test_the_decoder_sees_rare_frames_more_often(tmp_path, scene, trained):
+    frames = scene[0].copy()
+    frames[8:] = frames[8]  # eight frames are rare among copies of a ninth
+
+    def rare_share(power):
+        seen = []
+
+        def prepare(batch, where):
+            seen.append((batch["image"] != frames[8]).any(axis=(1, 2, 3)))
+            return batch
+
+        folder = tmp_path / str(power)
+        given = (frames, None, None)
+        options = {"steps": 0, "decoder_steps": 8, "decoder_rarity": power}
+        train(folder, given, trained[0], prepare, **options)
+        return np.mean(seen)
+
+    assert rare_share(0.0) < 0.25 < 0.75 < rare_share(2.0)

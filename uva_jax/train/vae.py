@@ -30,6 +30,7 @@ from uva_jax.train.loop import LoopOptions, part, run_loop, start_state
 
 _LEVELS = 9  # of a channel's difference from the median frame
 _SAMPLE = 512  # frames that medians and frequencies are taken from
+_BLOCK = 1024  # frames looked at at a time
 _DECODER = ("vae/decoder/", "vae/post_quant_conv/")
 _READOUT = "readout"  # prefix of parameters that are dropped after training
 
@@ -45,6 +46,7 @@ class VAEOptions(LoopOptions):
     readout_weight: float
     decode_every: int
     decoder_steps: int
+    decoder_rarity: float
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,6 +82,31 @@ class PixelWeights:
     def __call__(self, frames: jax.Array) -> jax.Array:
         """(n, h, w, 3) in [-1, 1] -> weights (n, h, w)."""
         return self.table[self._bins(frames)]
+
+
+def rarity(frames: np.ndarray) -> np.ndarray:
+    """How rare what a frame shows is where it shows it: the mean of -log p over its pixels.
+
+    p is the share of all frames with that value, of 9 levels, at that place in that channel.
+    Frames that a VAE decodes worst are the rarest ones.
+
+    Args:
+      frames: (n, h, w, 3) uint8.
+
+    Returns:
+      (n,) float64, in nats.
+    """
+    flat = frames.reshape(len(frames), -1)
+    level = np.round(np.arange(256) * ((_LEVELS - 1) / 255)).astype(np.uint8)
+    blocks = range(0, len(flat), _BLOCK)
+    counts = np.zeros((_LEVELS, flat.shape[1]), np.int64)
+    for at in blocks:
+        levels = level[flat[at : at + _BLOCK]]
+        counts += np.stack([np.count_nonzero(levels == k, axis=0) for k in range(_LEVELS)])
+    surprise = -np.log(np.maximum(counts, 1) / len(flat))
+    place = np.arange(flat.shape[1])
+    found = [surprise[level[flat[at : at + _BLOCK]], place].mean(axis=1) for at in blocks]
+    return np.concatenate(found)
 
 
 def weighted_errors(
@@ -211,9 +238,10 @@ def train_vae(
     sample = frames[np.random.default_rng(seed).permutation(len(frames))[:_SAMPLE]]
     weights = PixelWeights(sample.astype(np.float32) / 127.5 - 1.0, options.focus)
 
-    def batches(step: int) -> dict[str, np.ndarray]:
+    def batches(step: int, odds: np.ndarray | None = None) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
-        rows, mirrored = rng.integers(len(frames), size=options.batch), rng.random(options.batch)
+        rows = rng.choice(len(frames), size=options.batch, p=odds)
+        mirrored = rng.random(options.batch)
         own = np.array_split(np.arange(options.batch), jax.process_count())[jax.process_index()]
         rows = rows[own]
         batch = {"image": frames[rows]} | ({"state": states[rows]} if width else {})
@@ -249,10 +277,14 @@ def train_vae(
         vae = scaled_to_unit(vae, sample, jax.random.key(seed))
     if steps := options.decoder_steps:
         decoder = {k: v for k, v in arrays().items() if k.startswith(_DECODER)}
+        odds = None
+        if options.decoder_rarity:
+            odds = (rarity(frames) + 1e-6) ** options.decoder_rarity
+            odds /= odds.sum()
         vae = fit(
             decoder,
             {k: v for k, v in arrays().items() if k not in decoder},
-            lambda step: {"frames": batches(step)["frames"]},
+            lambda step: {"frames": batches(step, odds)["frames"]},
             dataclasses.replace(options, steps=steps, warmup=min(options.warmup, steps // 10)),
             0,
             seed + 1,
