@@ -120,6 +120,15 @@ def test_a_changed_setting_reruns_its_stage_and_says_what_changed(finished, make
     assert [path.name for path in (workdir / "export").glob("*.ckpt")] == ["other.ckpt"]
 
 
+@pytest.mark.parametrize(
+    "setting", [{"pretrain__batch": 0}, {"pretrain__steps": -1}, {"distill__lr": 0.0}]
+)
+def test_a_number_out_of_range_is_named(make_config, tmp_path, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(UserError, match=rf"config.{name.replace('__', '.')} is {value}, but"):
+        run(make_config(**setting), str(tmp_path), ["convert"])
+
+
 def test_only_the_named_stages_run(make_config, tmp_path):
     _, printed = silently(run, make_config(), str(tmp_path), ["convert"])
     assert outcome(printed) == {"convert": "ran"}

@@ -46,6 +46,10 @@ _POSITIVE = (
     "finetune.log_every evaluate.num_seeds "
     "evaluate.max_steps evaluate.draws data.horizon"
 ).split()
+_NOT_NEGATIVE = (
+    "pretrain.steps pretrain.video_steps pretrain.vae_training.steps "
+    "pretrain.vae_training.decoder_steps pretrain.vae_training.decoder_rarity"
+).split()
 _FREE = ("finetune.unfreeze_at", "pretrain.modes")  # keys of these sections are the user's own
 
 
@@ -106,6 +110,9 @@ def check(config: ConfigDict) -> FrozenConfigDict:
     for name in _POSITIVE:
         if given[name] <= 0:
             raise UserError(f"config.{name} is {given[name]}, but must be above 0")
+    for name in _NOT_NEGATIVE:
+        if given[name] < 0:
+            raise UserError(f"config.{name} is {given[name]}, but must be 0 or more")
     if not 0 < given["finetune.data_fraction"] <= 1:
         raise UserError(
             f"config.finetune.data_fraction is {given['finetune.data_fraction']}; "
