@@ -65,10 +65,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        rows, kernel, bias = self.promote_dtype(
-            (rows, self.kernel[...], self.bias[...]), dtype=self.dtype
-        )
-        rows = _matrix_product(rows, kernel) + bias
+        bias = None if self.bias is None else self.bias[...]
+        rows, kernel, bias = self.promote_dtype((rows, self.kernel[...], bias), dtype=self.dtype)
+        rows = _matrix_product(rows, kernel)
+        rows = rows if bias is None else rows + bias
         return rows.reshape(*inputs.shape[:-1], rows.shape[-1])
 
 
