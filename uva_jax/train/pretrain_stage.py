@@ -273,8 +273,8 @@ def _check_starts(settings) -> None:
         if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
             raise UserError(
                 "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
-                "policy as config.pretrain.mar, pretrain.vae_training.decoder_steps, and "
-                "pretrain.vae_training.steps=0"
+                "policy as config.pretrain.mar, no other one as pretrain.vae, "
+                "pretrain.vae_training.steps=0 and pretrain.vae_training.decoder_steps"
             )
         return
     missing = [kind for kind in ("mar", "vae") if not settings[kind]]

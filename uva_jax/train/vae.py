@@ -88,7 +88,7 @@ def rarity(frames: np.ndarray) -> np.ndarray:
     """How rare what a frame shows is where it shows it: the mean of -log p over its pixels.
 
     p is the share of all frames with that value, of 9 levels, at that place in that channel.
-    Frames that a VAE decodes worst are the rarest ones.
+    What a VAE has seldom seen there, it decodes worst.
 
     Args:
       frames: (n, h, w, 3) uint8.
@@ -279,6 +279,7 @@ def train_vae(
         decoder = {k: v for k, v in arrays().items() if k.startswith(_DECODER)}
         odds = None
         if options.decoder_rarity:
+            # Frames that are all alike have no rarity, and are drawn alike.
             odds = (rarity(frames) + 1e-6) ** options.decoder_rarity
             odds /= odds.sum()
         vae = fit(
