@@ -120,6 +120,9 @@ def get_config() -> ConfigDict:
                 "unfreeze_at": {},  # {"5000": ("mar/decoder_blocks",)}: frozen until that step
                 "dropout": False,  # the transformer's dropout while fine-tuning
                 "noise_draws": 1,  # diffusion draws of the head for each window of a batch
+                # Of the mean square between the outputs of teacher and graft on the same noisy
+                # actions, beside the diffusion loss of the data (0: that alone).
+                "teacher_weight": 0.0,
                 "use_lora": False,
                 "lora_rank": 64,
                 "lora_targets": ("mar/decoder_blocks/*/attn/*", "mar/decoder_blocks/*/mlp/*"),
@@ -173,11 +176,12 @@ def get_config() -> ConfigDict:
                     "focus": 40.0,  # what rare pixels may count over the background
                     "readout_weight": 1.0,
                     "decode_every": 3,  # of the frames that are read out, one in 3 is decoded
+                    # Frames are drawn with odds of their rarity to this power (0: alike).
+                    "rarity": 0.0,
                     # Further steps of the decoder alone, every frame decoded; with steps=0 they
                     # are the only ones.
                     "decoder_steps": 0,
-                    # Their frames are drawn with odds of their rarity to this power (0: alike).
-                    "decoder_rarity": 0.0,
+                    "decoder_rarity": 0.0,  # as rarity, in these
                     "steps_per_call": 1,
                     "checkpoint_every": 500,
                     "log_every": 20,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax import parallel, policy_io
+from uva_jax import diffusion, parallel, policy_io
 from uva_jax.errors import UserError
 from uva_jax.graft import assemble
 from uva_jax.metrics import MetricsWriter, read_metrics
@@ -32,6 +32,7 @@ OPTIONS = finetune.FinetuneOptions(
     unfreeze_at={},
     dropout=False,
     noise_draws=2,
+    teacher_weight=0.0,
     use_lora=False,
     lora_rank=2,
     lora_targets=("mar/decoder_blocks/*/attn/*",),
@@ -60,10 +61,10 @@ def tokens():
     }
 
 
-def train(graft, tokens, folder, **changes):
+def train(graft, tokens, folder, teacher=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
     folder.mkdir(exist_ok=True)
-    trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0)
+    trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0, teacher)
     batches = finetune.token_batches(tokens, options, 0)
     with MetricsWriter(folder, "finetune") as metrics:
         tuned = trainer.run(finetune.loss_on_tokens, batches, folder=folder, metrics=metrics)
@@ -186,3 +187,77 @@ def test_gradient_checkpointing_changes_no_gradient(graft):
     for path, x in plain.items():
         scale = max(float(np.abs(x).max()), 1e-6)
         np.testing.assert_allclose(x / scale, checkpointed[path] / scale, atol=1e-5, err_msg=path)
+
+
+def test_the_distance_to_the_teacher_is_that_of_the_heads_on_the_same_noise(graft, teacher, tokens):
+    batch = {k: jnp.asarray(v[:3]) for k, v in tokens.items()}
+    options = dataclasses.replace(OPTIONS, teacher_weight=3.0)
+    key = jax.random.key(0)
+    found = finetune.loss_on_tokens(graft, batch, key, options, teacher)
+    plain = finetune.loss_on_tokens(graft, batch, key, options)
+    assert "distance" not in plain and plain["mse"] == found["mse"]
+    np.testing.assert_allclose(found["loss"], plain["loss"] + 3 * found["distance"], rtol=1e-6)
+    # Drawn by hand: 2 draws of each sample, one timestep for all of its rows.
+    t = jax.random.randint(jax.random.fold_in(key, 0), (6,), 0, 1000)
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (6, 16, 2))
+    schedule = diffusion.make_schedule("", 1000)
+    x_t = diffusion.q_sample(schedule, jnp.tile(batch["actions"], (2, 1, 1)), t, noise)
+    ours, theirs = (
+        p.action_head.denoise(x_t, t, jnp.tile(p.action_head.condition(batch["z"]), (2, 1, 1)))
+        for p in (graft, teacher)
+    )
+    np.testing.assert_allclose(found["distance"], jnp.mean((ours - theirs) ** 2), rtol=1e-5)
+    assert found["distance"] > 0
+    # Of the teacher to itself there is none.
+    same = finetune.loss_on_tokens(teacher, batch, key, options, teacher)
+    assert same["distance"] == 0
+
+
+def test_a_graft_held_to_its_teacher_comes_nearer_to_it(graft, teacher, tokens, tmp_path):
+    options = dataclasses.replace(OPTIONS, teacher_weight=100.0)
+
+    def distance(policy):
+        batch = {k: jnp.asarray(v) for k, v in tokens.items()}
+        return finetune.loss_on_tokens(policy, batch, jax.random.key(7), options, teacher)[
+            "distance"
+        ]
+
+    arrays = train(
+        graft, tokens, tmp_path, teacher, teacher_weight=100.0, steps=40, batch=12, lr=3e-3
+    )
+    tuned = policy_io.replace(policy_io.abstract_policy(graft.config), arrays)
+    assert distance(tuned) < 0.7 * distance(graft)
+    # What the teacher lends is not the graft's.
+    assert not [k for k in arrays if k.startswith("teacher/")]
+    assert {"distance", "loss", "mse"} <= {
+        k.removeprefix("finetune/") for k in read_metrics(tmp_path, "finetune")[-1]
+    }
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_teacher_stays_itself_while_the_trunk_trains(graft, teacher, lora):
+    options = dataclasses.replace(OPTIONS, freeze=(), use_lora=lora, teacher_weight=1.0)
+    trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0, teacher)
+    params = {k: trainer.arrays[k] for k in trainer.phases[0].trainable}
+    frozen = {k: v for k, v in trainer.arrays.items() if k not in params} | trainer.held
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 4, 32, 32, 3), np.uint8),
+        "action": rng.uniform(0, 512, (2, 16, 2)).astype(np.float32),
+    }
+    seen = []
+
+    def loss(policy, batch, key, options, teacher):
+        seen.append(policy_io.flatten(teacher))
+        return finetune.loss_on_images(policy, batch, key, options, teacher)
+
+    objective = finetune.graft_loss(graft, loss, options, teacher)
+    moved = {k: v + 0.1 for k, v in params.items()}
+    _, scalars = objective(moved, frozen, batch, jax.random.key(0), 0)
+    assert np.isfinite(scalars["distance"]) and scalars["distance"] > 0
+    for path, x in policy_io.flatten(teacher).items():
+        np.testing.assert_array_equal(x, seen[0][path], err_msg=path)
+    # The frozen encoder is shared, not held twice.
+    held = {k.removeprefix("teacher/") for k in trainer.held}
+    assert "mar/decoder_blocks/0/attn/qkv/kernel" in held
+    assert not any(k.startswith(("mar/encoder_", "vae/")) for k in held)

@@ -144,7 +144,8 @@ def test_a_frame_is_rare_by_what_it_shows_where():
     np.testing.assert_allclose(found, pixels.mean(axis=1), rtol=1e-12)
 
 
-def test_the_decoder_sees_rare_frames_more_often(tmp_path, scene, trained):
+@pytest.mark.parametrize("steps, name", [("steps", "rarity"), ("decoder_steps", "decoder_rarity")])
+def test_rare_frames_are_drawn_more_often(tmp_path, scene, trained, steps, name):
     frames = scene[0].copy()
     frames[8:] = frames[8]  # eight frames are rare among copies of a ninth
 
@@ -157,7 +158,7 @@ def test_the_decoder_sees_rare_frames_more_often(tmp_path, scene, trained):
 
         folder = tmp_path / str(power)
         given = (frames, None, None)
-        options = {"steps": 0, "decoder_steps": 8, "decoder_rarity": power}
+        options = {"steps": 0, "decoder_steps": 0} | {steps: 8, name: power}
         train(folder, given, trained[0], prepare, **options)
         return np.mean(seen)
 

@@ -47,8 +47,9 @@ _POSITIVE = (
     "evaluate.max_steps evaluate.draws data.horizon"
 ).split()
 _NOT_NEGATIVE = (
-    "pretrain.steps pretrain.video_steps pretrain.vae_training.steps "
-    "pretrain.vae_training.decoder_steps pretrain.vae_training.decoder_rarity"
+    "pretrain.steps pretrain.video_steps pretrain.vae_training.steps pretrain.vae_training.rarity "
+    "pretrain.vae_training.decoder_steps pretrain.vae_training.decoder_rarity "
+    "finetune.teacher_weight"
 ).split()
 _FREE = ("finetune.unfreeze_at", "pretrain.modes")  # keys of these sections are the user's own
 

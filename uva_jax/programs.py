@@ -209,10 +209,10 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
             f"config.finetune.batch is {options.batch}, which cannot be dealt evenly to the mesh's "
             f"{shares} data shares (data x fsdp): use a multiple"
         )
-    head = assemble.grafted_config(
-        policy_io.abstract_policy(teacher), settings.section(config.head, assemble.HeadOptions)
-    )
+    old = policy_io.abstract_policy(teacher, dtype=dtype)
+    head = assemble.grafted_config(old, settings.section(config.head, assemble.HeadOptions))
     policy = policy_io.abstract_policy(dataclasses.replace(teacher, action_head=head), dtype=dtype)
+    reference = old if options.teacher_weight else None
     arrays = policy_io.shapes(policy)
     if options.use_lora:
         arrays |= jax.eval_shape(
@@ -237,12 +237,15 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
         batch = _windows(config, teacher, (*lead, teacher.mar.n_frames), lead, rows)
     loss = finetune.loss_on_tokens if tokens else finetune.loss_on_images
     step = loop.make_steps(
-        finetune.graft_loss(policy, loss, options),
+        finetune.graft_loss(policy, loss, options, reference),
         options,
         mesh,
         jax.tree.map(lambda x: x.sharding, state),
     )
     frozen = {k: v for k, v in arrays.items() if k not in params}
+    if reference is not None:
+        held = finetune.teacher_arrays(policy_io.shapes(reference), phases)
+        frozen |= _place(held, parallel.shardings_for(held, mesh))
     trained = sum(math.prod(x.shape) for x in params.values())
     advice = [] if options.gradient_checkpointing else ["--config.finetune.gradient_checkpointing"]
     if options.batch % (2 * options.accumulate * shares) == 0:

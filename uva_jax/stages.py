@@ -191,7 +191,10 @@ def run_finetune(context: Context) -> dict:
     policy_io.save_policy(context.workdir / "grafted", policy, source=about, records=records)
     config = context.config
     options = section(config.finetune, finetune.FinetuneOptions)
-    trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed)
+    teacher = None
+    if options.teacher_weight:
+        teacher = _load(context.inputs["convert"] / "policy", config)
+    trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed, teacher)
     tokens = finetune.trunk_is_frozen(trainer.phases, options)
     finetune.check_reuse(trainer.phases, options)
     if options.reuse_cache:

@@ -220,6 +220,7 @@ class DiffusionHead(nnx.Module):
         t: jax.Array | None = None,
         noise: jax.Array | None = None,
         draws: int = 1,
+        reference: tuple[DiffusionHead, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
         """Diffusion loss per row.
 
@@ -231,14 +232,18 @@ class DiffusionHead(nnx.Module):
           noise: (b, n, channels).
           draws: timesteps and noises for each sample, whose condition is computed once; with more
             than one, `t` and `noise` (and the result) have a leading axis draws * b.
+          reference: another head, and the tokens it sees, to be compared with on the same noise.
 
         Returns:
-          {"mse", "vb", "loss"}, each (draws * b, n).
+          {"mse", "vb", "loss"}, each (draws * b, n), and with a reference "distance", the mean
+          square between the outputs of the two, eps and variance.
         """
         schedule = diffusion.make_schedule("", self.config.train_steps)
-        condition = self.condition(z)
-        if draws > 1:
-            target, condition = (jnp.concatenate([x] * draws) for x in (target, condition))
+
+        def drawn(x):
+            return jnp.concatenate([x] * draws) if draws > 1 else x
+
+        target, condition = drawn(target), drawn(self.condition(z))
         if t is None:
             shape = target.shape[:1] if self.shared_timestep else target.shape[:2]
             t = jax.random.randint(jax.random.fold_in(key, 0), shape, 0, len(schedule))
@@ -246,7 +251,12 @@ class DiffusionHead(nnx.Module):
             noise = jax.random.normal(jax.random.fold_in(key, 1), target.shape)
         x_t = diffusion.q_sample(schedule, target, t, noise)
         output = self.denoise(x_t, t, condition)
-        return diffusion.training_losses(schedule, output, target, x_t, t, noise)
+        found = diffusion.training_losses(schedule, output, target, x_t, t, noise)
+        if reference is not None:
+            other, tokens = reference
+            expected = other.denoise(x_t, t, drawn(other.condition(tokens)))
+            found["distance"] = jnp.mean((output - expected) ** 2, axis=-1)
+        return found
 
     def guided(self, x: jax.Array, t: jax.Array, condition, cfg: float | jax.Array) -> jax.Array:
         """`denoise` with guidance: the first half of the batch is conditional, and its x counts.

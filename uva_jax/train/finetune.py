@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from uva_jax.graft.activations import ActivationCache
 from uva_jax.models.layers import sub_key
 from uva_jax.models.lora import PREFIX, init_lora, merge_lora
 from uva_jax.models.policy import Policy
-from uva_jax.train.loop import Flat, LoopOptions, Loss, run_loop, start_state
+from uva_jax.train.loop import Flat, LoopOptions, Loss, part, run_loop, start_state
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
+
+_TEACHER = "teacher"  # prefix of the teacher's own parameters among the frozen ones
 
 
 @dataclass(frozen=True)
@@ -41,49 +43,98 @@ class FinetuneOptions(LoopOptions):
     unfreeze_at: Mapping[str, tuple[str, ...]]
     dropout: bool
     noise_draws: int
+    teacher_weight: float
     use_lora: bool
     lora_rank: int
     lora_targets: tuple[str, ...]
     gradient_checkpointing: bool
 
 
-def loss_on_tokens(policy: Policy, batch: Mapping, key: jax.Array, options: FinetuneOptions):
-    """Diffusion loss of the action head on cached tokens: "z" (b, s, c), "actions" (b, n, a)."""
-    rows = policy.action_head.loss(
-        batch["actions"], batch["z"].astype(jnp.float32), key=key, draws=options.noise_draws
-    )
-    return {k: jnp.mean(v) for k, v in rows.items()}
+def loss_on_tokens(
+    policy: Policy,
+    batch: Mapping,
+    key: jax.Array,
+    options: FinetuneOptions,
+    teacher: Policy | None = None,
+) -> dict[str, jax.Array]:
+    """Loss of the action head on cached tokens: "z" (b, s, c), "actions" (b, n, a).
+
+    Returns:
+      scalars: "mse" and "vb" of the diffusion loss; with a teacher "distance", the mean square
+      between its output and the graft's; and "loss", what is trained on.
+    """
+    z = batch["z"].astype(jnp.float32)
+    return _head_losses(policy, batch["actions"], z, key, options, teacher, z)
 
 
-def loss_on_images(policy: Policy, batch: Mapping, key: jax.Array, options: FinetuneOptions):
+def loss_on_images(
+    policy: Policy,
+    batch: Mapping,
+    key: jax.Array,
+    options: FinetuneOptions,
+    teacher: Policy | None = None,
+) -> dict[str, jax.Array]:
     """The same from raw windows: an observation as `Policy.condition` takes it, and "action"."""
     cond, streams = policy.condition(batch, key=sub_key(key, 0))
-    z = policy.video_tokens(
-        jax.lax.stop_gradient(cond), streams, key=sub_key(key, 1) if options.dropout else None
-    )
+    cond = jax.lax.stop_gradient(cond)
+    z = policy.video_tokens(cond, streams, key=sub_key(key, 1) if options.dropout else None)
+    known = None if teacher is None else teacher.video_tokens(cond, streams, key=None)
     actions = policy.normalize("action", batch["action"])
-    rows = policy.action_head.loss(actions, z, key=sub_key(key, 2), draws=options.noise_draws)
-    return {k: jnp.mean(v) for k, v in rows.items()}
+    return _head_losses(policy, actions, z, sub_key(key, 2), options, teacher, known)
 
 
-def graft_loss(policy: Policy, loss: Callable, options: FinetuneOptions) -> Loss:
+def _head_losses(policy, actions, z, key, options, teacher, known) -> dict[str, jax.Array]:
+    reference = None if teacher is None else (teacher.action_head, known)
+    rows = policy.action_head.loss(
+        actions, z, key=key, draws=options.noise_draws, reference=reference
+    )
+    means = {k: jnp.mean(v) for k, v in rows.items()}
+    if teacher is not None:
+        means["loss"] += options.teacher_weight * means["distance"]
+    return means
+
+
+def graft_loss(
+    policy: Policy, loss: Callable, options: FinetuneOptions, teacher: Policy | None = None
+) -> Loss:
     """The loss of a batch as `loop.run_loop` takes it, adapters merged into their targets.
 
     Args:
       policy: gives the structure; its arrays are not used.
       loss: `loss_on_tokens` or `loss_on_images`.
       options: of the loss.
+      teacher: its structure, where the loss holds the graft to it; among the frozen arrays are
+        then those of `teacher_arrays`.
     """
     abstract = policy_io.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
     abstract.mar.remat = options.gradient_checkpointing
+    if teacher is not None:
+        reference = policy_io.abstract_policy(teacher.config, dtype=teacher.vae.quant_conv.dtype)
 
     def objective(params: Flat, frozen: Flat, batch, key, step):
         del step
-        model = policy_io.replace(abstract, merge_lora(params | frozen))
-        scalars = loss(model, batch, key, options)
+        own = {k: v for k, v in frozen.items() if not k.startswith(f"{_TEACHER}/")}
+        arrays, held = merge_lora(params | own), None
+        if teacher is not None:
+            known = part(frozen, _TEACHER)
+            rest = {k: v for k, v in arrays.items() if not k.startswith("action_head/")}
+            held = policy_io.replace(reference, rest | known)
+        scalars = loss(policy_io.replace(abstract, arrays), batch, key, options, held)
         return scalars["loss"], scalars
 
     return objective
+
+
+def teacher_arrays(arrays: Flat, phases: Sequence[Phase]) -> Flat:
+    """Those of the teacher's arrays that the graft does not share with it: its head, and what
+    trains in any phase. The same for shapes."""
+    trained = {path for phase in phases for path in phase.trainable}
+    trained |= {k.removeprefix(PREFIX).removesuffix("/a") for k in trained if k.startswith(PREFIX)}
+    return {
+        f"{_TEACHER}/{k}": v
+        for k, v in arrays.items()
+        if k.startswith("action_head/") or k in trained
+    }
 
 
 def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
@@ -116,14 +167,26 @@ def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool
 class Trainer:
     """A graft's parameters on the mesh, and the phases in which they train."""
 
-    def __init__(self, policy: Policy, options: FinetuneOptions, mesh: Mesh, seed: int):
+    def __init__(
+        self,
+        policy: Policy,
+        options: FinetuneOptions,
+        mesh: Mesh,
+        seed: int,
+        teacher: Policy | None = None,
+    ):
+        """Given a teacher, the loss holds the graft to it, see `FinetuneOptions.teacher_weight`."""
         self.policy, self.options, self.mesh, self.seed = policy, options, mesh, seed
+        self.teacher, held = teacher, {}
         arrays = policy_io.flatten(policy)
         if options.use_lora:
             key = jax.random.key(seed)
             arrays |= init_lora(arrays, options.lora_targets, options.lora_rank, key)
         self.phases = plan_phases(arrays, options)
         self.arrays = parallel.on_mesh(arrays, parallel.shardings_for(arrays, mesh))
+        if teacher is not None:
+            held = teacher_arrays(policy_io.flatten(teacher), self.phases)
+        self.held = parallel.on_mesh(held, parallel.shardings_for(held, mesh))
 
     def run(
         self, loss: Callable, batches: Callable[[int], Mapping], *, folder: Path, metrics
@@ -141,9 +204,9 @@ class Trainer:
         for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
             params = {k: self.arrays[k] for k in phase.trainable}
             state = run_loop(
-                graft_loss(self.policy, loss, self.options),
+                graft_loss(self.policy, loss, self.options, self.teacher),
                 start_state(params, self.options, self.mesh, state),
-                {k: v for k, v in self.arrays.items() if k not in params},
+                {k: v for k, v in self.arrays.items() if k not in params} | self.held,
                 batches,
                 options=self.options,
                 mesh=self.mesh,

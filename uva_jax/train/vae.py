@@ -45,6 +45,7 @@ class VAEOptions(LoopOptions):
     focus: float
     readout_weight: float
     decode_every: int
+    rarity: float
     decoder_steps: int
     decoder_rarity: float
 
@@ -107,6 +108,15 @@ def rarity(frames: np.ndarray) -> np.ndarray:
     place = np.arange(flat.shape[1])
     found = [surprise[level[flat[at : at + _BLOCK]], place].mean(axis=1) for at in blocks]
     return np.concatenate(found)
+
+
+def rarity_odds(frames: np.ndarray, power: float) -> np.ndarray | None:
+    """The odds (n,) of drawing each frame, its rarity to this power; None: all alike."""
+    if not power:
+        return None
+    # Frames that are all alike have no rarity, and are drawn alike.
+    odds = (rarity(frames) + 1e-6) ** power
+    return odds / odds.sum()
 
 
 def weighted_errors(
@@ -238,7 +248,7 @@ def train_vae(
     sample = frames[np.random.default_rng(seed).permutation(len(frames))[:_SAMPLE]]
     weights = PixelWeights(sample.astype(np.float32) / 127.5 - 1.0, options.focus)
 
-    def batches(step: int, odds: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def batches(step: int, odds: np.ndarray | None) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
         rows = rng.choice(len(frames), size=options.batch, p=odds)
         mirrored = rng.random(options.batch)
@@ -273,15 +283,12 @@ def train_vae(
             cells = (size // vae.config.stride) ** 2 * vae.config.z_channels
             reader = StateReadout(cells, width, rngs=nnx.Rngs(seed + 1))
             params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
-        vae = fit(params, {}, batches, options, width, seed, folder, "vae")
+        odds = rarity_odds(frames, options.rarity)
+        vae = fit(params, {}, lambda step: batches(step, odds), options, width, seed, folder, "vae")
         vae = scaled_to_unit(vae, sample, jax.random.key(seed))
     if steps := options.decoder_steps:
         decoder = {k: v for k, v in arrays().items() if k.startswith(_DECODER)}
-        odds = None
-        if options.decoder_rarity:
-            # Frames that are all alike have no rarity, and are drawn alike.
-            odds = (rarity(frames) + 1e-6) ** options.decoder_rarity
-            odds /= odds.sum()
+        odds = rarity_odds(frames, options.decoder_rarity)
         vae = fit(
             decoder,
             {k: v for k, v in arrays().items() if k not in decoder},
