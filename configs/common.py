@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 1000,
                 "log_every": 50,
             },
-            "pretrain": {  # training a policy; runs with --stage pretrain alone
+            "pretrain": {  # training a policy: --stage pretrain, which brings vae and encode along
                 # Weights to start from: MAR's .pth and a KL-VAE's .ckpt, as they were published, or
                 # a UVA checkpoint for either.
                 "mar": "",

@@ -7,15 +7,15 @@ was, and is counted in a sentence, because a start that silently matches nothing
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
 from convert import rules, torch_file
 from convert.from_torch import WEIGHTS, state_tensors, to_array
 from convert.torch_file import Checkpoint, LazyTensor
-from uva_jax import policy_io
 from uva_jax.errors import UserError
-from uva_jax.models.policy import Policy
 
 # kind -> (where the state dict lies in the file, first found; the policy's names for its tensors)
 _KINDS = {
@@ -25,24 +25,25 @@ _KINDS = {
 _SHOWN = 4
 
 
-def start_from(policy: Policy, path: str | os.PathLike, kind: str) -> tuple[Policy, str]:
+def start_from(
+    arrays: Mapping[str, jax.Array], path: str | os.PathLike, kind: str
+) -> tuple[dict[str, jax.Array], str]:
     """Fills what a checkpoint fits.
 
     Args:
-      policy: with arrays; what is not matched keeps them.
+      arrays: a policy's, or its VAE's alone, by path; what is not matched stays.
       path: "mar": MAR's .pth (`model_ema`, or `model`); "vae": LDM's or MAR's KL-VAE (.ckpt);
         or, for both, a checkpoint of UVA, from which upstream too starts its second phase.
       kind: "mar" (all but the VAE) or "vae".
 
     Returns:
-      The policy, and a sentence that says what was and what was not matched.
+      The arrays, and a sentence that says what was and what was not matched.
 
     Raises:
       UserError: the file is missing or unsound, holds no such weights, or none of them fits.
     """
     checkpoint = torch_file.read(path)
     place, tensors = _tensors(checkpoint, kind)
-    arrays = policy_io.flatten(policy)
     wanted = {k for k in arrays if k.startswith("vae/") == (kind == "vae")}
     filled, left = {}, []
     for name, tensor in tensors.items():
@@ -70,7 +71,7 @@ def start_from(policy: Policy, path: str | os.PathLike, kind: str) -> tuple[Poli
         f"{len(left)} of its own find no place{_some(left)}, "
         f"{len(fresh)} of the policy's start fresh{_some(fresh)}"
     )
-    return policy_io.replace(policy, arrays | filled), said
+    return {**arrays, **filled}, said
 
 
 def _tensors(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, object]]:

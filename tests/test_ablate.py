@@ -7,7 +7,7 @@ from flax import nnx
 from uva_jax import ablate, policy_io
 from uva_jax.config import section
 from uva_jax.models.policy import Policy
-from uva_jax.train import pretrain, pretrain_stage
+from uva_jax.train import pretrain, pretrain_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,8 +36,8 @@ def test_every_part_of_the_recipe_is_taken_away_once(config):
 
 
 def test_a_row_is_trained_judged_and_kept(config, tmp_path, capsys, monkeypatch):
-    model = section(config.pretrain.model, pretrain_stage.ModelOptions)
-    policy = Policy(pretrain_stage.model_config(model, 2), rngs=nnx.Rngs(0))
+    model = section(config.pretrain.model, pretrain_model.ModelOptions)
+    policy = Policy(pretrain_model.model_config(model, 2), rngs=nnx.Rngs(0))
     policy_io.save_policy(tmp_path / "policy", policy, source={})
     first = ablate.variants
     monkeypatch.setattr(ablate, "variants", lambda *a, **k: first(*a, **k)[:2])

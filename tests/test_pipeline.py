@@ -1,5 +1,6 @@
 """The promises of the stage engine: skip, resume, rerun, locks, full disks, stops and kills."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -180,6 +181,21 @@ def test_one_stage_alone_refuses_prerequisites_that_are_out_of_date(tmp_path):
     with pytest.raises(UserError, match=r"'capture'.*out of date \(capture.windows: 8 -> 16\)"):
         recorder.run(tmp_path, make_config(capture={"windows": 16}), only=["distill"])
     assert recorder.calls == []
+
+
+def test_stages_on_request_run_only_there_with_those_on_request_that_they_need(tmp_path):
+    recorder = Recorder()
+    keys = {"convert": False, "capture": True, "distill": True, "probe": True}
+    recorder.stages = tuple(
+        dataclasses.replace(s, on_request=keys[s.name]) for s in recorder.stages
+    )
+    recorder.run(tmp_path)
+    assert recorder.calls == ["convert"]
+    recorder.run(tmp_path, only=["distill"])
+    assert recorder.calls == ["capture", "distill"]
+    # What a changed setting does not shape stays.
+    recorder.run(tmp_path, make_config(distill={"lr": 0.2, "epochs": 2}), only=["distill"])
+    assert recorder.calls == ["distill"]
 
 
 def test_an_unknown_stage_is_answered_with_the_known_ones(tmp_path):

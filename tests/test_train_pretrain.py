@@ -331,23 +331,23 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     torch_file.write(tmp_path / "start.pth", {key: named})
     fresh = make_policy(dataclasses.replace(CONFIG, task="other"))
     zeros = {k: jnp.zeros_like(v) for k, v in policy_io.flatten(fresh).items()}
-    filled, said = start_from(policy_io.replace(fresh, zeros), tmp_path / "start.pth", kind)
+    filled, said = start_from(zeros, tmp_path / "start.pth", kind)
     assert "loss.logvar" in said and "1 of the policy's start fresh" in said
-    got = torch_arrays(policy_io.flatten(filled))
+    got = torch_arrays(filled)
     for name, value in named.items():
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
     # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
     whole = torch_arrays(policy_io.flatten(teacher))
     torch_file.write(tmp_path / "uva.ckpt", {"cfg": {}, "state_dicts": {"ema_model": whole}})
-    filled, _ = start_from(policy_io.replace(fresh, zeros), tmp_path / "uva.ckpt", kind)
-    got, wanted = policy_io.flatten(filled), policy_io.flatten(teacher)
+    got, _ = start_from(zeros, tmp_path / "uva.ckpt", kind)
+    wanted = policy_io.flatten(teacher)
     for path, x in got.items():
         comes = path.startswith("vae/") == (kind == "vae") and not path.startswith("normalizer/")
         np.testing.assert_array_equal(x, wanted[path] if comes else zeros[path], err_msg=path)
     with pytest.raises(UserError, match="no 'model_ema'|no 'state_dict'"):
         torch_file.write(tmp_path / "no.pth", {"other": {}})
-        start_from(fresh, tmp_path / "no.pth", kind)
+        start_from(zeros, tmp_path / "no.pth", kind)
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +381,19 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert "Score in rollouts" in page and "Action loss" in page and "after step 2" in page
     done = json.loads((folder / "done.json").read_text())
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
+    # Another setting of the policy's training leaves the VAE and its latents as they are.
+    stage_config = stage_config.copy_and_resolve_references()
+    stage_config.pretrain.lr = 5e-4
+    _, told = silently(run, stage_config, str(tmp_path), ["pretrain"])
+    assert "vae: done already" in told and "encode: done already" in told
+    assert "pretrain: was finished with other settings" in told and "pretrain.lr" in told
+    # The VAE is a file that another run may start from.
+    stage_config.pretrain.vae = str(tmp_path / "vae" / "vae.ckpt")
+    stage_config.pretrain.vae_training.steps = 0
+    _, told = silently(run, stage_config, str(tmp_path / "other"), ["vae"])
+    assert "0 of the policy's start fresh" in told
+    files = [folder / "vae" / "vae.ckpt" for folder in (tmp_path / "other", tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_policy_with_every_input_trains_from_nothing(

@@ -24,7 +24,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from uva_jax import config as settings
-from uva_jax import parallel, sample, stages
+from uva_jax import parallel, sample, stage_inputs
 from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
@@ -36,7 +36,7 @@ from uva_jax.guards import locked
 from uva_jax.identity import read_json, write_json
 from uva_jax.metrics import MetricsWriter, read_metrics
 from uva_jax.models.policy import Policy
-from uva_jax.train import latents, pretrain, pretrain_stage
+from uva_jax.train import latents, pretrain, pretrain_model
 from uva_jax.train.windows import StateScale, Windows
 
 _TIMED = 256  # frames whose encoding is timed
@@ -80,10 +80,10 @@ class Bench:
     def __init__(self, config, vae_of: Policy, workdir: Path, metrics: MetricsWriter):
         self.config, self.workdir, self.metrics = config, workdir, metrics
         self.data = section(config.data, source.DataOptions)
-        model = section(config.pretrain.model, pretrain_stage.ModelOptions)
+        model = section(config.pretrain.model, pretrain_model.ModelOptions)
         self.buffer = open_reader(self.data, vae_of).buffer
         shape = self.buffer.shape(self.data.action_key)
-        wanted = pretrain_stage.model_config(model, shape[-1])
+        wanted = pretrain_model.model_config(model, shape[-1])
         if source.WindowSpec.of(wanted).more_than_images:
             raise UserError(
                 "this table is of policies that see one camera and nothing else: leave "
@@ -94,8 +94,8 @@ class Bench:
                 "the VAE of --policy is not of the configuration's size: give a policy that was "
                 "trained with this configuration"
             )
-        fresh = Policy(wanted, dtype=stages.compute_dtype(config), rngs=nnx.Rngs(config.seed))
-        self.policy = pretrain_stage.fit_normalizer(fresh, self.buffer, self.data)
+        fresh = Policy(wanted, dtype=stage_inputs.compute_dtype(config), rngs=nnx.Rngs(config.seed))
+        self.policy = pretrain_model.fit_normalizer(fresh, self.buffer, self.data)
         self.policy.vae = vae_of.vae
         augment = config.pretrain.augment
         self.copies = latents.Copies(
@@ -160,7 +160,7 @@ class Bench:
                 self.windows(self.train, **how),
                 self.windows(self.held_out, **how | {"mirror": False, "views": 0}),
                 options=options,
-                mesh=stages.mesh_of(self.config),
+                mesh=stage_inputs.mesh_of(self.config),
                 seed=seed,
                 folder=folder / "states",
                 metrics=metrics,

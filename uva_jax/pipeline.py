@@ -67,7 +67,7 @@ class Stage:
       describe: what it does, in a few words.
       fingerprint: from the configuration to the external files or folders it reads, by label. They
         are hashed by content.
-      on_request: it runs only where it is named.
+      on_request: it runs only where it, or another one on request that needs it, is named.
     """
 
     name: str
@@ -111,11 +111,11 @@ def run_pipeline(
     unknown = [name for name in only or () if name not in table]
     if unknown:
         raise UserError(f"there is no stage {unknown[0]!r}: the stages are {', '.join(table)}")
-    chosen = [
-        name
-        for name, stage in table.items()
-        if (not stage.on_request if only is None else name in only)
-    ]
+    wanted = {name for name, s in table.items() if not s.on_request} if only is None else {*only}
+    for name in reversed(table):
+        if name in wanted and table[name].on_request:
+            wanted |= {need for need in table[name].needs if table[need].on_request}
+    chosen = [name for name in table if name in wanted]
     engine = _Engine(table, FrozenConfigDict(config), Path(workdir).absolute(), is_primary, barrier)
     with ExitStack() as guards:
         guards.enter_context(stops_are_told(engine.say))

@@ -108,7 +108,7 @@ def architecture(config, name: str | None) -> PolicyConfig:
     if name is not None:
         raise UserError(f"--architecture is {name!r}; it can be {', '.join(ARCHITECTURES)}")
     from convert import from_torch, torch_file
-    from uva_jax.stages import teacher_checkpoint
+    from uva_jax.stage_inputs import teacher_checkpoint
 
     found = torch_file.read(teacher_checkpoint(config))
     return from_torch.infer_policy(found, from_torch.state_tensors(found, config.teacher.weights))

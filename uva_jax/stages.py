@@ -7,79 +7,33 @@ work itself is in `graft/`, `train/` and `eval/`: a stage opens its inputs, call
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from convert import torch_file
 from convert.from_torch import convert_open, export_records
 from convert.to_torch import export_policy
-from uva_jax import parallel, policy_io
+from uva_jax import policy_io
 from uva_jax.config import section
 from uva_jax.data import source
-from uva_jax.data.readers import open_reader
 from uva_jax.errors import UserError
 from uva_jax.eval import evaluate as evaluation
-from uva_jax.eval import training
 from uva_jax.graft import activations, assemble, distill, record, stage1
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.identity import external_hash
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline import Context, Stage
-from uva_jax.train import finetune, pretrain_stage
-
-ASSETS = Path(__file__).parent / "assets"
-
-
-def compute_dtype(config):
-    """The dtype of matrix products, or None for float32."""
-    choice = config.precision
-    if choice == "auto":
-        choice = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.bfloat16 if choice == "bfloat16" else None
-
-
-def teacher_checkpoint(config) -> Path:
-    """The checkpoint a run starts from.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    name = config.teacher.checkpoint
-    path = ASSETS / "uva_pusht_tiny.ckpt" if name == "embedded" else Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"config.teacher.checkpoint is {path}, but there is no such file: give a UVA "
-            "checkpoint (.ckpt), or 'embedded' for the small one that ships with the package"
-        )
-    return path
-
-
-def mesh_of(config):
-    """The mesh that `config.mesh` describes."""
-    return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-
-
-def _load(folder: Path, config) -> Policy:
-    return policy_io.load_policy(folder, dtype=compute_dtype(config))
-
-
-def run_pretrain(context: Context) -> dict:
-    """A recording -> pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
-    config, data = context.config, functools.partial(open_data, context)
-    options = section(config.pretrain.score, training.ScoreOptions)
-    with training.scorer(options, context.metrics.say) as score:
-        result = pretrain_stage.run(
-            context, data, mesh=mesh_of(config), dtype=compute_dtype(config), score=score
-        )
-    if context.is_primary:
-        architecture, _ = policy_io.read_description(context.folder / "policy")
-        path = training.write_training_report(context.workdir, config, architecture.task)
-        context.metrics.say(f"report: {path}")
-    return result
+from uva_jax.stage_inputs import (
+    data_files,
+    load_policy,
+    mesh_of,
+    open_data,
+    teacher_checkpoint,
+)
+from uva_jax.train import finetune
+from uva_jax.training_stages import TRAINING_STAGES
 
 
 def run_convert(context: Context) -> dict:
@@ -100,13 +54,6 @@ def run_convert(context: Context) -> dict:
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
-def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
-    """The data as the policy reads it; `changes` are those to `config.data`."""
-    options = section(context.config.data, source.DataOptions)
-    with context.metrics.late_progress("frames", desc="rendering") as progress:
-        return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
-
-
 def _site(context: Context, folder: Path) -> record.Site:
     return record.Site(folder, context.metrics, context.is_primary, context.barrier)
 
@@ -117,7 +64,7 @@ def _teacher_hash(context: Context) -> str:
 
 def run_capture(context: Context) -> dict:
     """Windows -> activations/train and activations/held_out."""
-    teacher = _load(context.inputs["convert"] / "policy", context.config)
+    teacher = load_policy(context.inputs["convert"] / "policy", context.config)
     reader = open_data(context, teacher)
     options = section(context.config.capture, CaptureOptions)
     train, held_out = source.split(reader.buffer, reader.options)
@@ -170,7 +117,7 @@ def run_distill(context: Context) -> dict:
 def load_grafted(context: Context, *, say) -> Policy:
     """The teacher with the head that this configuration describes, operators loaded."""
     config = context.config
-    teacher = _load(context.inputs["convert"] / "policy", config)
+    teacher = load_policy(context.inputs["convert"] / "policy", config)
     options = section(config.head, assemble.HeadOptions)
     head = assemble.start_head(
         teacher.action_head,
@@ -193,7 +140,7 @@ def run_finetune(context: Context) -> dict:
     options = section(config.finetune, finetune.FinetuneOptions)
     teacher = None
     if options.teacher_weight:
-        teacher = _load(context.inputs["convert"] / "policy", config)
+        teacher = load_policy(context.inputs["convert"] / "policy", config)
     trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed, teacher)
     tokens = finetune.trunk_is_frozen(trainer.phases, options)
     finetune.check_reuse(trainer.phases, options)
@@ -233,7 +180,7 @@ def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOption
     )
     if not tokens:
         return finetune.image_batches(reader, strips, options, config.seed)
-    teacher = _load(context.inputs["convert"] / "policy", config)
+    teacher = load_policy(context.inputs["convert"] / "policy", config)
     record.capture_cache(
         _site(context, context.folder / "tokens"),
         teacher,
@@ -254,7 +201,7 @@ def run_evaluate(context: Context) -> dict:
         "graft_stage1": context.workdir / "grafted",
         "graft": context.inputs["finetune"] / "policy",
     }
-    policies = {k: _load(v, context.config) for k, v in policies.items()}
+    policies = {k: load_policy(v, context.config) for k, v in policies.items()}
     if not context.is_primary:
         return {}
     return evaluation.run(context, policies, _held_out_windows(context, policies["teacher"]))
@@ -292,26 +239,12 @@ def run_export(context: Context) -> dict:
     return {"file": str(out), "bytes": found["bytes"]}
 
 
-def _data_files(config) -> dict:
-    files = {} if config.data.path == "embedded" else {"data": config.data.path}
-    return files | ({"language": config.data.language} if config.data.language else {})
-
-
 def _init_paths(config) -> dict:
     return {f"head.init_paths.{k}": v for k, v in config.head.init_paths.items() if v}
 
 
 _STAGES = (
-    Stage(
-        "pretrain",
-        run_pretrain,
-        needs=(),
-        config_keys=("seed", "precision", "data", "pretrain"),
-        folder="pretrain",
-        describe="a policy from a recording",
-        fingerprint=lambda config: _data_files(config) | pretrain_stage.starts(config),
-        on_request=True,
-    ),
+    *TRAINING_STAGES,
     Stage(
         "convert",
         run_convert,
@@ -328,7 +261,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "capture"),
         folder="activations",
         describe="the teacher's activations",
-        fingerprint=_data_files,
+        fingerprint=data_files,
     ),
     Stage(
         "distill",
@@ -359,7 +292,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "capture", "head", "finetune"),
         folder="finetune",
         describe="the whole policy, end to end",
-        fingerprint=lambda config: _data_files(config) | _init_paths(config),
+        fingerprint=lambda config: data_files(config) | _init_paths(config),
     ),
     Stage(
         "evaluate",
@@ -368,7 +301,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
         describe="rollouts and report",
-        fingerprint=_data_files,
+        fingerprint=data_files,
     ),
     Stage(
         "export",
@@ -382,10 +315,12 @@ _STAGES = (
 
 
 def stages(config) -> tuple[Stage, ...]:
-    """The table for a configuration: given operators make capture and distillation needless."""
-    given = any(config.head.init_paths.values())
-    skipped = ("distill",) if config.finetune.reuse_cache else ("capture", "distill")
-    table = [s for s in _STAGES if not (given and s.name in skipped)]
+    """The table for a configuration: given operators make capture and distillation needless, and
+    a policy whose decoder alone trains needs no latents."""
+    skipped = set() if config.pretrain.steps else {"encode"}
+    if any(config.head.init_paths.values()):
+        skipped |= {"distill"} if config.finetune.reuse_cache else {"capture", "distill"}
+    table = [s for s in _STAGES if s.name not in skipped]
     names = {s.name for s in table}
     return tuple(
         dataclasses.replace(s, needs=tuple(n for n in s.needs if n in names)) for s in table

@@ -26,6 +26,7 @@ _SHOWN = (
     "pretrain.steps pretrain.batch pretrain.optimizer pretrain.lr pretrain.noise_draws "
     "pretrain.readout seed"
 ).split()
+_VAE_LOSSES = ("l1", "l2", "edge", "readout")
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
         yield score
 
 
-def write_training_report(workdir: Path, config, task: str, stage: str = "pretrain") -> Path:
-    """`<workdir>/<stage>/report.html` from what the stage logged of a policy for `task`."""
-    lines = read_metrics(workdir, stage)
+def write_training_report(workdir: Path, config, task: str) -> Path:
+    """`<workdir>/pretrain/report.html` from what the stages logged of a policy for `task`."""
+    lines = read_metrics(workdir, "pretrain")
     names = sorted({k for line in lines for k in line})
+    vae = report.curve_series(
+        workdir, "vae", [f"{part}/{k}" for part in ("vae", "decoder") for k in _VAE_LOSSES]
+    )
     groups = (
-        ("VAE", [k for k in ("vae/l1", "vae/l2", "vae/edge", "vae/readout") if k in names], {}),
         ("Video loss", _with("video_loss", names), {}),
         ("Action loss", _with("act_loss", names), {}),
         ("State read out, mean square error", [k for k in ("policy/readout",) if k in names], {}),
@@ -113,11 +116,13 @@ def write_training_report(workdir: Path, config, task: str, stage: str = "pretra
     )
     scored = [line for line in lines if "policy/score" in line]
     shown = leaves(config)
+    curves = [{"title": "VAE", "series": vae}] if vae else []
     data = report.ReportData(
         title=f"Training of {task}: {workdir.name}",
         config={k: shown[k] for k in _SHOWN},
-        curves=[
-            {"title": title, "series": report.curve_series(workdir, stage, keys), **more}
+        curves=curves
+        + [
+            {"title": title, "series": report.curve_series(workdir, "pretrain", keys), **more}
             for title, keys, more in groups
             if keys
         ],
@@ -135,7 +140,7 @@ def write_training_report(workdir: Path, config, task: str, stage: str = "pretra
         if scored
         else [],
     )
-    return report.write_report(workdir / stage / "report.html", data)
+    return report.write_report(workdir / "pretrain" / "report.html", data)
 
 
 def _with(loss: str, names: list[str]) -> list[str]:

@@ -94,7 +94,8 @@ def encode_frames(
 
     Args:
       site: the cache's folder; progress and processes.
-      policy: its VAE encodes, its image size is what frames are resized to.
+      policy: its VAE encodes, its image size is what frames are resized to; other parts need no
+        arrays.
       buffer: the recording; image_key: its array of frames.
       copies: which augmented copies follow the plain frames.
 
@@ -132,14 +133,13 @@ def encode_frames(
 
 def encoder(policy: Policy, mesh):
     """frames (n, h, w, 3) uint8 -> "mean", "logvar", 32 frames of each device at a time."""
-    graph, state = nnx.split(policy)
+    graph, state = nnx.split(policy.vae)
     state = jax.device_put(state, parallel.replicated(mesh))
     rows = NamedSharding(mesh, P(mesh.axis_names))
 
     @jax.jit
     def encode(state, frames):
-        model = nnx.merge(graph, state)
-        mean, logvar = model.vae.encode(model.preprocess(frames))
+        mean, logvar = nnx.merge(graph, state).encode(policy.preprocess(frames))
         return {"mean": mean, "logvar": logvar}
 
     def run(frames: np.ndarray) -> Mapping[str, np.ndarray]:
