@@ -1,4 +1,4 @@
-"""Train a small PushT policy from nothing on the embedded demonstrations: about 3 hours, 2 cores.
+"""Train a small PushT policy from nothing on the embedded demonstrations: about 2 hours, 2 cores.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m uva_jax.main --config configs/pretrain_tiny.py --workdir runs/own --stage pretrain
@@ -14,7 +14,6 @@ from configs import common
 def get_config():
     config = common.get_config()
     config.data.mirror = "pusht"
-    config.data.max_episodes = 720
     p = config.pretrain
     p.from_scratch = True
     p.save_dtype = "bfloat16"
@@ -29,10 +28,13 @@ def get_config():
         video_head=(128, 3),
         action_head=(256, 3),
     )
-    p.vae_training.steps, p.vae_training.decoder_steps = 1500, 400
+    v = p.vae_training
+    v.steps, v.rarity, v.frames = 1500, 1.0, 200_000
+    v.decoder_steps, v.decoder_rarity = 1000, 2.0
     p.readout, p.readout_angles = "state", (4,)
-    p.modes = {"policy_model": 0.85, "full_dynamic_model": 0.15}
-    p.steps, p.batch, p.lr, p.warmup = 11_000, 64, 1e-3, 300
+    p.modes = {"policy_model": 0.6, "full_dynamic_model": 0.4}
+    p.noise_draws = 2
+    p.steps, p.batch, p.lr, p.warmup = 15_000, 64, 1e-3, 300
     p.matmul_precision, p.ema.max_value = "bfloat16", 0.9995
     p.score.every, p.checkpoint_every = 3000, 1000
     return config

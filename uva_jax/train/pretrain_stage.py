@@ -1,8 +1,8 @@
 """From a recording to a policy in three stages: a VAE, every frame's latents, the policy on them.
 
-Each resumes, the VAE and the policy by
-their loops' states and the encoding by its chunks, and what another setting of the policy's
-training does not touch stays: a VAE and its latents serve any number of policies.
+Each resumes, the VAE and the policy by their loops' states and the encoding by its chunks. What
+another setting of the policy's training does not touch stays: a VAE and its latents serve any
+number of policies.
 """
 
 from __future__ import annotations
