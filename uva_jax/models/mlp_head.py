@@ -232,7 +232,8 @@ class DiffusionHead(nnx.Module):
           noise: (b, n, channels).
           draws: timesteps and noises for each sample, whose condition is computed once; with more
             than one, `t` and `noise` (and the result) have a leading axis draws * b.
-          reference: another head, and the tokens it sees, to be compared with on the same noise.
+          reference: another head with the same channels and train_steps, and its tokens
+            (b, tokens, z_channels), to be compared with on the same noise.
 
         Returns:
           {"mse", "vb", "loss"}, each (draws * b, n), and with a reference "distance", the mean

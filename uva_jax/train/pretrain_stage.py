@@ -65,7 +65,7 @@ def run_vae(context: Context, open_data: OpenData, *, mesh, dtype) -> dict:
     settings = context.config.pretrain
     _check_starts(settings)
     if settings.steps:
-        policy = _eye(context.config, dtype)
+        policy = _vae_alone(context.config, dtype)
         for path in vae_starts(context.config).values():
             context.metrics.say(_fill_vae(policy, Path(path).expanduser()))
     else:
@@ -82,7 +82,7 @@ def run_vae(context: Context, open_data: OpenData, *, mesh, dtype) -> dict:
 
 def run_encode(context: Context, open_data: OpenData, *, dtype) -> dict:
     """The second stage: latents/main and, with a wrist camera, latents/wrist."""
-    policy = _eye(context.config, dtype)
+    policy = _vae_alone(context.config, dtype)
     _fill_vae(policy, context.inputs["vae"] / VAE_FILE)
     reader = _opened(open_data, policy)
     result = {}
@@ -168,7 +168,7 @@ def _train_policy(context: Context, policy: Policy, reader, options, mesh, score
     )
 
 
-def _eye(config, dtype) -> Policy:
+def _vae_alone(config, dtype) -> Policy:
     """A policy whose VAE has arrays, fresh ones, and nothing else has."""
     wanted = model_config(section(config.pretrain.model, ModelOptions), _ANY_ACTION_DIM)
     policy = policy_io.abstract_policy(wanted, dtype=dtype)

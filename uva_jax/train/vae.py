@@ -110,15 +110,6 @@ def rarity(frames: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def rarity_odds(frames: np.ndarray, power: float) -> np.ndarray | None:
-    """The odds (n,) of drawing each frame, its rarity to this power; None: all alike."""
-    if not power:
-        return None
-    # Frames that are all alike have no rarity, and are drawn alike.
-    odds = (rarity(frames) + 1e-6) ** power
-    return odds / odds.sum()
-
-
 def weighted_errors(
     frames: jax.Array, decoded: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
@@ -248,6 +239,16 @@ def train_vae(
     sample = frames[np.random.default_rng(seed).permutation(len(frames))[:_SAMPLE]]
     weights = PixelWeights(sample.astype(np.float32) / 127.5 - 1.0, options.focus)
 
+    # Looked at once, for both parts.
+    rare = rarity(frames) if options.rarity or options.decoder_rarity else None
+
+    def drawn_by(power: float) -> np.ndarray | None:
+        if not power:
+            return None
+        # Frames that are all alike have no rarity, and are drawn alike.
+        odds = (rare + 1e-6) ** power
+        return odds / odds.sum()
+
     def batches(step: int, odds: np.ndarray | None) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((seed, step))
         rows = rng.choice(len(frames), size=options.batch, p=odds)
@@ -283,12 +284,12 @@ def train_vae(
             cells = (size // vae.config.stride) ** 2 * vae.config.z_channels
             reader = StateReadout(cells, width, rngs=nnx.Rngs(seed + 1))
             params |= {f"{_READOUT}/{k}": v for k, v in policy_io.flatten(reader).items()}
-        odds = rarity_odds(frames, options.rarity)
+        odds = drawn_by(options.rarity)
         vae = fit(params, {}, lambda step: batches(step, odds), options, width, seed, folder, "vae")
         vae = scaled_to_unit(vae, sample, jax.random.key(seed))
     if steps := options.decoder_steps:
         decoder = {k: v for k, v in arrays().items() if k.startswith(_DECODER)}
-        odds = rarity_odds(frames, options.decoder_rarity)
+        odds = drawn_by(options.decoder_rarity)
         vae = fit(
             decoder,
             {k: v for k, v in arrays().items() if k not in decoder},
