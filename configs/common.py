@@ -205,7 +205,7 @@ def get_config() -> ConfigDict:
                 "video_steps": 0,  # first phase: so many steps of video_model alone
                 "noise_draws": 4,  # of the heads for each window; upstream: 1
                 # How float32 matrices are multiplied, in JAX's words: "default", or "bfloat16",
-                # which rounds linear layers' factors and sums in float32 (faster with a CPU's bfloat16).
+                # which rounds linear layers' factors and sums in float32: faster on newer CPUs.
                 "matmul_precision": "default",
                 # 0: the policy of pretrain.mar stays, and its decoder alone trains on.
                 "steps": 100_000,
