@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["uva_jax", "uva_jax.*", "convert", "configs"]),
+    entry_points={"console_scripts": ["uva-jax = uva_jax.__main__:main"]},
+    packages=find_packages(include=["uva_jax", "uva_jax.*", "convert", "convert.*", "configs"]),
     package_data={"uva_jax.assets": ["*.npz", "*.ckpt"]},
     install_requires=[
         "jax>=0.10,<0.11",

@@ -1,6 +1,6 @@
 """Full size: graft the published `libero10.ckpt`, which is told its task in language.
 
-    python -m uva_jax.data.import_recordings --kind libero data/libero_10 --out data/libero_10.zarr
+    python -m uva_jax import --kind libero data/libero_10 --out data/libero_10.zarr
     python -m uva_jax.main --config configs/libero10.py --workdir runs/libero10
 
 The task sentences are those of the files' names; their latents come from the language tower in

@@ -1,7 +1,7 @@
 """Full size: graft the published `pusht.ckpt` with the schedule of `configs/common.py`.
 
     python -m convert inspect pretrained_models/pusht.ckpt
-    python -m uva_jax.plan --config configs/pusht.py --topology v5e:4x4
+    python -m uva_jax plan --config configs/pusht.py --topology v5e:4x4
     python -m uva_jax.main --config configs/pusht.py --workdir runs/pusht
 
 The checkpoint is UVA's own (256 px, 16x16 tokens a frame, 12 + 12 blocks of width 768, action head

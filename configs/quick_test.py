@@ -10,7 +10,7 @@ it does not make a good policy.
 from pathlib import Path
 
 from configs import pusht_tiny
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 
 def get_config(operators: str = "runs/tiny/operators"):

@@ -1,6 +1,6 @@
 """Full size: graft a UVA policy of robomimic's tool hang (wrist camera, the robot's state).
 
-    python -m uva_jax.data.import_recordings --kind robomimic data/tool_hang/ph/image_abs.hdf5 \\
+    python -m uva_jax import --kind robomimic data/tool_hang/ph/image_abs.hdf5 \\
         --out data/tool_hang.zarr
     python -m uva_jax.main --config configs/toolhang.py --workdir runs/toolhang
 

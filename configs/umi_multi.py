@@ -1,7 +1,7 @@
 """Full size: graft the published `umi_multitask.ckpt` (language, state, poses in 10 numbers).
 
     python -m convert latents prepared_data/language_latents.pkl data/umi_latents.npz
-    python -m uva_jax.data.import_recordings --kind zarr cup.zarr.zip towel.zarr.zip --task cup \\
+    python -m uva_jax import --kind zarr cup.zarr.zip towel.zarr.zip --task cup \\
         --task towel --out data/umi.zarr
     python -m uva_jax.main --config configs/umi_multi.py --workdir runs/umi
 

@@ -6,11 +6,9 @@ Problems with the input are one sentence on stderr and exit status 2; a failed c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
-from uva_jax.errors import UserError, exit_status
+from uva_jax.runtime.errors import UserError, exit_status
 
 # Modules are imported by the command that needs them; only `verify CKPT` needs torch.
 
@@ -57,29 +55,14 @@ def _verify(args: argparse.Namespace) -> int:
     if (args.checkpoint is None) == (args.fixtures is None):
         raise UserError("verify takes either a checkpoint or --fixtures DIR.")
     if args.fixtures is not None:
-        from convert.fixtures import verify_folder
+        from convert.checks.fixtures import verify_folder
 
         checks = verify_folder(args.fixtures, only=tuple(args.only or ()))
     else:
-        from convert.verify import verify_checkpoint
+        from convert.checks.verify import verify_checkpoint
 
         checks = verify_checkpoint(args.checkpoint, weights=args.weights)
     return 0 if all(check.ok for check in checks) else 1
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from convert import bench, bench_training
-
-    if args.training:
-        result = bench_training.bench_training(args.size, args.batch)
-        text = bench_training.table(result)
-    else:
-        result = bench.bench_conversion(args.size, args.out)
-        text = bench.table(result)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,20 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fixtures", metavar="DIR", help="a folder in the golden format")
     command.add_argument("--only", metavar="NAME", nargs="+", help="only these files of the folder")
     command.set_defaults(run=_verify)
-
-    command = commands.add_parser(
-        "bench", help="what converting a whole policy, or a training step, costs"
-    )
-    command.add_argument("--size", choices=("pusht", "tiny"), default="pusht")
-    command.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to work (5 GB for pusht); removed afterwards"
-    )
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
-    command.add_argument(
-        "--training", action="store_true", help="measure a training step, here and in PyTorch"
-    )
-    command.add_argument("--batch", type=int, default=16, help="windows of that step")
-    command.set_defaults(run=_bench)
     return parser
 
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convert import torch_file
+from convert.formats import torch_file
+from convert.formats.pickle_records import loads
+from convert.formats.torch_file import Checkpoint, LazyTensor
 from convert.from_torch import WEIGHTS, infer_policy, state_tensors
-from convert.pickle_records import loads
-from convert.torch_file import Checkpoint, LazyTensor
-from uva_jax.errors import UserError
 from uva_jax.models.policy_config import PolicyConfig, to_dict
+from uva_jax.runtime.errors import UserError
 
 _PARTS = (
     ("VAE", "vae_model."),

@@ -16,14 +16,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from convert import infer, rules, torch_file
-from convert.torch_file import Checkpoint, LazyTensor
-from convert.torch_tensors import in_c_order
-from uva_jax import policy_io
-from uva_jax.errors import UserError
-from uva_jax.lazy_array import LazyArray
+from convert import infer, rules
+from convert.formats import torch_file
+from convert.formats.torch_file import Checkpoint, LazyTensor
+from convert.formats.torch_tensors import in_c_order
+from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.lazy_array import LazyArray
 
 WEIGHTS = {"ema": "ema_model", "model": "model"}
 _PREFIX = "module."
@@ -111,7 +112,7 @@ def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source
                 "divide it; it is damaged."
             )
     try:
-        return policy_io.abstract_policy(config)
+        return surgery.abstract_policy(config)
     except _CONTRADICTIONS as error:
         raise UserError(
             f"{source} describes a model that cannot be built ({str(error).splitlines()[0]}); "
@@ -144,7 +145,7 @@ def plan(
     """Finds the tensor of every array of a policy.
 
     Args:
-      expected: `policy_io.shapes` of the policy.
+      expected: `surgery.shapes` of the policy.
       tensors: a checkpoint's, by name.
 
     Returns:
@@ -223,12 +224,12 @@ def convert_open(checkpoint: Checkpoint, *, weights: str = "ema") -> tuple[Polic
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint.sha256)
         empty = empty_policy(config, tensors, source)
-        arrays, ignored, problems = plan(policy_io.shapes(empty), tensors)
+        arrays, ignored, problems = plan(surgery.shapes(empty), tensors)
         _refuse(source, arrays, problems)
         # Without a copy where jax can take the memory over.
         held = {path: jax.device_put(array.load()) for path, array in arrays.items()}
         _refuse(source, {}, problems)
-        return policy_io.replace(empty, held), _facts(checkpoint, weights, ignored, digest.result())
+        return surgery.replace(empty, held), _facts(checkpoint, weights, ignored, digest.result())
 
 
 def _facts(
@@ -279,7 +280,7 @@ def from_torch(
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint.sha256)
         empty = empty_policy(config, tensors, source)
-        arrays, ignored, problems = plan(policy_io.shapes(empty), tensors)
+        arrays, ignored, problems = plan(surgery.shapes(empty), tensors)
         _refuse(source, arrays, problems)
 
         def facts() -> dict:
@@ -288,5 +289,5 @@ def from_torch(
             return info
 
         records = export_records(checkpoint, weights)
-        policy_io.save_arrays(out, config, arrays, source=facts, records=records)
+        policy_folder.save_arrays(out, config, arrays, source=facts, records=records)
     return config, info

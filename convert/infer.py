@@ -12,8 +12,8 @@ import math
 import re
 from collections.abc import Mapping
 
-from uva_jax.errors import UserError
 from uva_jax.models import policy_config as pc
+from uva_jax.runtime.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.open_file import written_whole
-from convert.pickle_records import Global, Record, loads
-from uva_jax.errors import UserError
+from convert.formats.open_file import written_whole
+from convert.formats.pickle_records import Global, Record, loads
+from uva_jax.runtime.errors import UserError
 
 MAX_BYTES = 64 << 20
 _ARRAYS = {

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from convert import rules, torch_file
+from convert import rules
+from convert.formats import torch_file
+from convert.formats.torch_file import Checkpoint, LazyTensor
 from convert.from_torch import WEIGHTS, state_tensors, to_array
-from convert.torch_file import Checkpoint, LazyTensor
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 # kind -> (where the state dict lies in the file, first found; the policy's names for its tensors)
 _KINDS = {

@@ -19,13 +19,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from convert import rules, safetensors_file, torch_file
+from convert import rules
+from convert.formats import safetensors_file, torch_file
 from convert.from_torch import WEIGHTS, export_records, state_tensors
-from uva_jax import policy_io
-from uva_jax.errors import UserError
-from uva_jax.lazy_array import LazyArray
+from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, to_dict
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.lazy_array import LazyArray
 
 _DTYPES = {
     dtype.name: dtype
@@ -183,7 +184,7 @@ def export_policy(
       format: "ckpt" or "safetensors"; without it `out` decides by its ending.
       base: a checkpoint to take cfg, pickles, dtypes and the language tower from; without it
         they come from what the policy folder (or `records`) keeps of its source.
-      records: for a policy in memory, what `policy_io.read_records` gives of its source.
+      records: for a policy in memory, what `policy_folder.read_records` gives of its source.
       weights: for a policy in memory, "ema" or "model": which state dict it came from. The weights
         are always written as `ema_model` (which the original runs), and as `model` too if they
         came from there.
@@ -202,11 +203,11 @@ def export_policy(
         )
     origin: dict = {}
     if isinstance(policy, Policy):
-        config, arrays = policy.config, policy_io.flatten(policy)
+        config, arrays = policy.config, surgery.flatten(policy)
     else:
         folder = policy
-        config, origin = policy_io.read_description(folder)
-        arrays, records = policy_io.read_arrays(folder), policy_io.read_records(folder)
+        config, origin = policy_folder.read_description(folder)
+        arrays, records = policy_folder.read_arrays(folder), policy_folder.read_records(folder)
         weights = origin.get("weights", "ema")
     kept: dict[str, object] = {}
     if base is not None:
@@ -228,7 +229,7 @@ def export_policy(
             f"{rules.ignored(lost[0])}; give the source as --base to write them back."
         )
     if safe:
-        safetensors_file.write(out, state, policy_io.describe(config, origin))
+        safetensors_file.write(out, state, policy_folder.describe(config, origin))
         return _facts(out, state, ["ema_model"])
     cfg = source["cfg"]
     if cfg is None:  # made here, or read from a file without one

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 from convert.to_torch import export_policy
-from uva_jax import policy_io
 from uva_jax.data.pusht_demos import render_demos
+from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 
@@ -58,7 +58,7 @@ CONFIG = PolicyConfig(
 def make_policy(config: PolicyConfig = CONFIG) -> Policy:
     """A policy whose every layer matters: what starts at zero is moved."""
     policy = Policy(config, rngs=nnx.Rngs(0))
-    arrays = policy_io.flatten(policy)
+    arrays = surgery.flatten(policy)
     for number, (path, x) in enumerate(sorted(arrays.items())):
         if not path.startswith("normalizer/"):
             noise = jax.random.normal(jax.random.key(number), x.shape)
@@ -67,7 +67,7 @@ def make_policy(config: PolicyConfig = CONFIG) -> Policy:
         pixels = width == 2  # PushT's positions; other fields are about 1 in size
         arrays[f"normalizer/{field}/scale"] = jnp.full(width, 1 / 256 if pixels else 0.9)
         arrays[f"normalizer/{field}/offset"] = jnp.full(width, -1.0 if pixels else 0.1)
-    return policy_io.replace(policy, arrays)
+    return surgery.replace(policy, arrays)
 
 
 def silently(function: Callable, *args, **kwargs):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from hostile_torch import CONFIG, Made
 
-from convert import safetensors_file
-from uva_jax import policy_io
+from convert.formats import safetensors_file
+from uva_jax.models import policy_folder
 
 
 def _pair(path: Path, header: object, data: bytes = b"", length: int | None = None) -> None:
@@ -19,7 +19,7 @@ def _pair(path: Path, header: object, data: bytes = b"", length: int | None = No
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = struct.pack("<Q", len(encoded) if length is None else length)
     path.write_bytes(size + encoded + data)
-    values = policy_io.describe(CONFIG, {})
+    values = policy_folder.describe(CONFIG, {})
     safetensors_file.json_of(path).write_text(json.dumps(values))
 
 

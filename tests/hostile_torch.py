@@ -16,9 +16,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert import bench, torch_file
+from convert.formats import torch_file
 from convert.to_torch import plain_cfg
-from uva_jax import policy_io
+from uva_jax.cli import bench_conversion
+from uva_jax.models import policy_folder
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 
 Made = Iterator[tuple[str, str, Callable[[Path], object]]]
@@ -47,7 +48,7 @@ WEIGHT = "model.z_proj.weight"  # the tensor that is damaged where one is enough
 def sound_state(seed: int = 0) -> dict[str, np.ndarray]:
     """The state dict of a small policy, random."""
     rng = np.random.default_rng(seed)
-    shapes = bench.torch_shapes(CONFIG)
+    shapes = bench_conversion.torch_shapes(CONFIG)
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
@@ -334,7 +335,7 @@ def configurations() -> Made:
     """Architectures and cfgs that make no sense, or would cost endless time."""
 
     def described(**changes: object) -> str:
-        values = policy_io.describe(CONFIG, {})["policy"]
+        values = policy_folder.describe(CONFIG, {})["policy"]
         for path, value in changes.items():
             *parents, last = path.split("__")
             node = values

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax import ablate, policy_io
-from uva_jax.config import section
+from uva_jax.cli import ablate
+from uva_jax.models import policy_folder
 from uva_jax.models.policy import Policy
-from uva_jax.train import pretrain, pretrain_model
+from uva_jax.pretrain import architecture, joint
+from uva_jax.runtime.settings import section
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,7 +25,7 @@ def config(make_config):
 
 
 def test_every_part_of_the_recipe_is_taken_away_once(config):
-    options = section(config.pretrain, pretrain.PretrainOptions)
+    options = section(config.pretrain, joint.PretrainOptions)
     base, *others = ablate.variants(options, mirror=True, readout=True)
     assert base == ablate.Variant("as configured")
     for variant in others:
@@ -36,9 +37,9 @@ def test_every_part_of_the_recipe_is_taken_away_once(config):
 
 
 def test_a_row_is_trained_judged_and_kept(config, tmp_path, capsys, monkeypatch):
-    model = section(config.pretrain.model, pretrain_model.ModelOptions)
-    policy = Policy(pretrain_model.model_config(model, 2), rngs=nnx.Rngs(0))
-    policy_io.save_policy(tmp_path / "policy", policy, source={})
+    model = section(config.pretrain.model, architecture.ModelOptions)
+    policy = Policy(architecture.model_config(model, 2), rngs=nnx.Rngs(0))
+    policy_folder.save_policy(tmp_path / "policy", policy, source={})
     first = ablate.variants
     monkeypatch.setattr(ablate, "variants", lambda *a, **k: first(*a, **k)[:2])
     monkeypatch.setattr(ablate, "_JUDGED", 16)

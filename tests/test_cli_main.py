@@ -11,11 +11,12 @@ from conftest import CONFIG, HEAD, REPO, make_policy, silently
 
 from convert.from_torch import convert_checkpoint
 from convert.to_torch import export_policy
-from uva_jax import commands, policy_io
+from uva_jax.cli import steps
 from uva_jax.data.replay_writer import ReplayBufferWriter
-from uva_jax.errors import UserError
-from uva_jax.guards import locked
 from uva_jax.main import _with_config, run
+from uva_jax.models import policy_folder, surgery
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.guards import locked
 
 STAGES = ("convert", "capture", "distill", "finetune", "evaluate", "export")
 FOLDERS = ("teacher", "activations", "operators", "finetune", "eval", "export")
@@ -69,9 +70,9 @@ def test_the_evaluation_compares_three_policies_on_the_same_seeds(finished):
 
 def test_the_export_is_the_fine_tuned_policy(finished):
     exported, _ = convert_checkpoint(finished.workdir / "export" / "grafted.ckpt")
-    tuned = policy_io.load_policy(finished.workdir / "finetune" / "policy")
+    tuned = policy_folder.load_policy(finished.workdir / "finetune" / "policy")
     assert exported.config == tuned.config
-    got, want = policy_io.flatten(exported), policy_io.flatten(tuned)
+    got, want = surgery.flatten(exported), surgery.flatten(tuned)
     assert all(np.array_equal(got[path], want[path]) for path in want)
 
 
@@ -95,10 +96,10 @@ def test_the_second_run_skips_everything(finished, make_config, tmp_path):
 def test_a_changed_setting_makes_out_of_date_what_depends_on_it(
     finished, make_config, change, reruns
 ):
-    from uva_jax.config import check
-    from uva_jax.identity import read_json
-    from uva_jax.pipeline import _Engine
-    from uva_jax.stages import stages
+    from uva_jax.pipeline.engine import _Engine
+    from uva_jax.pipeline.stages import stages
+    from uva_jax.runtime.settings import check
+    from uva_jax.storage.identity import read_json
 
     config = check(make_config(**change))
     table = {stage.name: stage for stage in stages(config)}
@@ -213,7 +214,7 @@ def test_a_truncated_checkpoint_is_refused(make_config, checkpoint, tmp_path):
 
 
 def test_a_checkpoint_without_an_action_head_is_refused(make_config, checkpoint, tmp_path):
-    from convert import torch_file
+    from convert.formats import torch_file
 
     payload = torch_file.read(checkpoint).payload
     state = {
@@ -339,27 +340,27 @@ def test_the_steps_run_as_commands_of_their_own(make_config, checkpoint, tmp_pat
     source = ["--checkpoint", str(checkpoint)]
     cache, operators, tuned = (str(tmp_path / name) for name in ("cache", "operators", "tuned"))
     samples = ["--num_samples", "16", "--strip", "2"]
-    assert commands.main(["cache-activations", *source, *samples, "--out", cache, *small]) == 0
+    assert steps.main(["cache-activations", *source, *samples, "--out", cache, *small]) == 0
     for layer in ("cross_attn", "self_attn", "mlp"):
         budget = ["--epochs", "1", "--batch", "8", "--loss", "huber"]
         given = ["--cache", cache, "--target_layer", layer, "--out", operators]
-        assert commands.main(["distill-operator", *given, *budget, *small]) == 0
+        assert steps.main(["distill-operator", *given, *budget, *small]) == 0
         assert (tmp_path / "operators" / layer / "operator.json").exists()
     budget = ["--steps", "2", "--warmup", "1", "--batch", "8", "--data_fraction", "0.5"]
     given = ["fine-tune", *source, "--operators", operators, "--out", tuned]
     capsys.readouterr()
-    assert commands.main([*given, *budget, *small, "--set", "capture.strip=2"]) == 0
+    assert steps.main([*given, *budget, *small, "--set", "capture.strip=2"]) == 0
     printed = capsys.readouterr().out
     for layer in ("cross_attn", "self_attn", "mlp"):
         assert f"{layer} operators from {operators}/{layer}" in printed
-    assert policy_io.load_policy(tmp_path / "tuned" / "finetune" / "policy").config.action_head
+    assert policy_folder.load_policy(tmp_path / "tuned" / "finetune" / "policy").config.action_head
 
 
 def test_a_finished_workdir_serves_a_single_distillation(finished, make_config, tmp_path, capsys):
     given = ["--cache", str(finished.workdir), "--target_layer", "mlp", "--out", str(tmp_path)]
     given += ["--operators", str(finished.workdir / "operators"), "--epochs", "1", "--batch", "8"]
-    assert commands.main(["distill-operator", *given, *settings(make_config())]) == 0
-    assert commands.main(["distill-operator", *given, *settings(make_config())]) == 0
+    assert steps.main(["distill-operator", *given, *settings(make_config())]) == 0
+    assert steps.main(["distill-operator", *given, *settings(make_config())]) == 0
     assert "distill-mlp: done already" in capsys.readouterr().out
 
 
@@ -375,7 +376,7 @@ def test_a_finished_workdir_serves_a_single_distillation(finished, make_config, 
     ],
 )
 def test_commands_say_bad_input_in_a_sentence(args, words, tmp_path, capsys):
-    assert commands.main([*args, "--out", str(tmp_path / "out")]) == 2
+    assert steps.main([*args, "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert words in printed
@@ -384,6 +385,6 @@ def test_commands_say_bad_input_in_a_sentence(args, words, tmp_path, capsys):
 def test_commands_take_their_defaults_from_the_configuration():
     from configs import common
 
-    parser = commands._parser()
+    parser = steps._parser()
     args = parser.parse_args(["cache-activations", "--out", "x"])
-    assert commands._config(args, commands._CACHE) == common.get_config()
+    assert steps._config(args, steps._CACHE) == common.get_config()

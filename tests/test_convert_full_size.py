@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert import bench, from_torch, infer, rules, torch_file
-from convert.__main__ import main
+from convert import from_torch, infer, rules
+from convert.formats import torch_file
 from convert.from_torch import infer_policy, state_tensors
-from uva_jax import policy_arrays
+from uva_jax.__main__ import main
+from uva_jax.cli import bench_conversion
+from uva_jax.storage import policy_arrays
 
 GOLDEN = json.loads(
     gzip.decompress((Path(__file__).parent / "goldens" / "full_size.json.gz").read_bytes())
@@ -42,13 +44,15 @@ def other_task(task):
 
 
 def test_the_full_size_policy_has_the_originals_names_and_shapes():
-    ours = without_normalizer(bench.torch_shapes(bench.architecture("pusht")))
+    ours = without_normalizer(bench_conversion.torch_shapes(bench_conversion.architecture("pusht")))
     assert ours == {name: shape for name, shape in PUSHT.items() if name != "_dummy_variable"}
 
 
 def test_every_part_has_the_originals_number_of_parameters():
     sizes = Counter()
-    for name, shape in bench.torch_shapes(bench.architecture("pusht")).items():
+    for name, shape in bench_conversion.torch_shapes(
+        bench_conversion.architecture("pusht")
+    ).items():
         _, *rest = name.split(".")
         vae, mar = name.startswith("vae_model."), name.startswith("model.")
         inner = name.partition(".")[2]
@@ -85,28 +89,38 @@ def test_other_tasks_are_inferred_with_the_originals_names_and_shapes(task):
     config = infer.infer_config(tensors, cfg, task)
     _, left_out, problems = rules.plan(tensors)
     wanted = {name: shape for name, shape in tensors.items() if name not in left_out}
-    assert not problems and bench.torch_shapes(config) == wanted
+    assert not problems and bench_conversion.torch_shapes(config) == wanted
     mar = sum(math.prod(s) for n, s in tensors.items() if n.startswith("model."))
     assert mar == GOLDEN["other_tasks"][task]["n_params"]
 
 
 def test_a_random_checkpoint_is_read_like_an_original_one(tmp_path):
-    bench.make(tmp_path / "made.ckpt", "tiny")
+    bench_conversion.make(tmp_path / "made.ckpt", "tiny")
     checkpoint = torch_file.read(tmp_path / "made.ckpt")
     tensors = state_tensors(checkpoint, "ema")
     config = infer_policy(checkpoint, tensors)
-    assert "uva_jax" not in checkpoint.payload and config == bench.architecture("tiny")
+    assert "uva_jax" not in checkpoint.payload and config == bench_conversion.architecture("tiny")
     values = tensors["model.z_proj.weight"].numpy()
     assert values.dtype == np.float32 and 0.01 < values.std() < 0.03
 
 
 def test_bench_measures_both_conversions_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    here = lambda name, source, out: bench._step(name, Path(source), out)  # noqa: E731
-    monkeypatch.setattr(bench, "_apart", here)  # not in processes of their own: that takes longer
-    monkeypatch.setattr(bench, "WARM_RUNS", 1)
+    here = lambda name, source, out: bench_conversion._step(name, Path(source), out)  # noqa: E731
+    # Not in processes of their own, which takes longer.
+    monkeypatch.setattr(bench_conversion, "_apart", here)
+    monkeypatch.setattr(bench_conversion, "WARM_RUNS", 1)
     found = tmp_path / "figures.json"
     (tmp_path / "work").mkdir()
-    command = ["bench", "--size", "tiny", "--out", str(tmp_path / "work"), "--json", str(found)]
+    command = [
+        "bench",
+        "conversion",
+        "--size",
+        "tiny",
+        "--out",
+        str(tmp_path / "work"),
+        "--json",
+        str(found),
+    ]
     assert main(command) == 0
     figures = json.loads(found.read_text())
     assert list(figures["steps"]) == ["copy", "from_torch", "to_torch"]
@@ -117,7 +131,7 @@ def test_bench_measures_both_conversions_and_leaves_nothing(tmp_path, capsys, mo
 
 
 def test_a_conversion_never_holds_the_whole_policy(tmp_path, monkeypatch):
-    bench.make(tmp_path / "made.ckpt", "tiny")
+    bench_conversion.make(tmp_path / "made.ckpt", "tiny")
     held, most, load = set(), [], from_torch._load
 
     def counted(name, *args):

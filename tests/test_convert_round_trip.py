@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convert import from_torch, infer, rules, to_torch, torch_file
+from convert import from_torch, infer, rules, to_torch
 from convert.__main__ import main
-from uva_jax import policy_io
-from uva_jax.errors import UserError
+from convert.formats import torch_file
+from uva_jax.models import policy_folder, surgery
+from uva_jax.runtime.errors import UserError
 
 TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    return policy_io.load_policy(folder)
+    return policy_folder.load_policy(folder)
 
 
 def bits(tensor):
@@ -77,7 +78,7 @@ def test_an_export_reads_back_as_the_same_policy(folder, policy, tmp_path):
     again, info = from_torch.convert_checkpoint(tmp_path / "back.ckpt")
     assert again.config == policy.config
     assert info["dtypes"] == {"float32": 3, "bfloat16": 492}
-    found, wanted = policy_io.flatten(again), policy_io.flatten(policy)
+    found, wanted = surgery.flatten(again), surgery.flatten(policy)
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
 
 
@@ -90,10 +91,10 @@ def test_without_a_source_the_cfg_says_the_same_architecture(policy, tmp_path):
 
 def test_a_trained_tensor_is_not_rounded_to_the_sources_bfloat16(folder, policy, tmp_path):
     path = "mar/z_proj/bias"
-    flat = policy_io.flatten(policy)
+    flat = surgery.flatten(policy)
     flat[path] = flat[path] + 1e-4
-    changed = policy_io.replace(policy, flat)
-    to_torch.export_policy(changed, tmp_path / "a.ckpt", records=policy_io.read_records(folder))
+    changed = surgery.replace(policy, flat)
+    to_torch.export_policy(changed, tmp_path / "a.ckpt", records=policy_folder.read_records(folder))
     state = torch_file.read(tmp_path / "a.ckpt").state_dict("ema_model")
     np.testing.assert_array_equal(state["model.z_proj.bias"].numpy(), flat[path])
     assert state["model.z_proj.weight"].dtype == ml_dtypes.bfloat16
@@ -109,7 +110,7 @@ def test_keys_with_a_module_prefix_and_half_precision_are_read(policy, tmp_path)
     again, info = from_torch.convert_checkpoint(rewrite(tmp_path, change))
     assert again.config == policy.config
     assert info["module_prefix"] and info["dtypes"]["float16"] == 308
-    found, wanted = (policy_io.flatten(p)["mar/z_proj/kernel"] for p in (again, policy))
+    found, wanted = (surgery.flatten(p)["mar/z_proj/kernel"] for p in (again, policy))
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -196,19 +197,19 @@ def test_layouts_are_undone_exactly(kind, data):
 
 def test_a_policy_folder_describes_its_source(folder):
     described = json.loads((folder / "policy.json").read_text())
-    assert described["format"] == policy_io.FORMAT
+    assert described["format"] == policy_folder.FORMAT
     assert described["source"]["checkpoint"] == TEACHER.name
     assert described["source"]["weights"] == "ema"
 
 
 def test_a_folder_whose_arrays_do_not_fit_names_them(policy, tmp_path):
     mar = dataclasses.replace(policy.config.mar, encoder_depth=4, action_dim=3)
-    policy_io.save_policy(tmp_path / "p", policy, source={})
+    policy_folder.save_policy(tmp_path / "p", policy, source={})
     described = json.loads((tmp_path / "p" / "policy.json").read_text())
     described["policy"]["mar"] = dataclasses.asdict(mar)
     (tmp_path / "p" / "policy.json").write_text(json.dumps(described))
     with pytest.raises(UserError) as error:
-        policy_io.load_policy(tmp_path / "p")
+        policy_folder.load_policy(tmp_path / "p")
     message = str(error.value)
     assert str(tmp_path / "p") in message
     assert "mar/encoder_blocks/3/attn/qkv/kernel is missing" in message
@@ -216,17 +217,17 @@ def test_a_folder_whose_arrays_do_not_fit_names_them(policy, tmp_path):
 
 
 def test_replace_refuses_another_dtype_and_unknown_paths(policy):
-    flat = policy_io.flatten(policy)
+    flat = surgery.flatten(policy)
     flat["mar/z_proj/bias"] = flat["mar/z_proj/bias"].astype(jnp.bfloat16)
     flat["mar/nonsense"] = jnp.zeros(1)
     with pytest.raises(UserError, match="mar/nonsense is unknown.*has dtype bfloat16"):
-        policy_io.replace(policy, flat)
+        surgery.replace(policy, flat)
 
 
 def test_saving_does_not_replace_foreign_files(policy, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that are not a policy"):
-        policy_io.save_policy(tmp_path, policy, source={})
+        policy_folder.save_policy(tmp_path, policy, source={})
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

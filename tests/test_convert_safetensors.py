@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert import from_torch, safetensors_file, torch_file
+from convert import from_torch
 from convert.__main__ import main
-from uva_jax import policy_io
+from convert.formats import safetensors_file, torch_file
+from uva_jax.models import policy_folder, surgery
 
 torch = pytest.importorskip("torch")
 library = pytest.importorskip("safetensors.torch")
@@ -49,11 +50,11 @@ def test_the_library_reads_every_tensor_to_the_bit(pair):
 def test_the_pair_reads_back_to_the_bit(pair, tmp_path):
     assert main(["from_torch", str(pair / "teacher.safetensors"), str(tmp_path / "policy")]) == 0
     again, first = (
-        policy_io.load_policy(tmp_path / "policy"),
-        policy_io.load_policy(pair / "policy"),
+        policy_folder.load_policy(tmp_path / "policy"),
+        policy_folder.load_policy(pair / "policy"),
     )
     assert again.config == first.config
-    found, wanted = policy_io.flatten(again), policy_io.flatten(first)
+    found, wanted = surgery.flatten(again), surgery.flatten(first)
     assert list(found) == list(wanted)
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
     assert main(["to_torch", str(tmp_path / "policy"), str(tmp_path / "again.safetensors")]) == 0
@@ -79,8 +80,8 @@ def test_a_file_that_the_library_wrote_is_read(copy, pair):
     del described["sha256"]
     copy.with_suffix(".json").write_text(json.dumps(described))
     policy, info = from_torch.convert_checkpoint(copy)
-    wanted = policy_io.flatten(policy_io.load_policy(pair / "policy"))
-    found = policy_io.flatten(policy)
+    wanted = surgery.flatten(policy_folder.load_policy(pair / "policy"))
+    found = surgery.flatten(policy)
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
     assert info["dtypes"] == {"float32": 3, "bfloat16": 492}
 

@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import torch_file
-from convert.omegaconf_records import to_plain
-from convert.torch_file import LazyTensor, Record
-from uva_jax.errors import UserError
+from convert.formats import torch_file
+from convert.formats.omegaconf_records import to_plain
+from convert.formats.torch_file import LazyTensor, Record
+from uva_jax.runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
 
@@ -274,7 +274,7 @@ def test_what_cannot_be_written_is_named(value, named, tmp_path):
 
 def test_reading_imports_neither_torch_nor_omegaconf():
     code = (
-        "import sys\nfrom convert import torch_file\n"
+        "import sys\nfrom convert.formats import torch_file\n"
         f"c = torch_file.read({str(TINY)!r})\nc.cfg\n"
         "next(iter(c.state_dict('ema_model').values())).numpy()\n"
         "assert not {'torch', 'omegaconf', 'dill', 'jax'} & set(sys.modules), sys.modules"

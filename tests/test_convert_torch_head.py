@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 
 from convert import from_torch, to_torch  # noqa: E402
 from convert.__main__ import main  # noqa: E402
-from convert.torch_head import GraftedActionHead  # noqa: E402
-from convert.verify import verify_checkpoint  # noqa: E402
-from uva_jax import policy_io  # noqa: E402
+from convert.checks.verify import verify_checkpoint  # noqa: E402
+from convert.torch.head import GraftedActionHead  # noqa: E402
+from uva_jax.models import policy_folder, surgery  # noqa: E402
 from uva_jax.models.grafted_head import GraftedHead  # noqa: E402
 from uva_jax.models.policy_config import GraftedHeadConfig  # noqa: E402
 
@@ -47,11 +47,11 @@ def make_head(**options):
     )
     head = nnx.eval_shape(lambda: GraftedHead(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(1)
-    return policy_io.replace(
+    return surgery.replace(
         head,
         {
             path: jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype)
-            for path, leaf in policy_io.shapes(head).items()
+            for path, leaf in surgery.shapes(head).items()
         },
     )
 
@@ -61,7 +61,7 @@ def make_twin(head):
 
     twin = GraftedActionHead(dataclasses.asdict(head.config))
     state = {}
-    for path, value in policy_io.flatten(head).items():
+    for path, value in surgery.flatten(head).items():
         name, layout = rules.to_torch(f"action_head/{path}")
         array = np.ascontiguousarray(layout.inverse(np.asarray(value)))
         state[name.removeprefix("model.diffactloss.")] = torch.from_numpy(array.copy())
@@ -125,7 +125,7 @@ def grafted(tmp_path_factory):
     """An export of the teacher with a grafted head, and the policy it came from."""
     folder = tmp_path_factory.mktemp("graft")
     from_torch.from_torch(TEACHER, folder / "teacher")
-    teacher = policy_io.load_policy(folder / "teacher")
+    teacher = policy_folder.load_policy(folder / "teacher")
     head = teacher.config.action_head
     config = GraftedHeadConfig(
         channels=head.channels,
@@ -136,14 +136,14 @@ def grafted(tmp_path_factory):
         sampling_steps="5",
     )
     config = dataclasses.replace(teacher.config, action_head=config)
-    grafted, random = policy_io.abstract_policy(config), np.random.default_rng(2)
-    arrays = policy_io.flatten(teacher)
-    for path, leaf in policy_io.shapes(grafted).items():
+    grafted, random = surgery.abstract_policy(config), np.random.default_rng(2)
+    arrays = surgery.flatten(teacher)
+    for path, leaf in surgery.shapes(grafted).items():
         if path.startswith("action_head/"):
             arrays[path] = jnp.asarray(0.05 * random.standard_normal(leaf.shape), leaf.dtype)
-    arrays = {path: arrays[path] for path in policy_io.shapes(grafted)}
-    grafted = policy_io.replace(grafted, arrays)
-    records = policy_io.read_records(folder / "teacher")
+    arrays = {path: arrays[path] for path in surgery.shapes(grafted)}
+    grafted = surgery.replace(grafted, arrays)
+    records = policy_folder.read_records(folder / "teacher")
     to_torch.export_policy(grafted, folder / "grafted.ckpt", records=records)
     return folder / "grafted.ckpt", grafted
 
@@ -159,7 +159,7 @@ def test_a_grafted_export_reads_back_as_the_same_policy(grafted):
     path, policy = grafted
     again, _ = from_torch.convert_checkpoint(path)
     assert again.config == policy.config
-    found, wanted = policy_io.flatten(again), policy_io.flatten(policy)
+    found, wanted = surgery.flatten(again), surgery.flatten(policy)
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 

@@ -12,9 +12,9 @@ import pytest
 from hostile_files import KINDS, cases, command, hostile_files
 from hostile_torch import archive, gadgets, tensor_pickle, text
 
-from convert import torch_file
-from convert.pickle_records import Global, Record
-from uva_jax.errors import UserError
+from convert.formats import torch_file
+from convert.formats.pickle_records import Global, Record
+from uva_jax.runtime.errors import UserError
 
 RUNNING = "os.system os.exec os.posix_spawn os.fork subprocess.Popen exec compile".split()
 _WATCH: dict[str, list] = {}

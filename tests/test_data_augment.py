@@ -7,7 +7,7 @@ import pytest
 
 from uva_jax.data.augment import CropAndBlur, mirror_pusht
 from uva_jax.envs.pusht import CANVAS, IMAGE_SIZE, PushT, initial_state
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
 

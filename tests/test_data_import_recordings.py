@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from uva_jax.cli.import_recordings import main
 from uva_jax.data import replay_writer
-from uva_jax.data.import_recordings import main, open_hdf5, write_recordings
+from uva_jax.data.import_recordings import open_hdf5, write_recordings
 from uva_jax.data.import_zarr import open_zarr
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 SIZE = 20  # pixels; an image must hold 1 kB to count as one
 STOVE, BOOK = "KITCHEN_SCENE3_turn_on_the_stove", "STUDY_SCENE1_pick_up_the_book"

@@ -9,7 +9,7 @@ from uva_jax.data.loader import BatchLoader, WindowReader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import to_uint8_cache, write_replay_buffer
 from uva_jax.data.sequences import create_indices, select_frames, window_rows
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 ENDS = np.array([50, 85, 145])
 LENGTH = 32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from uva_jax.data.normalizer import fit, fit_field, image_field, normalize, unnormalize
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 FITS = [(mode, offset) for mode in ("limits", "gaussian") for offset in (True, False)]
 

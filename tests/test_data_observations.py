@@ -10,7 +10,7 @@ import pytest
 
 from uva_jax.data.observations import IMAGES, split_window, window_picks
 from uva_jax.data.sequences import history_combinations
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
 FACTS = json.loads((GOLDENS / "windows_slim.json").read_text())

@@ -10,7 +10,7 @@ from uva_jax.data.pusht_demos import RenderWorker, load_demos, render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import UNIT_STEPS
 from uva_jax.envs.pusht import PushT
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 EPISODES = 6  # 1,133 frames: two units
 

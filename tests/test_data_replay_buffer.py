@@ -15,7 +15,7 @@ from uva_jax.data.replay_writer import (
     to_uint8_cache,
     write_replay_buffer,
 )
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 ENDS = np.array([40, 65, 125])
 

@@ -18,7 +18,7 @@ from uva_jax.data.sequences import (
     validation_mask,
     window_rows,
 )
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
 FACTS = json.loads((GOLDENS / "data_path_slim.json").read_text())

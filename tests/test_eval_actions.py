@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.eval.actions import action_figures, average_precision, sample_actions
+from uva_jax.runtime.settings import section
 
 
 def test_average_precision_is_the_mean_precision_at_the_hits():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from uva_jax.errors import UserError
-from uva_jax.graft.activations import ActivationCache
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.sample_store import SampleStore
 
 N, CHUNK = 43, 8  # six chunks, the last of three samples
 ARRAYS = {"z": ((4, 6), "bfloat16"), "target": ((5,), "float32"), "t": ((), "int32")}
@@ -27,7 +27,7 @@ def values():
 
 def create(folder, **changes):
     given = {"arrays": ARRAYS, "num_samples": N, "chunk": CHUNK, "meta": META, **changes}
-    return ActivationCache.create(folder, **given)
+    return SampleStore.create(folder, **given)
 
 
 def write(cache, chunks=None):
@@ -49,7 +49,7 @@ def chunk_file(folder, name="z", index=2):
 
 
 def test_what_was_written_is_read_back(folder):
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     assert cache.names == ("z", "target", "t")
     assert (cache.num_samples, cache.chunk, cache.num_chunks) == (N, CHUNK, 6)
     assert cache.meta == META and cache.nbytes() == N * (48 + 20 + 4)
@@ -63,14 +63,14 @@ def test_what_was_written_is_read_back(folder):
 
 def test_scattered_rows_are_gathered_in_the_order_asked_for(folder):
     rows = np.random.default_rng(1).integers(0, N, (3, 7))
-    found = ActivationCache.open(folder).read_rows(("t", "z"), rows)
+    found = SampleStore.open(folder).read_rows(("t", "z"), rows)
     assert tuple(found) == ("t", "z")
     for name in found:
         np.testing.assert_array_equal(found[name], values()[name][rows])
 
 
 def test_more_than_max_bytes_is_not_loaded(folder):
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     assert cache.load(["t"], max_bytes=4 * N - 1) is None
     assert list(cache.load(["t"], max_bytes=4 * N)) == ["t"]
 
@@ -103,13 +103,13 @@ def test_the_index_says_what_is_there(folder):
 def test_a_cut_off_cache_resumes_at_its_missing_chunks(tmp_path):
     write(create(tmp_path / "c"), [0, 1, 4])
     with pytest.raises(UserError, match="holds 24 of 43 samples; .* resumes"):
-        ActivationCache.open(tmp_path / "c")
+        SampleStore.open(tmp_path / "c")
     cache = create(tmp_path / "c")
     assert cache.missing_chunks() == [2, 3, 5]
     with pytest.raises(ValueError, match="3 chunks are not written"):
         cache.finish()
     write(cache).finish()
-    np.testing.assert_array_equal(ActivationCache.open(tmp_path / "c").read("t"), np.arange(N))
+    np.testing.assert_array_equal(SampleStore.open(tmp_path / "c").read("t"), np.arange(N))
 
 
 def test_a_chunk_counts_only_when_every_array_has_it(tmp_path):
@@ -126,16 +126,16 @@ def test_a_cache_that_was_cut_off_before_its_arrays_were_made_resumes(folder):
         file.unlink()
     (folder / "z").rmdir()
     with pytest.raises(UserError, match="holds 0 of 43 samples"):
-        ActivationCache.open(folder)
+        SampleStore.open(folder)
     write(create(folder)).finish()
-    np.testing.assert_array_equal(ActivationCache.open(folder).read("z"), values()["z"])
+    np.testing.assert_array_equal(SampleStore.open(folder).read("z"), values()["z"])
 
 
 def test_creating_a_finished_cache_again_changes_nothing(folder):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     assert create(folder).missing_chunks() == []
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    ActivationCache.open(folder)
+    SampleStore.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_creating_a_finished_cache_again_changes_nothing(folder):
 def test_a_cache_made_from_something_else_is_refused_or_replaced(folder, change, said):
     with pytest.raises(UserError, match=said):
         create(folder, **change)
-    ActivationCache.open(folder)  # still whole
+    SampleStore.open(folder)  # still whole
     cache = create(folder, replace=True, **change)
     assert len(cache.missing_chunks()) == cache.num_chunks
     assert cache.samples_done() == 0
@@ -170,12 +170,12 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
 
 def test_a_missing_cache_is_told(tmp_path):
     with pytest.raises(UserError, match="index.json does not exist"):
-        ActivationCache.open(tmp_path / "nowhere")
+        SampleStore.open(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["z", "target", "t"])
 def test_a_chunk_that_vanished_is_an_error_and_not_zeros(folder, name):
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     os.remove(chunk_file(folder, name))
     with pytest.raises(UserError, match=f"damaged: {name} cannot be read"):
         cache.read(name)
@@ -183,7 +183,7 @@ def test_a_chunk_that_vanished_is_an_error_and_not_zeros(folder, name):
         cache.read_rows([name], np.array([20]))
     cache.read(name, 0, 16)  # other chunks are fine
     with pytest.raises(UserError, match="1 of its 6 chunks are missing, the first is 2"):
-        ActivationCache.open(folder)
+        SampleStore.open(folder)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped"])
@@ -192,7 +192,7 @@ def test_a_damaged_chunk_is_an_error(folder, damage):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"truncated": content[:-20], "emptied": b"", "flipped": content}[damage])
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     with pytest.raises(UserError, match="damaged: z cannot be read .*c.2.0.0"):
         cache.read("z")
     with pytest.raises(UserError, match="damaged: z cannot be read"):
@@ -202,17 +202,17 @@ def test_a_damaged_chunk_is_an_error(folder, damage):
 def test_a_damaged_description_is_an_error(folder):
     (folder / "z/zarr.json").write_text("{")
     with pytest.raises(UserError, match="damaged: z cannot be read"):
-        ActivationCache.open(folder)
+        SampleStore.open(folder)
     (folder / "index.json").write_text("{")
     with pytest.raises(UserError, match="index.json is damaged"):
-        ActivationCache.open(folder)
+        SampleStore.open(folder)
 
 
 def test_a_chunk_of_zeros_counts_as_written(tmp_path):
     cache = create(tmp_path / "c", arrays={"z": ((3,), "bfloat16")}, num_samples=4, chunk=4)
     cache.write_chunk(0, {"z": np.zeros((4, 3), ml_dtypes.bfloat16)})
     cache.finish()
-    assert not ActivationCache.open(tmp_path / "c").read("z").any()
+    assert not SampleStore.open(tmp_path / "c").read("z").any()
 
 
 def test_values_may_be_overwritten_after_they_were_handed_over(tmp_path):
@@ -222,7 +222,7 @@ def test_values_may_be_overwritten_after_they_were_handed_over(tmp_path):
         buffer[:] = i
         cache.write_chunk(i, {"x": buffer})
     cache.finish()
-    found = ActivationCache.open(tmp_path / "c").read("x")
+    found = SampleStore.open(tmp_path / "c").read("x")
     np.testing.assert_array_equal(found, np.repeat(np.arange(8), 8)[:, None] * np.ones(1000))
 
 
@@ -250,12 +250,12 @@ def test_two_writers_share_one_cache(tmp_path):
     write(first, [0, 2, 4])
     write(second, [1, 3, 5])
     first.finish()
-    np.testing.assert_array_equal(ActivationCache.open(tmp_path / "c").read("t"), np.arange(N))
+    np.testing.assert_array_equal(SampleStore.open(tmp_path / "c").read("t"), np.arange(N))
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 2000, 1])  # one group; a few; a chunk each
 def test_an_epoch_holds_every_sample_once_in_whole_batches(folder, memory_bytes):
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     kept = {"memory_bytes": memory_bytes, "seed": 3}
     epoch = list(cache.batches(["t", "z"], 10, epoch=0, **kept))
     assert [len(b["t"]) for b in epoch] == [10] * 4
@@ -272,16 +272,16 @@ def test_an_epoch_holds_every_sample_once_in_whole_batches(folder, memory_bytes)
 def test_batches_keep_to_the_rows_given(folder):
     rows = np.arange(1, N, 2)
     for memory_bytes in (2**30, 1):
-        batches = ActivationCache.open(folder).batches(
+        batches = SampleStore.open(folder).batches(
             ["t"], 7, seed=0, epoch=0, rows=rows, memory_bytes=memory_bytes
         )
         seen = np.concatenate([b["t"] for b in batches])
         np.testing.assert_array_equal(np.sort(seen), rows)
-    assert not list(ActivationCache.open(folder).batches(["t"], 7, seed=0, epoch=0, rows=rows[:0]))
+    assert not list(SampleStore.open(folder).batches(["t"], 7, seed=0, epoch=0, rows=rows[:0]))
 
 
 def test_what_is_not_there_is_told(folder):
-    cache = ActivationCache.open(folder)
+    cache = SampleStore.open(folder)
     with pytest.raises(UserError, match="lacks 'h'; it holds z, target, t"):
         cache.read("h")
     with pytest.raises(ValueError, match=r"samples \[40, 44\)"):

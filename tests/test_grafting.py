@@ -10,14 +10,14 @@ import pytest
 from conftest import HEAD, make_policy, python
 
 from configs import common
-from uva_jax import policy_io
-from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.augment import mirror_pusht
-from uva_jax.errors import UserError
 from uva_jax.graft import assemble, distill, judge
 from uva_jax.graft.capture import capture_strips, head_activations
+from uva_jax.models import surgery
 from uva_jax.models.operators import aligned_positions, memory_tokens
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.settings import section
 
 OPTIONS = assemble.HeadOptions(
     cross_attention="condition",
@@ -100,10 +100,10 @@ def test_every_form_of_the_head_samples_and_learns(teacher, activations, form, m
     np.testing.assert_array_equal(first, head.sample(z, noise=noise, sampling_steps="4"))
     assert first.shape == (6, 16, 2) and np.isfinite(first).all()
 
-    arrays = policy_io.flatten(head)
+    arrays = surgery.flatten(head)
 
     def loss(arrays):
-        model = policy_io.replace(head, arrays)
+        model = surgery.replace(head, arrays)
         return model.loss(activations["actions"], z, key=jax.random.key(1))["loss"].mean()
 
     grads = jax.grad(loss)(arrays)
@@ -135,7 +135,7 @@ def _options(**changes):
 
 @pytest.fixture
 def writer(tmp_path):
-    from uva_jax.metrics import MetricsWriter
+    from uva_jax.runtime.metrics import MetricsWriter
 
     with MetricsWriter(tmp_path, "distill") as metrics:
         yield metrics
@@ -152,10 +152,10 @@ def test_distillation_lowers_the_conditions_loss_and_needs_the_right_video(
     trained = distill.distill_condition(
         head, features, e_c, options=options, seed=0, folder=tmp_path, metrics=writer
     )
-    scaled = policy_io.replace(
+    scaled = surgery.replace(
         head,
-        policy_io.flatten(head)
-        | {k: policy_io.flatten(trained)[k] for k in ("condition_scale", "condition_shift")},
+        surgery.flatten(head)
+        | {k: surgery.flatten(trained)[k] for k in ("condition_scale", "condition_shift")},
     )
     before = judge.judge_condition(scaled, features, e_c, kind)[-1]
     after = judge.judge_condition(trained, features, e_c, kind)[-1]
@@ -188,17 +188,17 @@ def test_a_resumed_distillation_gives_the_same_parameters(
     resumed = distill.distill_condition(
         head, features, activations["condition"], folder=tmp_path / "cut", **arguments
     )
-    for path, x in policy_io.flatten(whole).items():
-        np.testing.assert_array_equal(x, policy_io.flatten(resumed)[path], err_msg=path)
+    for path, x in surgery.flatten(whole).items():
+        np.testing.assert_array_equal(x, surgery.flatten(resumed)[path], err_msg=path)
 
 
 def test_operators_are_saved_and_loaded_one_by_one(teacher, tmp_path):
     source_head = grafted(teacher, start="random")
     target = grafted(teacher)
     assemble.save_operator(tmp_path / "mlp", source_head, "mlp", {})
-    loaded = policy_io.flatten(assemble.load_operator(tmp_path / "mlp", target, "mlp"))
-    for path, x in policy_io.flatten(target).items():
-        expected = policy_io.flatten(source_head)[path] if "/mlp/" in path else x
+    loaded = surgery.flatten(assemble.load_operator(tmp_path / "mlp", target, "mlp"))
+    for path, x in surgery.flatten(target).items():
+        expected = surgery.flatten(source_head)[path] if "/mlp/" in path else x
         np.testing.assert_array_equal(loaded[path], expected, err_msg=path)
 
 
@@ -303,8 +303,9 @@ from conftest import make_policy
 from uva_jax.data import source
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.graft import record
+from uva_jax.storage.site import Site
 from uva_jax.graft.capture import CaptureOptions
-from uva_jax.metrics import MetricsWriter
+from uva_jax.runtime.metrics import MetricsWriter
 from test_grafting import _data
 
 folder, buffer = sys.argv[1:]
@@ -315,7 +316,7 @@ strips = source.plan_strips(
 )
 with MetricsWriter(folder, "capture") as metrics:
     cache = record.capture_cache(
-        record.Site(__import__("pathlib").Path(folder) / "cache", metrics), make_policy(), strips,
+        Site(__import__("pathlib").Path(folder) / "cache", metrics), make_policy(), strips,
         source.WindowReader(buffer, _data(), make_policy()), options, seed=0, origin="tiny",
     )
 np.savez(folder + "/all.npz", **{k: np.asarray(cache.read(k), np.float32) for k in cache.names})

@@ -14,8 +14,8 @@ from variants import VARIANTS
 from convert.__main__ import main
 from uva_jax.data.clip_tokenizer import END, START, ClipTokenizer
 from uva_jax.data.language import read_latents, task_latents
-from uva_jax.errors import UserError
 from uva_jax.models.policy_config import TextTowerConfig
+from uva_jax.runtime.errors import UserError
 
 # Recorded from transformers' CLIPTokenizer, padding="max_length", max_length=30.
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "clip_tokens.json").read_text())

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
 
-from uva_jax import metrics
-from uva_jax.errors import UserError
-from uva_jax.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime import metrics
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter, read_metrics
 
 
 def read_events(folder):

@@ -19,11 +19,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from uva_jax.errors import UserError
 from uva_jax.models.losses import latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
-from uva_jax.parallel import (
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.parallel import (
     AXES,
     BATCH,
     DistributedOptions,

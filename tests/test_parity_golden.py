@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.fixtures import verify_folder
-from uva_jax.errors import UserError
+from convert.checks.fixtures import verify_folder
+from uva_jax.runtime.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens" / "port"
 

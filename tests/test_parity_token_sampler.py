@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uva_jax import policy_io
-from uva_jax.errors import UserError
+from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 from uva_jax.models.token_sampler import masked_counts, sample_tokens
+from uva_jax.runtime.errors import UserError
 
 KEY = jax.random.key(3)
 HEAD = {"z_channels": 32, "width": 32, "depth": 1, "grid": (4, 4), "sampling_steps": "3"}
@@ -40,12 +40,12 @@ def policy() -> Policy:
 
 def _random_policy(config):
     """Every parameter random: gates and outputs would start at zero and hide what is before."""
-    policy, random = policy_io.abstract_policy(config), np.random.default_rng(0)
+    policy, random = surgery.abstract_policy(config), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype)
-        for path, leaf in policy_io.shapes(policy).items()
+        for path, leaf in surgery.shapes(policy).items()
     }
-    return policy_io.replace(policy, arrays)
+    return surgery.replace(policy, arrays)
 
 
 def run(policy, *, noises=None, target=None, nactions=None, key=KEY, streams=None, **settings):

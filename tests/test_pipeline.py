@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from uva_jax.errors import UserError
-from uva_jax.metrics import read_metrics
-from uva_jax.pipeline import Stage, run_pipeline
+from uva_jax.pipeline.engine import Stage, run_pipeline
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -229,7 +229,7 @@ def run_script(workdir, body, **popen):
     script = (
         "import os, signal, sys, time\n"
         "from ml_collections import ConfigDict\n"
-        "from uva_jax.pipeline import Stage, run_pipeline\n"
+        "from uva_jax.pipeline.engine import Stage, run_pipeline\n"
         f"def run(context):\n{body}\n    return {{'ok': 1}}\n"
         "stages = [Stage('capture', run, (), ('n',), 'activations')]\n"
         f"run_pipeline(stages, ConfigDict({{'n': 1}}), {str(workdir)!r})\n"

@@ -17,9 +17,10 @@ import pytest
 from flax import nnx
 
 from configs import pusht, pusht_tiny
-from uva_jax import plan, policy_io, programs
-from uva_jax.config import check
-from uva_jax.errors import UserError
+from uva_jax.cli import plan, programs
+from uva_jax.models import surgery
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.settings import check
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--config", "configs/pusht_tiny.py")
@@ -36,7 +37,7 @@ def run_plan(*args):
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     return subprocess.run(
-        [sys.executable, "-m", "uva_jax.plan", *args],
+        [sys.executable, "-m", "uva_jax", "plan", *args],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -114,7 +115,7 @@ def test_stage_2_compiles_for_a_tpu_slice():
 def test_the_published_architecture_has_the_published_number_of_parameters():
     config = plan.ARCHITECTURES["pusht"]
     assert programs.parameters(config) == 327_535_175
-    policy = policy_io.abstract_policy(config)
+    policy = surgery.abstract_policy(config)
 
     def count(module):
         return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(module, nnx.Param)))

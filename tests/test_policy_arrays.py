@@ -5,15 +5,17 @@ import shutil
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import traverse_util
 from hostile_torch import sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import from_torch, to_torch, torch_file
-from convert.torch_tensors import in_c_order
-from uva_jax import policy_arrays, policy_io
-from uva_jax.errors import UserError
-from uva_jax.lazy_array import LazyArray, ahead
+from convert import from_torch, to_torch
+from convert.formats import torch_file
+from convert.formats.torch_tensors import in_c_order
+from uva_jax.models import policy_folder, surgery
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.lazy_array import LazyArray, ahead
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,11 @@ def same(found, wanted):
 
 
 def test_a_converted_folder_holds_what_a_saved_one_does(streamed, teacher, tmp_path):
-    policy_io.save_policy(tmp_path / "saved", teacher, source={})
-    wanted = policy_io.flatten(teacher)
+    policy_folder.save_policy(tmp_path / "saved", teacher, source={})
+    wanted = surgery.flatten(teacher)
     for folder in (streamed, tmp_path / "saved"):
-        same(policy_io.read_arrays(folder), wanted)
-        same(policy_io.flatten(policy_io.load_policy(folder)), wanted)
+        same(policy_folder.read_arrays(folder), wanted)
+        same(surgery.flatten(policy_folder.load_policy(folder)), wanted)
 
 
 def test_folders_that_orbax_compressed_are_read(streamed, teacher, tmp_path):
@@ -56,9 +58,9 @@ def test_folders_that_orbax_compressed_are_read(streamed, teacher, tmp_path):
     shutil.copytree(streamed, folder)
     shutil.rmtree(folder / "params")
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = policy_io.flatten(teacher)
-        checkpointer.save(folder / "params", policy_arrays.nested(arrays))
-    same(policy_io.flatten(policy_io.load_policy(folder)), arrays)
+        arrays = surgery.flatten(teacher)
+        checkpointer.save(folder / "params", traverse_util.unflatten_dict(arrays, sep="/"))
+    same(surgery.flatten(policy_folder.load_policy(folder)), arrays)
     to_torch.export_policy(folder, tmp_path / "old.ckpt")
     to_torch.export_policy(streamed, tmp_path / "new.ckpt")
     old, new = (torch_file.read(tmp_path / f"{name}.ckpt") for name in ("old", "new"))
@@ -84,27 +86,27 @@ def test_a_policy_whose_arrays_were_cut_is_one_sentence(streamed, tmp_path):
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     with pytest.raises(UserError, match="missing or damaged"):
-        policy_io.load_policy(folder)
+        policy_folder.load_policy(folder)
 
 
 def test_arrays_of_another_architecture_are_refused_before_anything_is_written(teacher, tmp_path):
     arrays = {"mar/z_proj/bias": LazyArray((3,), np.dtype(np.float32), lambda: np.zeros(3))}
     with pytest.raises(UserError, match=r"mar/z_proj/bias has shape \(3,\)"):
-        policy_io.save_arrays(tmp_path / "p", teacher.config, arrays, source=dict)
+        policy_folder.save_arrays(tmp_path / "p", teacher.config, arrays, source=dict)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_source_refuses_leaves_no_folder(teacher, tmp_path):
     arrays = {
         path: LazyArray(value.shape, np.dtype(np.float32), lambda value=value: np.asarray(value))
-        for path, value in policy_io.flatten(teacher).items()
+        for path, value in surgery.flatten(teacher).items()
     }
 
     def refuse():
         raise UserError("no.")
 
     with pytest.raises(UserError, match="no"):
-        policy_io.save_arrays(tmp_path / "p", teacher.config, arrays, source=refuse)
+        policy_folder.save_arrays(tmp_path / "p", teacher.config, arrays, source=refuse)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import EPISODES, REPO
 
 from convert.from_torch import convert_checkpoint
-from uva_jax import policy_io
-from uva_jax.config import leaves
-from uva_jax.metrics import read_metrics
+from uva_jax.models import policy_folder, surgery
+from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.settings import leaves
 
 # Every setting that differs from the defaults, as flags would say it.
 _CONFIG = """
@@ -113,8 +113,8 @@ def assert_same_parameters(found, wanted) -> None:
 
     A run moves its parameters by 4e-3 and more, so another run's would not pass.
     """
-    wanted = policy_io.flatten(wanted)
-    for path, x in policy_io.flatten(found).items():
+    wanted = surgery.flatten(wanted)
+    for path, x in surgery.flatten(found).items():
         assert np.sqrt(np.mean((np.asarray(x) - wanted[path]) ** 2)) < 3e-4, path
 
 
@@ -137,5 +137,5 @@ def test_two_processes_train_what_one_does(tmp_path, shared, buffer):
         *(losses(folder, "pretrain", "policy/loss") for folder in folders), rtol=1e-4
     )
     found, _ = convert_checkpoint(folders[1] / "pretrain" / "policy.ckpt")
-    wanted = policy_io.load_policy(folders[0] / "pretrain" / "policy")
+    wanted = policy_folder.load_policy(folders[0] / "pretrain" / "policy")
     assert_same_parameters(found, wanted)

@@ -13,12 +13,12 @@ from conftest import CONFIG, silently
 from PIL import Image
 from variants import VARIANTS, write_recording
 
-from uva_jax import policy_io
-from uva_jax.errors import UserError
+from uva_jax.cli.sample import main
 from uva_jax.eval import predict
 from uva_jax.eval.predict import Camera, Prediction, Sampling
+from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy_config import VAEConfig
-from uva_jax.sample import main
+from uva_jax.runtime.errors import UserError
 
 FULL = Sampling("full_dynamic_model", sampling_steps=2)
 ACT = Sampling("policy_model", sampling_steps=2)
@@ -55,15 +55,15 @@ CONFIGS = {name: _small(config) for name, config in ({"plain": CONFIG} | VARIANT
 @functools.cache
 def policy_of(name):
     """Every parameter random: gates and outputs would start at zero and hide what is before."""
-    policy, random = policy_io.abstract_policy(CONFIGS[name]), np.random.default_rng(0)
+    policy, random = surgery.abstract_policy(CONFIGS[name]), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(0.15 * random.standard_normal(leaf.shape), leaf.dtype)
-        for path, leaf in policy_io.shapes(policy).items()
+        for path, leaf in surgery.shapes(policy).items()
     }
     for path in arrays:
         if path.endswith("/scale") and path.startswith("normalizer/"):
             arrays[path] = jnp.full_like(arrays[path], 0.9)
-    return policy_io.replace(policy, arrays)
+    return surgery.replace(policy, arrays)
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
     """Policies, a recording for the one with a wrist camera, and observations."""
     folder = tmp_path_factory.mktemp("sample")
     for name in ("plain", "libero10", "toolhang"):
-        policy_io.save_policy(folder / name, policy_of(name), source={})
+        policy_folder.save_policy(folder / name, policy_of(name), source={})
     write_recording(folder)
     for name in ("plain", "libero10"):
         obs = window(name)
@@ -183,8 +183,8 @@ def test_figures_are_those_of_the_definitions():
 
 def test_windows_are_training_windows(folder):
     """Frames 3, 7, ..., 31 of 32 steps, of which the current one is the sixteenth."""
+    from uva_jax.cli.sample import open_reader, read_windows
     from uva_jax.data.replay_buffer import ReplayBuffer
-    from uva_jax.sample import open_reader, read_windows
 
     keys = {"image_key": "view", "wrist_key": "wrist"}
     reader = open_reader(policy_of("toolhang"), str(folder / "recording.zarr"), keys)
@@ -299,7 +299,7 @@ def test_states_of_another_width_are_refused_without_a_normalizer():
 def test_a_policy_without_a_video_head_cannot_predict_video():
     config = dataclasses.replace(CONFIGS["plain"], video_head=None)
     with pytest.raises(UserError, match="this policy has no video head"):
-        FULL.check(policy_io.abstract_policy(config))
+        FULL.check(surgery.abstract_policy(config))
 
 
 def test_a_file_that_is_no_npz_is_refused(folder, tmp_path, capsys):

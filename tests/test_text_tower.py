@@ -12,13 +12,14 @@ from conftest import silently
 from flax import nnx
 from variants import VARIANTS
 
-from convert import from_torch, infer, rules, to_torch, torch_file
+from convert import from_torch, infer, rules, to_torch
+from convert.checks.verify import verify_checkpoint
 from convert.describe import describe
-from convert.verify import verify_checkpoint
-from uva_jax import policy_io
-from uva_jax.errors import UserError
+from convert.formats import torch_file
+from uva_jax.models import surgery
 from uva_jax.models.policy_config import TextTowerConfig
 from uva_jax.models.text_tower import TextTower, attention_mask
+from uva_jax.runtime.errors import UserError
 
 TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
 # Recorded from transformers' CLIPModel with random weights: every layer, two masks.
@@ -38,12 +39,12 @@ CONFIG = dataclasses.replace(
 
 def random_policy(config):
     """A policy of numpy's random numbers, which are there at once."""
-    policy, rng = policy_io.abstract_policy(config), np.random.default_rng(0)
+    policy, rng = surgery.abstract_policy(config), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(rng.normal(path.endswith("/scale"), 0.1, leaf.shape).astype(np.float32))
-        for path, leaf in policy_io.shapes(policy).items()
+        for path, leaf in surgery.shapes(policy).items()
     }
-    return policy_io.replace(policy, arrays)
+    return surgery.replace(policy, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def tower():
             path, layout = rules.to_flax(name.removeprefix("weights/"))
             values = layout.forward(GOLDEN[name].astype(np.float32))
             arrays[path.removeprefix("text_model/")] = jnp.asarray(values)
-    return policy_io.replace(nnx.eval_shape(lambda: TextTower(TINY, rngs=nnx.Rngs(0))), arrays)
+    return surgery.replace(nnx.eval_shape(lambda: TextTower(TINY, rngs=nnx.Rngs(0))), arrays)
 
 
 run = jax.jit(lambda tower, tokens, mask: tower(tokens, mask))
@@ -100,7 +101,7 @@ def test_a_sentence_of_padding_gives_numbers(tower):
 
 def test_the_torch_reference_equals_the_original_too():
     torch = pytest.importorskip("torch")
-    from convert.torch_reference_text import TextTower as TorchTower
+    from convert.torch.reference_text import TextTower as TorchTower
 
     reference = TorchTower(TINY)
     weights = {
@@ -150,7 +151,7 @@ def libero(policy, tmp_path_factory):
 def test_the_tower_is_inferred_and_the_vision_half_left_out(libero, policy):
     again, info = from_torch.convert_checkpoint(libero)
     assert again.config == CONFIG
-    found, wanted = policy_io.flatten(again), policy_io.flatten(policy)
+    found, wanted = surgery.flatten(again), surgery.flatten(policy)
     assert sum(path.startswith("text_model/") for path in wanted) == 37
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
     assert set(info["ignored"]) - {"_dummy_variable"} == set(VISION)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax import diffusion, parallel, policy_io
-from uva_jax.errors import UserError
-from uva_jax.graft import assemble
-from uva_jax.metrics import MetricsWriter, read_metrics
+from uva_jax.graft import assemble, finetune
+from uva_jax.models import diffusion, surgery
 from uva_jax.models.lora import init_lora, merge_lora
-from uva_jax.train import finetune, loop
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.train import loop
 
 OPTIONS = finetune.FinetuneOptions(
     steps=4,
@@ -68,11 +69,11 @@ def train(graft, tokens, folder, teacher=None, **changes):
     batches = finetune.token_batches(tokens, options, 0)
     with MetricsWriter(folder, "finetune") as metrics:
         tuned = trainer.run(finetune.loss_on_tokens, batches, folder=folder, metrics=metrics)
-    return policy_io.flatten(tuned)
+    return surgery.flatten(tuned)
 
 
 def test_frozen_parameters_stay_to_the_bit_and_the_head_moves(graft, tokens, tmp_path):
-    before, after = policy_io.flatten(graft), train(graft, tokens, tmp_path)
+    before, after = surgery.flatten(graft), train(graft, tokens, tmp_path)
     moved = {k for k in before if not np.array_equal(before[k], after[k])}
     assert moved and all(k.startswith("action_head/") for k in moved)
     assert "action_head/blocks/0/mlp/fc1/kernel" in moved
@@ -105,7 +106,7 @@ def test_phases_open_further_parameters_at_their_step(graft):
         freeze=("mar", "action_head/memory"),
         unfreeze_at={"2": ("action_head/memory",)},
     )
-    first, second = finetune.plan_phases(policy_io.flatten(graft), options)
+    first, second = finetune.plan_phases(surgery.flatten(graft), options)
     assert (first.start, second.start) == (0, 2)
     opened = set(second.trainable) - set(first.trainable)
     assert opened and all(k.startswith("action_head/memory/") for k in opened)
@@ -115,7 +116,7 @@ def test_phases_open_further_parameters_at_their_step(graft):
 def test_what_a_phase_opens_trains_from_then_on(graft, tokens, tmp_path):
     frozen = {"freeze": ("mar", "action_head/memory")}
     opened = {**frozen, "unfreeze_at": {"2": ("action_head/memory",)}}
-    before = policy_io.flatten(graft)
+    before = surgery.flatten(graft)
     closed = train(graft, tokens, tmp_path / "closed", **frozen)
     after = train(graft, tokens, tmp_path / "opened", **opened)
     for path, x in before.items():
@@ -141,13 +142,13 @@ def test_a_batch_of_few_windows_still_divides_into_its_parts(tokens):
 
 def test_cached_tokens_are_refused_while_the_trunk_trains(graft):
     options = dataclasses.replace(OPTIONS, freeze=(), reuse_cache=True)
-    phases = finetune.plan_phases(policy_io.flatten(graft), options)
+    phases = finetune.plan_phases(surgery.flatten(graft), options)
     with pytest.raises(UserError, match="reuse_cache"):
         finetune.check_reuse(phases, options)
 
 
 def test_adapters_change_nothing_at_first_and_merge_exactly(graft):
-    arrays = policy_io.flatten(graft)
+    arrays = surgery.flatten(graft)
     adapters = init_lora(arrays, OPTIONS.lora_targets, 2, jax.random.key(0))
     for path, x in merge_lora(arrays | adapters).items():
         np.testing.assert_array_equal(x, arrays[path])
@@ -181,7 +182,7 @@ def test_gradient_checkpointing_changes_no_gradient(graft):
             policy.mar.remat = remat
             return finetune.loss_on_images(policy, batch, jax.random.key(0), OPTIONS)["loss"]
 
-        return policy_io.flatten(jax.jit(jax.grad(loss))(state))
+        return surgery.flatten(jax.jit(jax.grad(loss))(state))
 
     plain, checkpointed = gradients(False), gradients(True)
     for path, x in plain.items():
@@ -225,7 +226,7 @@ def test_a_graft_held_to_its_teacher_comes_nearer_to_it(graft, teacher, tokens, 
     arrays = train(
         graft, tokens, tmp_path, teacher, teacher_weight=100.0, steps=40, batch=12, lr=3e-3
     )
-    tuned = policy_io.replace(policy_io.abstract_policy(graft.config), arrays)
+    tuned = surgery.replace(surgery.abstract_policy(graft.config), arrays)
     assert distance(tuned) < 0.7 * distance(graft)
     # What the teacher lends is not the graft's.
     assert not [k for k in arrays if k.startswith("teacher/")]
@@ -248,14 +249,14 @@ def test_the_teacher_stays_itself_while_the_trunk_trains(graft, teacher, lora):
     seen = []
 
     def loss(policy, batch, key, options, teacher):
-        seen.append(policy_io.flatten(teacher))
+        seen.append(surgery.flatten(teacher))
         return finetune.loss_on_images(policy, batch, key, options, teacher)
 
     objective = finetune.graft_loss(graft, loss, options, teacher)
     moved = {k: v + 0.1 for k, v in params.items()}
     _, scalars = objective(moved, frozen, batch, jax.random.key(0), 0)
     assert np.isfinite(scalars["distance"]) and scalars["distance"] > 0
-    for path, x in policy_io.flatten(teacher).items():
+    for path, x in surgery.flatten(teacher).items():
         np.testing.assert_array_equal(x, seen[0][path], err_msg=path)
     # The frozen encoder is shared, not held twice.
     held = {k.removeprefix("teacher/") for k in trainer.held}

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 from uva_jax.train.optim import (
     OptimOptions,
     carry_optimizer_state,

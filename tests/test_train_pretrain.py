@@ -11,22 +11,24 @@ from conftest import CONFIG, make_policy, python, silently
 from variants import ROBOT_STATE, TASKS, write_recording
 
 from configs import common
-from convert import torch_file
+from convert.formats import torch_file
 from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import torch_arrays
-from uva_jax import parallel, policy_io
-from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.source import WindowSpec
-from uva_jax.errors import UserError
-from uva_jax.graft.record import Site
-from uva_jax.metrics import MetricsWriter, read_metrics
-from uva_jax.train import latents, loop, pretrain, pretrain_stage
-from uva_jax.train.windows import StateScale, Windows, past_choices
+from uva_jax.models import policy_folder, surgery
+from uva_jax.pretrain import joint, latents, stages
+from uva_jax.pretrain.windows import StateScale, Windows, past_choices
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.settings import section
+from uva_jax.storage.site import Site
+from uva_jax.train import loop
 
 OPTIONS = dataclasses.replace(
-    section(common.get_config().pretrain, pretrain.PretrainOptions),
+    section(common.get_config().pretrain, joint.PretrainOptions),
     steps=24,
     batch=8,
     lr=3e-3,
@@ -77,7 +79,7 @@ def train(folder, teacher, buffer, cache, **changes):
     folder.mkdir(exist_ok=True)
     scale = StateScale.fit(buffer.read("state"), (4,))
     with MetricsWriter(folder, "pretrain") as metrics:
-        return pretrain.pretrain(
+        return joint.pretrain(
             teacher,
             latents.Latents.open(cache, 2**30),
             *windows(buffer, teacher, state_key="state"),
@@ -116,13 +118,13 @@ def test_a_resumed_run_gives_the_same_parameters_to_the_bit(
     with pytest.raises(Killed):
         train(tmp_path, teacher, buffer, cache)
     monkeypatch.setattr(loop.Checkpoints, "save", saved)
-    resumed = policy_io.flatten(train(tmp_path, teacher, buffer, cache))
-    for path, x in policy_io.flatten(trained).items():
+    resumed = surgery.flatten(train(tmp_path, teacher, buffer, cache))
+    for path, x in surgery.flatten(trained).items():
         np.testing.assert_array_equal(x, resumed[path], err_msg=path)
 
 
 def test_the_vae_and_the_normaliser_stay_and_the_rest_moves(teacher, trained):
-    before, after = policy_io.flatten(teacher), policy_io.flatten(trained)
+    before, after = surgery.flatten(teacher), surgery.flatten(trained)
     assert before.keys() == after.keys()
     moved = {k for k in before if not np.array_equal(before[k], after[k])}
     assert {k.split("/")[0] for k in moved} == {"mar", "action_head"}
@@ -152,16 +154,17 @@ _ON_DEVICES = """
 import json, jax, numpy as np
 from conftest import make_policy
 from test_train_pretrain import OPTIONS
-from uva_jax import parallel, policy_io
-from uva_jax.train import pretrain
+from uva_jax.runtime import parallel
+from uva_jax.models import policy_folder, surgery
+from uva_jax.pretrain import joint as pretrain
 jax.config.update("jax_disable_most_optimizations", True)
 policy, rng = make_policy(), np.random.default_rng(0)
 shape = (8, 8, *policy.latent_shape(1)[2:])
 batch = {"mean": rng.normal(size=shape), "logvar": np.full(shape, -2.0)}
 batch["action"] = rng.uniform(0, 512, (8, 16, 2))
 batch = {k: v.astype(np.float32) for k, v in batch.items()}
-arrays, losses = policy_io.flatten(policy), []
-loss = pretrain.pretrain_loss(policy, OPTIONS, ("full_dynamic_model",))
+arrays, losses = surgery.flatten(policy), []
+loss = joint.pretrain_loss(policy, OPTIONS, ("full_dynamic_model",))
 for mesh in (parallel.make_mesh(devices=jax.devices()[:1]), parallel.make_mesh(data=4, fsdp=2)):
     shardings = parallel.shardings_for(arrays, mesh)
     placed = {k: jax.device_put(v, shardings[k]) for k, v in arrays.items()}
@@ -190,9 +193,9 @@ def test_rounded_factors_change_the_loss_in_its_last_digits():
     found = []
     for precision in ("default", "bfloat16"):
         options = dataclasses.replace(OPTIONS, matmul_precision=precision)
-        loss = pretrain.pretrain_loss(policy, options, ("full_dynamic_model",))
+        loss = joint.pretrain_loss(policy, options, ("full_dynamic_model",))
         run = jax.jit(lambda p, b, loss=loss: loss(p, {}, b, jax.random.key(0), 0)[0])
-        found.append(float(run(policy_io.flatten(policy), batch)))
+        found.append(float(run(surgery.flatten(policy), batch)))
     assert found[0] != found[1] == pytest.approx(found[0], rel=2e-2)
     with pytest.raises(UserError, match="it is default or bfloat16"):
         dataclasses.replace(OPTIONS, matmul_precision="fp8")
@@ -200,7 +203,7 @@ def test_rounded_factors_change_the_loss_in_its_last_digits():
 
 def test_modes_come_with_their_shares_after_the_video_phase():
     options = dataclasses.replace(OPTIONS, video_steps=10)
-    names, mode = pretrain.task_modes({"policy_model": 0.8, "inverse_model": 0.2}, options, 0)
+    names, mode = joint.task_modes({"policy_model": 0.8, "inverse_model": 0.2}, options, 0)
     drawn = [names[mode(step)] for step in range(1010)]
     assert set(drawn[:10]) == {"video_model"}
     assert drawn[10:].count("policy_model") / 1000 == pytest.approx(0.8, abs=0.04)
@@ -270,7 +273,7 @@ def test_random_spacing_picks_upstreams_past_frames(teacher, buffer):
 def test_encoding_resumes_and_gives_the_mirror_image_too(
     tmp_path, teacher, buffer, cache, monkeypatch
 ):
-    write, written = latents.ActivationCache.write_chunk, []
+    write, written = latents.SampleStore.write_chunk, []
 
     def write_and_die(self, index, values):
         write(self, index, values).result()
@@ -278,7 +281,7 @@ def test_encoding_resumes_and_gives_the_mirror_image_too(
         if len(written) == 1:
             raise Killed
 
-    monkeypatch.setattr(latents.ActivationCache, "write_chunk", write_and_die)
+    monkeypatch.setattr(latents.SampleStore, "write_chunk", write_and_die)
     with pytest.raises(Killed):
         encode(tmp_path / "latents", teacher, buffer)
     again = encode(tmp_path / "latents", teacher, buffer)
@@ -291,17 +294,17 @@ def test_encoding_resumes_and_gives_the_mirror_image_too(
 
 
 def test_latents_of_another_vae_are_refused(cache, teacher, buffer):
-    arrays = policy_io.flatten(teacher)
+    arrays = surgery.flatten(teacher)
     arrays["vae/quant_conv/bias"] = arrays["vae/quant_conv/bias"] + 1
-    other = policy_io.replace(teacher, arrays)
+    other = surgery.replace(teacher, arrays)
     with pytest.raises(UserError, match="vae"):
         encode(cache.folder, other, buffer)
 
 
 def test_latents_serve_every_decoder(cache, teacher, buffer):
-    arrays = policy_io.flatten(teacher)
+    arrays = surgery.flatten(teacher)
     arrays["vae/decoder/conv_out/bias"] = arrays["vae/decoder/conv_out/bias"] + 1
-    same = encode(cache.folder, policy_io.replace(teacher, arrays), buffer)
+    same = encode(cache.folder, surgery.replace(teacher, arrays), buffer)
     assert same.samples_done() == cache.num_samples
 
 
@@ -322,7 +325,7 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
 ):
     named = {
         k.removeprefix(prefix): v
-        for k, v in torch_arrays(policy_io.flatten(teacher)).items()
+        for k, v in torch_arrays(surgery.flatten(teacher)).items()
         if k.startswith(prefix)
     }
     left = sorted(named)[0]
@@ -330,7 +333,7 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     named["loss.logvar"] = np.zeros(1, np.float32)
     torch_file.write(tmp_path / "start.pth", {key: named})
     fresh = make_policy(dataclasses.replace(CONFIG, task="other"))
-    zeros = {k: jnp.zeros_like(v) for k, v in policy_io.flatten(fresh).items()}
+    zeros = {k: jnp.zeros_like(v) for k, v in surgery.flatten(fresh).items()}
     filled, said = start_from(zeros, tmp_path / "start.pth", kind)
     assert "loss.logvar" in said and "1 of the policy's start fresh" in said
     got = torch_arrays(filled)
@@ -338,10 +341,10 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
     # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
-    whole = torch_arrays(policy_io.flatten(teacher))
+    whole = torch_arrays(surgery.flatten(teacher))
     torch_file.write(tmp_path / "uva.ckpt", {"cfg": {}, "state_dicts": {"ema_model": whole}})
     got, _ = start_from(zeros, tmp_path / "uva.ckpt", kind)
-    wanted = policy_io.flatten(teacher)
+    wanted = surgery.flatten(teacher)
     for path, x in got.items():
         comes = path.startswith("vae/") == (kind == "vae") and not path.startswith("normalizer/")
         np.testing.assert_array_equal(x, wanted[path] if comes else zeros[path], err_msg=path)
@@ -370,10 +373,10 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     stage_config.pretrain.from_scratch = True
     silently(run, stage_config, str(tmp_path), ["pretrain"])
     folder = tmp_path / "pretrain"
-    policy = policy_io.load_policy(folder / "policy")
+    policy = policy_folder.load_policy(folder / "policy")
     again, _ = convert_checkpoint(folder / "policy.ckpt")
-    for path, x in policy_io.flatten(policy).items():
-        np.testing.assert_array_equal(x, policy_io.flatten(again)[path], err_msg=path)
+    for path, x in surgery.flatten(policy).items():
+        np.testing.assert_array_equal(x, surgery.flatten(again)[path], err_msg=path)
     assert policy.config == again.config
     scored = [line for line in read_metrics(tmp_path, "pretrain") if "policy/score" in line]
     assert [line["step"] for line in scored] == [2] and 0 <= scored[0]["policy/score"] <= 1
@@ -424,7 +427,9 @@ def test_a_policy_with_every_input_trains_from_nothing(
     parts = [line[f"policy/{name}_loss"] for name in ("video", "act", "prop")]
     assert line["policy/loss"] == pytest.approx(sum(parts), rel=1e-5) and min(parts) > 0
     policy, _ = convert_checkpoint(tmp_path / "run" / "pretrain" / "policy.ckpt")
-    assert policy.config == policy_io.load_policy(tmp_path / "run" / "pretrain" / "policy").config
+    assert (
+        policy.config == policy_folder.load_policy(tmp_path / "run" / "pretrain" / "policy").config
+    )
     assert policy.config.proprio_keys == tuple(ROBOT_STATE) and policy.wrist_head is not None
     obs = WindowSpec.of(policy.config)
     assert (obs.text, obs.past_actions, obs.wrist, obs.state_steps) == (True, 16, True, 16)
@@ -477,7 +482,7 @@ def test_without_steps_the_decoder_alone_trains_on(stage_config, checkpoint, tmp
         run(config, str(tmp_path / "refused"), ["pretrain"])
     config.pretrain.vae_training.update(steps=0, decoder_steps=2)
     silently(run, config, str(tmp_path), ["pretrain"])
-    given = policy_io.flatten(pretrain_stage.rounded(convert_checkpoint(checkpoint)[0])[0])
-    found = policy_io.flatten(policy_io.load_policy(tmp_path / "pretrain" / "policy"))
+    given = surgery.flatten(stages.rounded(convert_checkpoint(checkpoint)[0])[0])
+    found = surgery.flatten(policy_folder.load_policy(tmp_path / "pretrain" / "policy"))
     moved = [path for path, x in found.items() if not np.array_equal(x, given[path])]
     assert moved and all(p.startswith(("vae/decoder/", "vae/post_quant_conv/")) for p in moved)

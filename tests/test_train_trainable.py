@@ -8,7 +8,6 @@ import optax
 import pytest
 from flax import nnx
 
-from uva_jax.errors import UserError
 from uva_jax.models.losses import latent_loss
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import (
@@ -19,10 +18,8 @@ from uva_jax.models.policy_config import (
     TextTowerConfig,
     VAEConfig,
 )
-from uva_jax.train.optim import (
-    OptimOptions,
-    make_optimizer,
-)
+from uva_jax.runtime.errors import UserError
+from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.trainable import (
     combine,
     matching,

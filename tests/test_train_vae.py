@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 from configs import common
-from uva_jax import parallel, policy_io
-from uva_jax.config import section
-from uva_jax.metrics import MetricsWriter, read_metrics
+from uva_jax.models import surgery
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.models.vae import VAE
-from uva_jax.train import vae as training
+from uva_jax.pretrain import vae as training
+from uva_jax.runtime import parallel
+from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.settings import section
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = dataclasses.replace(
@@ -89,12 +90,12 @@ def test_latents_have_unit_variance_and_decode_to_the_same_frames(trained, scene
     mean, logvar = vae.encode(frames.astype(np.float32) / 127.5 - 1)
     latents = vae.sample(mean, logvar, jax.random.normal(jax.random.key(1), mean.shape))
     assert float(np.std(latents)) == pytest.approx(1.0, abs=0.05)
-    arrays = policy_io.flatten(vae)
+    arrays = surgery.flatten(vae)
     arrays["quant_conv/kernel"] = arrays["quant_conv/kernel"].at[..., :4].multiply(3.0)
     arrays["quant_conv/bias"] = arrays["quant_conv/bias"].at[:4].multiply(3.0)
     arrays["quant_conv/bias"] = arrays["quant_conv/bias"].at[4:].add(2 * np.log(3.0))
     arrays["post_quant_conv/kernel"] = arrays["post_quant_conv/kernel"] / 3.0
-    off = policy_io.replace(vae, arrays)
+    off = surgery.replace(vae, arrays)
     back = training.scaled_to_unit(off, frames, jax.random.key(2))
     mean_again, logvar_again = back.encode(frames.astype(np.float32) / 127.5 - 1)
     ratio = float(np.std(mean_again) / np.std(mean))
@@ -104,8 +105,8 @@ def test_latents_have_unit_variance_and_decode_to_the_same_frames(trained, scene
 
 
 def test_a_finished_run_is_not_trained_again(shared, scene, trained):
-    again = policy_io.flatten(train(shared / "vae", scene))
-    for path, x in policy_io.flatten(trained[0]).items():
+    again = surgery.flatten(train(shared / "vae", scene))
+    for path, x in surgery.flatten(trained[0]).items():
         np.testing.assert_array_equal(x, again[path])
     assert read_metrics(shared / "vae", "pretrain") == trained[1]
 
@@ -118,7 +119,7 @@ def test_a_pool_smaller_than_a_batch_is_an_error(tmp_path, scene):
 def test_the_decoder_trains_on_by_itself(shared, scene, trained):
     vae, frames = trained[0], scene[0].astype(np.float32) / 127.5 - 1
     further = train(shared / "vae", scene, decoder_steps=24)
-    before, after = policy_io.flatten(vae), policy_io.flatten(further)
+    before, after = surgery.flatten(vae), surgery.flatten(further)
     moved = {k.split("/")[0] for k in before if not np.array_equal(before[k], after[k])}
     assert moved == {"decoder", "post_quant_conv"}
     mean, _ = vae.encode(frames)
@@ -127,9 +128,9 @@ def test_the_decoder_trains_on_by_itself(shared, scene, trained):
 
 
 def test_a_given_vae_can_have_its_decoder_alone_trained(tmp_path, shared, scene, trained):
-    both = policy_io.flatten(train(shared / "vae", scene, decoder_steps=24))
+    both = surgery.flatten(train(shared / "vae", scene, decoder_steps=24))
     alone = train(tmp_path / "alone", scene, trained[0], steps=0, decoder_steps=24)
-    for path, x in policy_io.flatten(alone).items():
+    for path, x in surgery.flatten(alone).items():
         np.testing.assert_array_equal(x, both[path])
 
 

@@ -9,21 +9,21 @@ import pytest
 from conftest import make_policy, silently
 from variants import TASKS, VARIANTS, write_recording
 
-from convert import torch_file
+from convert.checks.verify import verify_checkpoint
 from convert.describe import as_text, config_file, describe
+from convert.formats import torch_file
 from convert.from_torch import state_tensors
 from convert.to_torch import export_policy
-from convert.verify import verify_checkpoint
-from uva_jax import policy_io
-from uva_jax.config import section
 from uva_jax.data import source
 from uva_jax.data.readers import open_reader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
 from uva_jax.data.umi import absolute_poses
-from uva_jax.errors import UserError
 from uva_jax.graft.capture import capture_strips
 from uva_jax.main import run
+from uva_jax.models import policy_folder, surgery
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.settings import section
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -200,9 +200,9 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
     )
     _, printed = silently(run, config, str(tmp_path / "run"), None)
     assert "graft: on 4 held-out windows" in printed
-    graft = policy_io.load_policy(tmp_path / "run" / "finetune" / "policy")
+    graft = policy_folder.load_policy(tmp_path / "run" / "finetune" / "policy")
     assert graft.config.action_head.kind == "grafted" and graft.config.action_head.channels == 10
-    before, after = policy_io.flatten(policy), policy_io.flatten(graft)
+    before, after = surgery.flatten(policy), surgery.flatten(graft)
     for path in before:
         if path.startswith(("vae/", "mar/encoder_blocks/", "normalizer/", "proprio_head/")):
             np.testing.assert_array_equal(before[path], after[path], err_msg=path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uva_jax.errors import UserError, exit_status
+from uva_jax.runtime.errors import UserError, exit_status
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,12 +27,13 @@ _STAGE = flags.DEFINE_list(
 
 def run(config, workdir: str, only: list[str] | None) -> dict:
     """Checks the configuration and runs its stages; see `pipeline.run_pipeline`."""
-    from uva_jax.config import check
+    from uva_jax.runtime.settings import check
 
     config = check(config)
     # After the check, because importing jax and its company takes seconds.
-    from uva_jax import parallel, stages
-    from uva_jax.pipeline import run_pipeline
+    from uva_jax.pipeline import stages
+    from uva_jax.pipeline.engine import run_pipeline
+    from uva_jax.runtime import parallel
 
     d = config.distributed
     parallel.initialize_distributed(
@@ -82,7 +83,7 @@ def main() -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with a sentence in place of a traceback."""
-    from uva_jax.config import check_name
+    from uva_jax.runtime.settings import check_name
 
     for argument in argv[1:]:
         if argument.startswith("--config."):

@@ -129,7 +129,7 @@ def record(state: dict[str, torch.Tensor], given: dict[str, np.ndarray]) -> dict
 
 def main(upstream: str, out: str = str(REFERENCE)) -> None:
     sys.path[:0] = [str(Path(upstream)), str(HERE.parents[1])]
-    from convert.torch_file import read
+    from convert.formats.torch_file import read
 
     torch.set_num_threads(1)
     torch.Tensor.cuda = lambda self, *_, **__: self  # upstream asks for it by name

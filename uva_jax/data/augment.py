@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 CANVAS = 512  # pixels of a side, in which points are given
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 30  # tokens that UVA pads a sentence to; a longer one is not cut

@@ -1,19 +1,13 @@
 """Recordings of Libero, robomimic and UMI as replay buffers, in the form that the policies see.
 
-    python -m uva_jax.data.import_recordings --kind libero data/libero_10 --out libero_10.zarr
-    python -m uva_jax.data.import_recordings --kind robomimic image_abs.hdf5 --out tool_hang.zarr
-    python -m uva_jax.data.import_recordings --kind zarr cup.zarr.zip --task cup --out cup.zarr
-
 Arrays keep the names of upstream's `shape_meta`; `action` becomes position, rotation_6d and
-gripper. An interrupted run goes on where it stopped. Files are read a piece at a time.
+gripper. Files are read a piece at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,7 +17,7 @@ import numpy as np
 from uva_jax.data.replay_buffer import Progress, ReplayBuffer
 from uva_jax.data.replay_writer import ReplayBufferWriter
 from uva_jax.data.rotations import actions_to_10d
-from uva_jax.errors import UserError, exit_status
+from uva_jax.runtime.errors import UserError
 
 _LIBERO_FILE = "_demo.hdf5"
 # Absolute targets are within centimeters of the hand; relative ones, about 0, are not.
@@ -59,7 +53,7 @@ class _Layout(NamedTuple):
     upside_down: bool  # MuJoCo's images, as Libero stores them, have their first row at the bottom
 
 
-_LAYOUTS = {
+LAYOUTS = {
     "libero": _Layout(("agentview_rgb",), (), "ee_pos", True),
     "robomimic": _Layout(
         ("robot0_eye_in_hand_image", "sideview_image"),
@@ -189,7 +183,7 @@ def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf
                     "task's sentence in their name"
                 )
             tasks[number] = file.name.removesuffix(_LIBERO_FILE).replace("_", " ")
-    layout = _LAYOUTS[kind]
+    layout = LAYOUTS[kind]
     return [Hdf5Recording(f, layout, t, limit) for f, t in zip(files, tasks, strict=True)]
 
 
@@ -259,66 +253,3 @@ def _h5py():
             "reading HDF5 files needs h5py: install it with pip install 'uva_jax[hdf5]'"
         ) from error
     return h5py
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m uva_jax.data.import_recordings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SRC", help="files or folders")
-    parser.add_argument(
-        "--kind",
-        required=True,
-        choices=(*_LAYOUTS, "zarr"),
-        help="libero: *_demo.hdf5, one a task; robomimic: image_abs.hdf5; zarr: upstream's own "
-        "buffers, whose images have codecs that only Python's imagecodecs reads",
-    )
-    parser.add_argument("--out", required=True, type=Path, help="the replay buffer to write")
-    parser.add_argument("--limit", type=int, help="take the first LIMIT episodes of every file")
-    parser.add_argument(
-        "--task", action="append", help="zarr: a file's task as a sentence, once for every SRC"
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=Path,
-        help="zarr: the folder of CLIP's vocab.json, to read the sentences of a Libero cache",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; bad input is one sentence and status 2."""
-    args = _parser().parse_args(argv)
-    return exit_status(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, but at least one episode is needed")
-    if args.kind == "zarr":
-        from uva_jax.data.import_zarr import open_zarr
-
-        recordings = open_zarr(args.sources, args.task, args.vocabulary, args.limit)
-    elif args.task or args.vocabulary:
-        raise UserError("--task and --vocabulary go with --kind zarr only")
-    else:
-        recordings = open_hdf5(args.kind, args.sources, args.limit)
-    with tqdm(unit="step", unit_scale=True) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        buffer = write_recordings(args.out, recordings, progress=show)
-    arrays = ", ".join(f"{k} {buffer.shape(k)[1:]}" for k in buffer.keys)
-    print(f"{args.out}: {buffer.n_episodes} episodes, {buffer.n_steps} steps of {arrays}")
-    for number, task in enumerate(buffer.tasks):
-        print(f"  {int((buffer.episode_task == number).sum())} episodes: {task}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from uva_jax.data.replay_buffer import OWN_ATTRIBUTES, ReplayBuffer, read_json, to_uint8
 from uva_jax.envs.workers import usable_cores
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 _DECODERS = {  # codec -> function of imagecodecs
     "imagecodecs_jpeg2k": "jpeg2k_decode",

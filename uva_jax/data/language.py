@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.data.clip_tokenizer import LENGTH, ClipTokenizer
-from uva_jax.errors import UserError
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SHOWN = 12  # names of a file that an error lists

@@ -12,7 +12,7 @@ import numpy as np
 
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import window_rows
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 # The batch's name -> (the buffer's key, how many leading columns, all if None).
 PUSHT_FIELDS = {"image": ("img", None), "agent_pos": ("state", 2), "action": ("action", None)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 Field = Mapping[str, object]  # scale, offset, input_stats
 

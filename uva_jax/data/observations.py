@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from uva_jax.errors import UserError
 from uva_jax.models.frames import frame_indices
+from uva_jax.runtime.errors import UserError
 
 IMAGES = ("image", "wrist_image")
 

@@ -20,7 +20,7 @@ from uva_jax.data.replay_buffer import Progress, ReplayBuffer
 from uva_jax.data.replay_writer import ReplayBufferWriter, own_attributes
 from uva_jax.envs.pusht import IMAGE_SIZE, PushT
 from uva_jax.envs.workers import WorkerProcess, usable_cores
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 _ARRAYS = {
     "img": ((IMAGE_SIZE, IMAGE_SIZE, 3), "uint8"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from uva_jax.data.replay_buffer import Progress
 from uva_jax.data.source import DataOptions, WindowReader, WindowSpec, open_buffer
 from uva_jax.data.umi import UmiReader
-from uva_jax.errors import UserError
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
 
 READERS = {"": WindowReader, "umi": UmiReader}  # by `config.data.layout`
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 FRAME_BYTES = 1024  # a step of at least this size is an image
 OWN_ATTRIBUTES = "uva_jax"  # the writer's block among the root attributes
@@ -99,7 +99,7 @@ class ReplayBuffer:
             if codec is not None and codec not in cls.codecs:
                 raise UserError(
                     f"{path}: {name} is stored with the codec {codec}, which is not one of zarr "
-                    "v2's own: make a plain copy with python -m uva_jax.data.import_recordings "
+                    "v2's own: make a plain copy with python -m uva_jax import "
                     f"--kind zarr {path} --out COPY.zarr"
                 )
         return cls(path, kvstore, arrays, attributes, meta)

@@ -24,7 +24,7 @@ from uva_jax.data.replay_buffer import (
     read_json,
     to_uint8,
 )
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 FRAME_CHUNK = 32  # steps a chunk of images: a 32-step window touches two
 UNIT_STEPS = 1024  # steps that are written, and resumed, together

@@ -8,8 +8,8 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from uva_jax.errors import UserError
 from uva_jax.models.frames import frame_indices
+from uva_jax.runtime.errors import UserError
 
 
 def create_indices(

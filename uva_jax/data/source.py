@@ -19,10 +19,10 @@ from uva_jax.data.language import task_latents
 from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.data.sequences import validation_mask
-from uva_jax.errors import UserError
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from uva_jax import diffusion
 from uva_jax.data import source
+from uva_jax.models import diffusion
 from uva_jax.models.policy import Policy
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # distances in normalised units, whose range is 2

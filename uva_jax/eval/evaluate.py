@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uva_jax import diffusion, policy_io
-from uva_jax.config import leaves, section
 from uva_jax.data import source
-from uva_jax.errors import UserError
 from uva_jax.eval import actions, report, video
 from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
-from uva_jax.graft.capture import encode_in_parts
-from uva_jax.identity import read_json, write_json
-from uva_jax.metrics import read_metrics
+from uva_jax.models import diffusion, surgery
+from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.settings import leaves, section
+from uva_jax.storage.identity import read_json, write_json
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
 
@@ -247,7 +247,7 @@ def _side_by_side(folder, recorded: list[int]) -> None:
 
 
 def _count(module) -> int:
-    return sum(x.size for x in policy_io.flatten(module).values())
+    return sum(x.size for x in surgery.flatten(module).values())
 
 
 def report_data(context, policies, metrics: Mapping, seeds, recorded) -> report.ReportData:

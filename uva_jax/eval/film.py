@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from uva_jax.errors import UserError
 from uva_jax.eval import video
 from uva_jax.eval.predict import Prediction
+from uva_jax.runtime.errors import UserError
 
 SUFFIXES = (".mp4", ".gif", ".png", ".npz")
 _TILE = 192  # frames are enlarged to about this many pixels

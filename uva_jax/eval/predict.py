@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uva_jax.errors import UserError
 from uva_jax.eval.video import psnr, ssim
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES, PolicyConfig
 from uva_jax.models.token_sampler import masked_counts, sample_tokens
+from uva_jax.runtime.errors import UserError
 
 CAMERAS = {"main": "", "wrist": "wrist_"}  # what the names of a camera's arrays begin with
 SCHEDULES = ("linear", "constant")

@@ -18,7 +18,7 @@ from typing import Any
 
 from uva_jax.eval.plots import Plot, curves_plot, paired_plot
 from uva_jax.eval.report_style import STYLE
-from uva_jax.metrics import read_metrics
+from uva_jax.runtime.metrics import read_metrics
 
 MAX_VIDEO_BYTES = 20 * 2**20  # all videos of one page together
 

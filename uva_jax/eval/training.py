@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 
-from uva_jax.config import leaves
-from uva_jax.errors import UserError
 from uva_jax.eval import report
 from uva_jax.eval.evaluate import Actor
 from uva_jax.eval.rollout import RolloutPool, bootstrap_ci
-from uva_jax.metrics import read_metrics
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.settings import leaves
 
 # averaged policy -> scalars
 Score = Callable[[Policy], Mapping[str, float]]

@@ -16,16 +16,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
+from flax import nnx, traverse_util
 
-from uva_jax import parallel, policy_io
-from uva_jax.errors import UserError
-from uva_jax.identity import read_json, write_json
+from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
 from uva_jax.models.operators import FAMILIES
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.identity import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: in
       seed: of the fresh weights.
     """
     head = GraftedHead(config, rngs=nnx.Rngs(seed))
-    arrays, source = policy_io.flatten(head), policy_io.flatten(teacher)
+    arrays, source = surgery.flatten(head), surgery.flatten(teacher)
     for path in arrays:
         if path.startswith(("input_proj/", "time_embed/", "final_layer/")):
             arrays[path] = source[f"net/{path}"]
@@ -126,7 +127,7 @@ def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: in
         for i, block in enumerate(head.blocks):
             if type(block.mlp).__name__ == "Mlp":
                 _widen(arrays, source, f"blocks/{i}/mlp", f"net/res_blocks/{i}")
-    return policy_io.replace(head, arrays)
+    return surgery.replace(head, arrays)
 
 
 def _widen(arrays: dict, source: Mapping, target: str, origin: str) -> None:
@@ -169,14 +170,14 @@ def family_of(path: str) -> str | None:
 
 def family_arrays(head: GraftedHead, family: str) -> dict[str, jax.Array]:
     """The arrays of one family by path."""
-    return {k: v for k, v in policy_io.flatten(head).items() if family_of(k) == family}
+    return {k: v for k, v in surgery.flatten(head).items() if family_of(k) == family}
 
 
 def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, metrics: Mapping):
     """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
     folder = Path(folder).absolute()
     checkpointer = ocp.StandardCheckpointer()
-    arrays = policy_io.nested(parallel.savable(family_arrays(head, family)))
+    arrays = traverse_util.unflatten_dict(parallel.savable(family_arrays(head, family)), sep="/")
     checkpointer.save(folder / "params", arrays, force=True)
     checkpointer.wait_until_finished()
     write_json(folder / "metrics.json", metrics)
@@ -211,8 +212,10 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
     wanted = family_arrays(head, family)
     target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}
     checkpointer = ocp.StandardCheckpointer()
-    stored = policy_io.flat(checkpointer.metadata(folder / "params").item_metadata.tree)
-    if problems := policy_io.mismatches(target, stored):
+    stored = traverse_util.flatten_dict(
+        checkpointer.metadata(folder / "params").item_metadata.tree, sep="/"
+    )
+    if problems := surgery.mismatches(target, stored):
         raise UserError(
             f"config.head.init_paths.{family}: {folder} was made for another head: "
             f"{'; '.join(problems[:4])}"
@@ -220,8 +223,8 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
     target = {
         k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()
     }
-    found = checkpointer.restore(folder / "params", policy_io.nested(target))
-    return policy_io.replace(head, policy_io.flatten(head) | policy_io.flat(found))
+    found = checkpointer.restore(folder / "params", traverse_util.unflatten_dict(target, sep="/"))
+    return surgery.replace(head, surgery.flatten(head) | traverse_util.flatten_dict(found, sep="/"))
 
 
 def load_operators(

@@ -18,9 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from uva_jax import diffusion
+from uva_jax.models import diffusion
+from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
-from uva_jax.parallel import sharded_map
+from uva_jax.runtime.parallel import sharded_map
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,6 @@ def head_activations(head, e_c: jax.Array, actions: jax.Array, t: jax.Array, noi
         "residual": jnp.stack(found["residuals"], axis=1),
         "out": found["out"],
     }
-
-
-def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """`VAE.encode` of raw frames (n, h, w, 3), `size` at a time (0: all at once)."""
-
-    def encode(frames):
-        return policy.vae.encode(policy.preprocess(frames))
-
-    if not size or len(images) <= size:
-        return encode(images)
-    padded = jnp.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
-    parts = jax.lax.map(encode, rearrange(padded, "(p n) h w c -> p n h w c", n=size))
-    mean, logvar = (rearrange(x, "p n h w c -> (p n) h w c")[: len(images)] for x in parts)
-    return mean, logvar
 
 
 def capture_strips(

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uva_jax import policy_io
 from uva_jax.graft.assemble import family_of
 from uva_jax.graft.capture import head_activations
+from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
-from uva_jax.train.checkpoint import Checkpoints
+from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows
 
@@ -183,7 +183,7 @@ def condition_loss(head: GraftedHead, arrays: Arrays, kind: str) -> Callable:
 
     def loss_fn(params, batch, key):
         del key  # nothing random in the stream
-        errors = stream_errors(policy_io.replace(head, arrays | params), batch, scale)
+        errors = stream_errors(surgery.replace(head, arrays | params), batch, scale)
         losses = [jnp.mean(distance(kind, e)) for e in errors]
         loss = losses[-1] + 0.1 * sum(losses[:-1])
         return loss, {"loss": losses[-1]}
@@ -211,8 +211,8 @@ def distill_condition(
     """
     shift = jnp.mean(condition.astype(jnp.float32), axis=(0, 1))
     scale = _std(condition, (0, 1))
-    arrays = policy_io.flatten(head) | {"condition_scale": scale, "condition_shift": shift}
-    head = policy_io.replace(head, arrays)
+    arrays = surgery.flatten(head) | {"condition_scale": scale, "condition_shift": shift}
+    head = surgery.replace(head, arrays)
     params = {k: v for k, v in arrays.items() if learnt_by_cross_attention(k)}
     loss_fn = condition_loss(head, arrays, options.loss["cross_attn"])
     data = {f"feature{i}": x for i, x in enumerate(features)} | {"condition": condition}
@@ -228,7 +228,7 @@ def distill_condition(
         metrics=metrics,
         name="cross_attn",
     )
-    return policy_io.replace(head, arrays | params)
+    return surgery.replace(head, arrays | params)
 
 
 def stream_errors(head: GraftedHead, batch: Arrays, scale: jax.Array) -> list[jax.Array]:
@@ -338,7 +338,7 @@ def distill_blocks(
     form = head.config.cross_attention
     graph, _ = nnx.split(head.blocks[0])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(b) for b in head.blocks))
-    arrays = policy_io.flatten(stacked)
+    arrays = surgery.flatten(stacked)
     trained = [f for f in BLOCK_FAMILIES[form] if f in options.operators]
     params = {k: v for k, v in arrays.items() if k.split("/")[0] in trained}
     probe = {k: v[:512] for k, v in data.items()}
@@ -353,7 +353,7 @@ def distill_blocks(
         predicted = batch["predicted"].astype(jnp.float32)
 
         def one(block_arrays, h, residual, scale):
-            block = policy_io.replace(template, block_arrays)
+            block = surgery.replace(template, block_arrays)
             errors = block_errors(block, h, residual, e_t, predicted, form)
             return {f: jnp.mean(distance(options.loss[f], errors[f] / scale)) for f in trained}
 
@@ -376,10 +376,10 @@ def distill_blocks(
         stacked_axes=1,
     )
     final = arrays | params
-    whole = policy_io.flatten(head)
+    whole = surgery.flatten(head)
     for i in range(len(head.blocks)):
         whole |= {f"blocks/{i}/{k}": v[i] for k, v in final.items()}
-    return policy_io.replace(head, whole)
+    return surgery.replace(head, whole)
 
 
 def _inputs(teacher, batch, options, key):

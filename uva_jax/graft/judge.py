@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from uva_jax import diffusion
 from uva_jax.graft.capture import head_activations
 from uva_jax.graft.distill import (
     Arrays,
@@ -23,6 +22,7 @@ from uva_jax.graft.distill import (
     distance,
     stream_errors,
 )
+from uva_jax.models import diffusion
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
 

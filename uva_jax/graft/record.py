@@ -6,46 +6,16 @@ own devices, so nothing crosses the network; what a cut-off run has written is k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NamedTuple
-
 import jax
 import numpy as np
 from flax import nnx
 
-from uva_jax import parallel
 from uva_jax.data import source
-from uva_jax.graft.activations import ActivationCache
 from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
-from uva_jax.metrics import MetricsWriter
 from uva_jax.models.policy import Policy
-
-
-class Site(NamedTuple):
-    """Where a cache is written and who watches."""
-
-    folder: Path
-    metrics: MetricsWriter
-    is_primary: bool = True
-    barrier: Callable[[str], None] = lambda name: None
-
-    def open(self, arrays: Mapping, samples: int, *, chunk: int, meta: Mapping) -> ActivationCache:
-        """`ActivationCache.create` in every process: the primary creates, then the others join."""
-        for turn in (True, False):
-            if self.is_primary == turn:
-                cache = ActivationCache.create(self.folder, arrays, samples, chunk=chunk, meta=meta)
-            self.barrier(f"{self.folder.name}:created:{turn}")
-        return cache
-
-    def finish(self, cache: ActivationCache) -> ActivationCache:
-        """The cache once every process has written its chunks, finished."""
-        cache.flush()
-        self.barrier(f"{self.folder.name}:written")
-        if self.is_primary:
-            cache.finish()
-        self.barrier(f"{self.folder.name}:finished")
-        return ActivationCache.open(self.folder)
+from uva_jax.runtime import parallel
+from uva_jax.storage.sample_store import SampleStore
+from uva_jax.storage.site import Site
 
 
 def capture_cache(
@@ -57,7 +27,7 @@ def capture_cache(
     *,
     seed: int,
     origin: str,
-) -> ActivationCache:
+) -> SampleStore:
     """Fills (or goes on filling, or just opens) one cache with `options.num_samples` windows.
 
     Args:

@@ -7,18 +7,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from uva_jax.errors import UserError
 from uva_jax.graft import assemble, distill, judge
-from uva_jax.graft.activations import ActivationCache
-from uva_jax.identity import write_json
-from uva_jax.metrics import MetricsWriter
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.identity import write_json
+from uva_jax.storage.sample_store import SampleStore
 
 
 def distill_operators(
     teacher: Policy,
-    train: ActivationCache,
-    held_out: ActivationCache,
+    train: SampleStore,
+    held_out: SampleStore,
     *,
     head_options: assemble.HeadOptions,
     options: distill.DistillOptions,

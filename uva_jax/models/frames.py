@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 
 def frame_indices(n_steps: int, n_frames: int = 4, *, train: bool = False) -> tuple[int, ...]:

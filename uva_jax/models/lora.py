@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import jax
 import jax.numpy as jnp
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 PREFIX = "lora/"
 

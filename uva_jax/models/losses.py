@@ -7,19 +7,16 @@ Kept apart from `Policy` because acting needs none of it. Upstream: `forward`, `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from uva_jax.errors import UserError
 from uva_jax.models import mar
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.layers import sub_key
-
-if TYPE_CHECKING:
-    from uva_jax.models.policy import Policy
+from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
 
 VIDEO_MODES = ("video_model", "dynamic_model", "full_dynamic_model")
 ACTION_MODES = ("policy_model", "inverse_model", "full_dynamic_model")

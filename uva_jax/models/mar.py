@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from uva_jax.errors import UserError
 from uva_jax.models.layers import Block, layer_norm, linear, sub_key
 from uva_jax.models.policy_config import TASK_MODES, MARConfig
+from uva_jax.runtime.errors import UserError
 
 _NORMAL = nnx.initializers.normal(0.02)
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
-from uva_jax import diffusion
-from uva_jax.errors import UserError
+from uva_jax.models import diffusion
 from uva_jax.models.layers import conv, conv3x3_as_matrix, layer_norm, linear, modulate
 from uva_jax.models.policy_config import MLPHeadConfig
+from uva_jax.runtime.errors import UserError
 
 _SMALL = nnx.initializers.normal(0.02)
 _ZERO = nnx.initializers.zeros

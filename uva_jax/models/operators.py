@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from uva_jax.errors import UserError
 from uva_jax.models.layers import attend, gelu, layer_norm, linear, modulate
 from uva_jax.models.policy_config import GraftedHeadConfig
+from uva_jax.runtime.errors import UserError
 
 _ZERO = nnx.initializers.zeros
 _WEAK = nnx.initializers.variance_scaling(0.01, "fan_avg", "uniform")  # positions lead at first

@@ -15,14 +15,14 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from uva_jax.errors import UserError
-from uva_jax.models import losses, mar
+from uva_jax.models import mar
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
 from uva_jax.models.policy_config import HeadConfig, PolicyConfig
 from uva_jax.models.text_tower import TextTower
 from uva_jax.models.vae import VAE
+from uva_jax.runtime.errors import UserError
 
 
 class Stat(nnx.Variable):
@@ -277,20 +277,3 @@ class Policy(nnx.Module):
         )
         actions = self.unnormalize("action", nactions)
         return {"action": actions[:, : self.config.n_action_steps], "action_pred": actions}
-
-    def loss(
-        self,
-        batch: Mapping[str, jax.Array],
-        key: jax.Array | None = None,
-        *,
-        task_mode: str = "policy_model",
-        draws: Mapping[str, jax.Array] | None = None,
-        train: bool = True,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UVA's training loss on a window of raw data, a scalar and its parts.
-
-        See `losses.batch_loss` for `batch` and `draws`.
-        """
-        return losses.batch_loss(
-            self, batch, task_mode=task_mode, key=key, draws=draws, train=train
-        )

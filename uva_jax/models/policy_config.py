@@ -11,7 +11,7 @@ import dataclasses
 import types
 import typing
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 
 TASK_MODES = (
     "video_model",

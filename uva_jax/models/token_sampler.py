@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from uva_jax.errors import UserError
 from uva_jax.models import mar
 from uva_jax.models.layers import sub_key
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
 
 _ONE_PASS = ("policy_model", "inverse_model")
 

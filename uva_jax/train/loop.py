@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from uva_jax import parallel
-from uva_jax.errors import UserError
-from uva_jax.metrics import MetricsWriter
-from uva_jax.train.checkpoint import Checkpoints
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.train.optim import OptimOptions, carry_optimizer_state, ema_update, make_optimizer
 
 Flat = dict[str, jax.Array]

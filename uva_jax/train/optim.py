@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from uva_jax.errors import UserError
+from uva_jax.runtime.errors import UserError
 from uva_jax.train.trainable import path_name
 
 _ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are scaled to

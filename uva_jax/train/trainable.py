@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from uva_jax.errors import UserError
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES
 from uva_jax.models.policy_config import TASK_MODES
+from uva_jax.runtime.errors import UserError
 
 # The modes whose loss reaches a part of the policy; parts that are not named are always reached.
 _TRAINED_IN = {

@@ -1,0 +1,58 @@
+"""`python -m uva_jax COMMAND`: everything beside the pipeline itself, one line of help each.
+
+`python -m uva_jax.main --config ...` runs the pipeline, `python -m convert` converts checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# command -> (module with `main(argv)`, what it does). A module is imported when it is called.
+COMMANDS = {
+    "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
+    "sample": ("uva_jax.cli.sample", "predicted video and actions beside the real ones"),
+    "ablate": ("uva_jax.cli.ablate", "what each part of a policy's training costs and gives"),
+    "bench": ("uva_jax.cli.bench", "conversion and training steps beside their alternatives"),
+    "import": ("uva_jax.cli.import_recordings", "recordings of other projects as a zarr"),
+    "cache-activations": ("uva_jax.cli.steps", "capture alone: the teacher's activations"),
+    "distill-operator": ("uva_jax.cli.steps", "Stage 1 of one operator family"),
+    "fine-tune": ("uva_jax.cli.steps", "Stage 2 from given operators"),
+    "quick-test": ("uva_jax.cli.steps", "Stage 2 in under a minute, to see that it runs"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    rows = [f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m uva_jax COMMAND [options]   (--help after a command lists them)",
+            "",
+            *rows,
+            "",
+            "The graft itself: python -m uva_jax.main --config configs/pusht_tiny.py "
+            "--workdir runs/tiny",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status, 2 where there is no such command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    # Commands that share a module find their own name before their arguments.
+    shared = [other for other, (path, _) in COMMANDS.items() if path == COMMANDS[name][0]]
+    return module.main([name, *rest] if len(shared) > 1 else rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""`bench --training`: what a training step costs, in PyTorch and here, with and without the cache.
+
+One step of `policy_model`, the mode that acts: forward, backward and AdamW, one noise draw a window
+as upstream (a row of four draws beside it). From frames, the VAE encodes eight frames a window in
+every step, as upstream does; from latents, it does not run at all. Every row is measured in a
+process of its own, because the thread pools of two frameworks disturb each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from uva_jax.cli.bench_conversion import architecture
+from uva_jax.envs.workers import usable_cores
+from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.errors import UserError
+
+_REPEATS = 5  # timed calls, of which the fastest counts
+_FRAME_SIZE = 96  # what a simulator or a camera gives, resized to the policy's size
+
+
+class Row(NamedTuple):
+    """One measurement: who steps, what a batch holds, the dtype of products, noise draws."""
+
+    backend: str  # torch or uva_jax
+    source: str  # frames or latents
+    precision: str  # float32, bfloat16, or mixed: float32 but for the factors of matrix products
+    draws: int = 1
+
+
+ROWS = (
+    *(
+        Row(backend, source, precision)
+        for backend in ("torch", "uva_jax")
+        for source in ("frames", "latents")
+        for precision in ("float32", "bfloat16")
+    ),
+    Row("uva_jax", "latents", "mixed"),
+    *(Row("uva_jax", "latents", precision, 4) for precision in ("float32", "bfloat16", "mixed")),
+)
+
+
+def _batch(config: PolicyConfig, row: Row, size: int) -> dict[str, np.ndarray]:
+    rng, n = np.random.default_rng(0), 2 * config.mar.n_frames
+    c = config.mar
+    found = {"action": rng.uniform(-1, 1, (size, c.n_actions, c.action_dim)).astype(np.float32)}
+    if row.source == "frames":
+        shape = (size, n, _FRAME_SIZE, _FRAME_SIZE, 3)
+        return found | {"image": rng.integers(0, 256, shape, np.uint8)}
+    side = config.image_size // config.vae.stride
+    shape = (size, n, side, side, config.vae.z_channels)
+    return found | {
+        "mean": rng.standard_normal(shape, np.float32),
+        "logvar": np.full(shape, -2, np.float32),
+    }
+
+
+def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
+    """A call is one step of `size` windows, finished when it returns."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from configs import common
+    from uva_jax.models import losses, surgery
+    from uva_jax.models.layers import sub_key
+    from uva_jax.models.policy import Policy
+    from uva_jax.pretrain import latents
+    from uva_jax.runtime import parallel
+    from uva_jax.runtime.settings import section
+    from uva_jax.train import loop
+
+    dtype = jnp.bfloat16 if row.precision == "bfloat16" else None
+    policy = Policy(config, dtype=dtype, rngs=nnx.Rngs(0))
+    abstract = surgery.abstract_policy(config, dtype=dtype)
+    arrays = surgery.flatten(policy)
+    params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/"))}
+    frozen = {k: v for k, v in arrays.items() if k not in params}
+    defaults = section(common.get_config().pretrain, loop.LoopOptions)
+    options = dataclasses.replace(defaults, batch=size, steps_per_call=1)
+
+    def loss(params, frozen, batch, key, step):
+        model = surgery.replace(abstract, params | frozen)
+        n = config.mar.n_frames
+        if row.source == "frames":
+            cond, target = (
+                model.encode_observation(batch["image"][:, part], key=sub_key(key, i))
+                for i, part in enumerate((slice(n), slice(n, None)))
+            )
+        else:
+            found = latents.sample(model, batch, key)
+            cond, target = found[:, :n], found[:, n:]
+        # As `pretrain.matmul_precision`.
+        with jax.default_matmul_precision("bfloat16" if row.precision == "mixed" else "default"):
+            total, _ = losses.latent_loss(
+                model,
+                jax.lax.stop_gradient(target),
+                jax.lax.stop_gradient(cond),
+                batch["action"],
+                task_mode="policy_model",
+                key=key,
+                noise_draws=row.draws,
+            )
+        return total, {"loss": total}
+
+    mesh = parallel.make_mesh()
+    state = loop.start_state(params, options, mesh)
+    run = loop.make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
+    batch = {k: v[None] for k, v in _batch(config, row, size).items()}
+    batch = parallel.shard_batch(mesh, batch, axis=1)
+    frozen = jax.device_put(frozen, parallel.replicated(mesh))
+
+    def step():
+        nonlocal state
+        state, scalars = run(state, frozen, batch, jnp.int32(0), jax.random.key(0))
+        return jax.block_until_ready((state, scalars))
+
+    return step
+
+
+def _torch_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
+    """The same in torch."""
+    import torch
+    from einops import rearrange
+    from torch.nn import functional
+
+    from convert.torch import diffusion
+    from convert.torch.reference import Policy
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    policy = Policy(config).to(device)
+    for parameter in policy.parameters():  # the tables start at zero: any values do for timing
+        torch.nn.init.normal_(parameter, std=0.02)
+    head = policy.model.diffactloss
+    trained = [p for n, p in policy.model.named_parameters() if not n.startswith("diffloss")]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
+    batch = {k: torch.from_numpy(v).to(device) for k, v in _batch(config, row, size).items()}
+    schedule, n = diffusion.Schedule(1000), config.mar.n_frames
+    kind = torch.bfloat16 if row.precision == "bfloat16" else torch.float32
+
+    def moments():
+        if row.source == "latents":
+            return (rearrange(batch[k], "b t h w c -> (b t) c h w") for k in ("mean", "logvar"))
+        frames = rearrange(batch["image"], "b t h w c -> (b t) c h w").float() / 127.5 - 1
+        frames = functional.interpolate(frames, (config.image_size,) * 2, mode="bilinear")
+        return policy.vae_model.encode(frames)
+
+    def step():
+        with torch.autocast(device, kind, enabled=kind is not torch.float32):
+            with torch.no_grad():
+                mean, logvar = moments()
+                sampled = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+                sampled = sampled * config.vae.scale_factor
+            tokens = rearrange(sampled, "(b t) c h w -> b t (h w) c", b=size)
+            mask = torch.ones(tokens[:, n:, :, 0].shape, device=device)
+            found = policy.model.stages("policy_model", tokens[:, n:], mask, tokens[:, :n], {})
+            condition, target = head.rows(found["decoder_out"]), batch["action"]
+            t = torch.randint(0, 1000, target.shape[:2], device=device)
+            noise = torch.randn_like(target)
+            x_t = schedule.diffuse(target, t, noise)
+            output = head.net.stages(x_t, t, condition)["out"].float()
+            loss = diffusion.training_losses(schedule, output, target, x_t, t, noise)
+        optimizer.zero_grad()
+        loss["loss"].mean().backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(row: Row, size: str, batch: int) -> float:
+    """Seconds of one step of `batch` windows."""
+    config = architecture(size)
+    step = (_torch_step if row.backend == "torch" else _jax_step)(config, row, batch)
+    times = []
+    for number in range(_REPEATS + 2):
+        start = time.perf_counter()
+        step()
+        if number >= 2:  # compilation, and the first touch of all memory
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bench_training(size: str, batch: int) -> dict:
+    """{"size", "batch", "rows": [{"backend", "source", "precision", "draws", "seconds"}]}."""
+    environment = dict(os.environ)
+    # What configs/pretrain_tiny.py advises: a device a core, and large pages.
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    devices = f"--xla_force_host_platform_device_count={usable_cores()}"
+    environment.setdefault("XLA_FLAGS", devices)
+    found = []
+    for row in ROWS:
+        command = [sys.executable, "-m", "uva_jax.cli.bench_training", size, str(batch)]
+        done = subprocess.run(
+            [*command, json.dumps(row)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1]
+            raise UserError(f"bench: a step of {row.backend} failed: {reason}")
+        found.append(row._asdict() | {"seconds": float(done.stdout.splitlines()[-1])})
+    return {"size": size, "batch": batch, "rows": found}
+
+
+def table(result: dict) -> str:
+    """The figures for people."""
+    lines = [
+        f"{result['size']}: a step of {result['batch']} windows",
+        f"{'':<10}{'from':<9}{'dtype':<10}{'draws':>5}{'seconds':>9}{'steps/s':>9}{'windows/s':>11}",
+    ]
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        lines.append(
+            f"{row['backend']:<10}{row['source']:<9}{row['precision']:<10}{row['draws']:>5}"
+            f"{seconds:>9.3f}{1 / seconds:>9.2f}{result['batch'] / seconds:>11.0f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    size_name, batch_size, row_text = sys.argv[1:]
+    print(measure(Row(*json.loads(row_text)), size_name, int(batch_size)))

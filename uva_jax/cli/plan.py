@@ -1,0 +1,350 @@
+"""What a configuration costs on a TPU slice that is not there: memory, FLOPs, traffic, time.
+
+    python -m uva_jax plan --config configs/pusht.py --topology v5e:4x4
+
+Compiles the capture, the condition fit of Stage 1, the step of Stage 2 and the policy call with
+the TPU compiler (`pip install 'uva_jax[plan]'`), from shapes alone: no chip, no weights, no data.
+`--topology cpu:8` compiles for simulated devices instead. What the compiler cannot know is left
+out: reading data, waiting for other hosts, and how far real kernels stay from its estimate.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from uva_jax.cli import programs
+from uva_jax.models.architectures import ARCHITECTURES
+from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime import settings as settings
+from uva_jax.runtime.errors import UserError, exit_status
+
+TOPOLOGIES = (
+    "v4:2x2x1 v4:2x2x4 v5e:2x4 v5e:4x4 v5e:16x16 v5p:2x2x1 v5p:4x4x4 v6e:2x4 v6e:4x4"
+).split()
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip
+GIB = 2**30
+# libtpu asks for these, and says so at length, on machines without a TPU.
+_QUIET = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+class Slice(NamedTuple):
+    """The devices to compile for."""
+
+    name: str
+    devices: Sequence[jax.Device]
+    hbm: float | None  # GiB a chip
+
+
+def open_slice(name: str) -> Slice:
+    """Describes a slice, such as "v5e:4x4", or "cpu:8" for simulated devices.
+
+    Raises:
+      UserError: there is no such slice, or no compiler for it.
+    """
+    if match := re.fullmatch(r"cpu:([1-9]\d*)", name):
+        jax.config.update("jax_num_cpu_devices", int(match[1]))
+        return Slice(name, jax.devices("cpu"), None)
+    family = name.split(":")[0]
+    unknown = UserError(
+        f"--topology {name!r} is no slice that the compiler knows; these work: "
+        f"{', '.join(TOPOLOGIES)}, and cpu:N for N simulated devices"
+    )
+    if family not in HBM:
+        raise unknown
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"compiling for {name} needs libtpu, which is not installed: pip install "
+            "'uva_jax[plan]', or give --topology cpu:8 to compile for simulated devices"
+        )
+    # On v4 and v5p the two cores of a chip work as one device, as on the real machines.
+    options = {"chip_config_name": "megacore"} if family in ("v4", "v5p") else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise unknown from error
+    return Slice(name, found.devices, HBM[family])
+
+
+def architecture(config, name: str | None) -> PolicyConfig:
+    """The teacher's architecture: by name, from the checkpoint, or that of a published file.
+
+    Raises:
+      UserError: the name is unknown, or there is neither a name nor a file.
+    """
+    checkpoint = config.teacher.checkpoint
+    if name is None and not Path(checkpoint).is_file() and Path(checkpoint).stem in ARCHITECTURES:
+        name = Path(checkpoint).stem
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if name is not None:
+        raise UserError(f"--architecture is {name!r}; it can be {', '.join(ARCHITECTURES)}")
+    from convert import from_torch
+    from convert.formats import torch_file
+    from uva_jax.pipeline.inputs import teacher_checkpoint
+
+    found = torch_file.read(teacher_checkpoint(config))
+    return from_torch.infer_policy(found, from_torch.state_tensors(found, config.teacher.weights))
+
+
+PROGRAMS = {
+    "capture": programs.capture_step,
+    "distill": programs.condition_fit,
+    "finetune": programs.finetune_step,
+    "policy": programs.policy_call,
+}
+
+# ---- what the compiler says ----
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: how many, and the bytes of their results on each chip."""
+
+    count: int
+    size: int
+
+
+class Cost(NamedTuple):
+    """A compiled program, for each chip; memory in bytes, `seconds` is the compiler's estimate.
+
+    Where the program does not fit, `needed` is what the compiler asked for, and nothing else is
+    known.
+    """
+
+    memory: Mapping[str, int] = {}
+    flops: float | None = None
+    seconds: float | None = None
+    traffic: Mapping[str, Traffic] = {}
+    needed: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Bytes in use at once; results that take over an argument's memory count once."""
+        if self.needed is not None:
+            return self.needed
+        return sum(self.memory.values())
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_OUT_OF_MEMORY = (
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM",
+    r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
+)
+_COLLECTIVE = re.compile(
+    r" = (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """The collectives of a compiled program by kind, from its HLO text; a loop's count once."""
+    found: dict[str, Traffic] = {}
+    for line in text.splitlines():
+        if not (match := _COLLECTIVE.search(line)):
+            continue
+        result, kind, started = match.groups()
+        sizes = [
+            math.prod(map(int, dims.split(","))) * max(8, int(bits or 8)) // 8
+            for _, bits, dims in _SHAPE.findall(result)
+            if dims  # scalars are the flags of an asynchronous form
+        ]
+        if started and kind != "all-reduce":  # (operands, results)
+            sizes = sizes[len(sizes) // 2 :]
+        before = found.get(kind, Traffic(0, 0))
+        found[kind] = Traffic(before.count + 1, before.size + sum(sizes))
+    return found
+
+
+def measure(lowered: jax.stages.Lowered) -> Cost:
+    """Compiles a program and asks what it costs."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        for pattern in _OUT_OF_MEMORY:
+            if match := re.search(pattern, str(error)):
+                return Cost(needed=float(match[1]) * _UNITS[match[2]])
+        raise
+    stats, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    seconds = counted.get("optimal_seconds", 0)
+    return Cost(
+        memory={
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+        },
+        flops=counted.get("flops"),
+        seconds=seconds if seconds > 0 else None,
+        traffic=collectives(compiled.as_text()),
+    )
+
+
+def with_loop(cost: Cost, loop: programs.Loop | None) -> Cost:
+    """The cost with the loop's further rounds."""
+    if loop is None or cost.needed is not None:
+        return cost
+    body = measure(loop.body)
+
+    def add(one, more):
+        return None if one is None or more is None else one + loop.more * more
+
+    return cost._replace(flops=add(cost.flops, body.flops), seconds=add(cost.seconds, body.seconds))
+
+
+# ---- the table ----
+
+
+def table(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> str:
+    """One column a program."""
+    lines = [["", *(p.name for p, _ in rows)], ["chips", *(str(p.chips) for p, _ in rows)]]
+
+    def line(label, show):
+        lines.append([label, *(show(p, c) for p, c in rows)])
+
+    for name in ("arguments", "outputs", "temporaries", "code"):
+        line(f"{name}, MiB a chip", lambda p, c, n=name: _number(c.memory.get(n), 2**20))
+    line("memory in all, GiB a chip", lambda p, c: _number(c.total, GIB))
+    if hbm is not None:
+        line("  share of the chip's", lambda p, c: f"{c.total / GIB / hbm:.0%}")
+    line("TFLOP a chip", lambda p, c: _number(c.flops, 1e12))
+    line("TFLOP on all chips", lambda p, c: _number(c.flops, 1e12 / p.chips))
+    kinds = sorted({kind for _, cost in rows for kind in cost.traffic})
+    for kind in kinds:
+        line(f"{kind}, count", lambda p, c, k=kind: str(c.traffic.get(k, Traffic(0, 0)).count))
+        line("  MiB a chip", lambda p, c, k=kind: _number(c.traffic.get(k, (0, 0))[1], 2**20))
+    if not kinds:
+        line("collectives", lambda p, c: "-" if c.needed else "none")
+    line("ms at best", lambda p, c: _number(c.seconds, 1e-3))
+    line("steps of the stage", lambda p, c: f"{p.steps:,}" if p.steps else "-")
+    line("stage at best", lambda p, c: _duration(c.seconds and p.steps and c.seconds * p.steps))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in lines
+    )
+
+
+def _number(value: float | None, unit: float) -> str:
+    if value is None:
+        return "-"
+    value /= unit
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if not seconds:
+        return "-"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.3g} s"
+
+
+def hints(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> list[str]:
+    """A sentence for every program that does not fit, or hardly."""
+    found = []
+    for program, cost in rows:
+        share = cost.total / GIB / hbm if hbm else 0
+        if cost.needed is None and share <= 0.9:
+            continue
+        said = "does not fit" if cost.needed is not None or share > 1 else "hardly fits"
+        change = "; or ".join(program.advice) or "a slice with more memory a chip"
+        found.append(
+            f"{program.name} {said}: it needs {cost.total / GIB:.1f} of {hbm} GiB a chip. "
+            f"Change: {change}."
+        )
+    return found
+
+
+# ---- the command ----
+
+
+def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
+    """Compiles the chosen programs of a configuration and prints what they cost."""
+    config = settings.check(config)
+    if unknown := [x for x in only if x not in PROGRAMS]:
+        raise UserError(f"--only names {unknown[0]!r}; it can name {', '.join(PROGRAMS)}")
+    where, teacher = open_slice(topology), architecture(config, name)
+    on_cpu = where.hbm is None
+    choice = config.precision
+    if choice == "auto":
+        choice = "float32" if on_cpu else "bfloat16"
+    hosts = len({d.process_index for d in where.devices})
+    memory = "" if on_cpu else f", {where.hbm} GiB each"
+    print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {choice} products")
+    print(
+        f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
+        f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens a window\n"
+    )
+    rows = []
+    # In the "residual" form there is no condition to fit.
+    fitted = config.head.cross_attention == "condition"
+    for key in only or [key for key in PROGRAMS if fitted or key != "distill"]:
+        dtype = jnp.bfloat16 if choice == "bfloat16" else None
+        program = PROGRAMS[key](config, teacher, where.devices, dtype)
+        print(f"compiling {program.name} ({program.about})", end="", flush=True)
+        start = time.monotonic()
+        rows.append((program, with_loop(measure(program.lowered), program.loop)))
+        print(f": {time.monotonic() - start:.0f} s", flush=True)
+    print(f"\n{table(rows, where.hbm)}\n")
+    print(
+        "FLOPs and times are the compiler's estimates, collectives' waiting and input not "
+        "counted; Stage 1 has the fit of the blocks besides."
+    )
+    for hint in hints(rows, where.hbm):
+        print(hint)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    # No chip is used, even where there is one, and another process may be using it.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", None, "Configuration file (see configs/).", flag_values=values
+    )
+    topology = flags.DEFINE_string(
+        "topology", None, f"Slice: {', '.join(TOPOLOGIES)} or cpu:N.", flag_values=values
+    )
+    name = flags.DEFINE_string(
+        "architecture",
+        None,
+        f"Plan for a published checkpoint that is not here: {', '.join(ARCHITECTURES)}.",
+        flag_values=values,
+    )
+    only = flags.DEFINE_list("only", [], f"Some of {', '.join(PROGRAMS)}.", flag_values=values)
+    try:
+        rest = values(["plan", *(sys.argv[1:] if argv is None else argv)])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {error} (see configs/common.py for every setting)", file=sys.stderr)
+        return 2
+
+    def command() -> None:
+        if rest or config.value is None or topology.value is None:
+            raise UserError(
+                "say what to plan and for what: --config configs/pusht.py --topology v5e:4x4"
+            )
+        run(config.value, topology.value, name.value, only.value)
+
+    return exit_status(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Samples a policy's video and actions, and shows them beside what really happened:
+
+    python -m uva_jax sample --policy runs/tiny/teacher/policy --dataset embedded --windows 4 \\
+        --mode full_dynamic_model --out video.mp4
+
+A window is 16 steps of history and 16 of future, of which the policy sees four frames each.
+`--obs FILE` takes an observation in the place of `--dataset`: an .npz without batch axes, with
+"image" (16 or 4 frames, h, w, 3) uint8 and whatever else the policy reads, by its names:
+"wrist_image", "text_latents", "past_action", the states of its proprioception, and "action" for
+dynamic_model. It may also hold what came after, as "future_image" and "future_wrist_image".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from uva_jax.runtime.errors import UserError, exit_status
+
+# Everything that takes seconds to import is imported by the function that needs it.
+
+_WIDE = 3.0  # a spread of latents that no working video head gives
+# Options that stand for settings of `config.data`; their defaults are those of the file in configs/
+# that fits the policy.
+_DATA = {
+    "max_episodes": (int, "embedded demonstrations to render"),
+    "layout": (str, "'umi' for UMI's recordings"),
+    "image_key": (str, "array of the main camera"),
+    "wrist_key": (str, "array of the wrist camera"),
+    "action_key": (str, "array of the actions"),
+    "language": (str, "file of language latents by task"),
+    "vocabulary": (str, "folder with CLIP's vocabulary"),
+}
+Window = Mapping[str, np.ndarray]
+
+
+def load(name: str, weights: str):
+    """A policy from a folder, a PyTorch checkpoint, or "embedded".
+
+    Raises:
+      UserError: nothing is there, or it is no policy.
+    """
+    from convert.from_torch import convert_checkpoint
+    from uva_jax import assets
+    from uva_jax.models import policy_folder
+
+    path = Path(name).expanduser()
+    if name == "embedded":
+        path = assets.POLICY
+    if not path.exists():
+        raise UserError(
+            f"--policy is {name}, but there is no such file or folder: give a policy folder, a "
+            "UVA .ckpt, or 'embedded'"
+        )
+    if path.is_dir():
+        return policy_folder.load_policy(path)
+    return convert_checkpoint(path, weights=weights)[0]
+
+
+def open_reader(policy, path: str, options: Mapping[str, object]):
+    """The data as the policy reads it, with the wrist camera's future if it predicts that.
+
+    Raises:
+      UserError: the data is missing or lacks what the policy reads.
+    """
+    from convert.describe import config_file
+    from uva_jax.data import source
+    from uva_jax.data.readers import open_reader as open_data
+    from uva_jax.runtime.settings import section
+
+    module = config_file(policy.config).removesuffix(".py").replace("/", ".")
+    config = importlib.import_module(module).get_config()
+    data = dataclasses.replace(
+        section(config.data, source.DataOptions), path=path, mirror="", **options
+    )
+    spec = source.WindowSpec.of(policy.config)
+    # A camera whose future is predicted is read even where its past is no input.
+    spec = dataclasses.replace(spec, wrist=spec.wrist or policy.config.mar.wrist)
+    return open_data(data, policy, spec=spec, progress=_rendering)
+
+
+def _rendering(done: int, total: int) -> None:
+    ends = "\n" if done == total else ""
+    print(f"\rrendering: {done} of {total} frames", end=ends, file=sys.stderr, flush=True)
+
+
+def choose(reader, episode: int | None, step: int | None, count: int, seed: int):
+    """Which windows: arrays (count,) of episodes, and of current steps within them.
+
+    Without an episode they are held-out windows in a seeded order; without a step they are spread
+    over the episode; else they follow each other from that step, one horizon of actions apart.
+
+    Raises:
+      UserError: there is no such episode or step.
+    """
+    from uva_jax.data import source
+
+    buffer, options = reader.buffer, reader.options
+    if count < 1:
+        raise UserError(f"--windows is {count}, but should be at least 1")
+    if episode is None:
+        if step is not None:
+            raise UserError(f"--step {step} is a step of an episode: say which with --episode")
+        _, held_out = source.split(buffer, options)
+        strips = source.plan_strips(
+            buffer.episode_ends,
+            held_out,
+            strip=1,
+            stride=reader.stride,
+            options=options,
+            seed=seed,
+            count=count,
+        )
+        return strips.episode, strips.current[:, 0]
+    if not 0 <= episode < buffer.n_episodes:
+        raise UserError(
+            f"--episode is {episode}, but {buffer.path} has episodes 0 to {buffer.n_episodes - 1}"
+        )
+    length = int(np.diff(buffer.episode_ends, prepend=0)[episode])
+    last = length - (options.horizon // 2 + 1 - options.pad_after)
+    if last < 0:
+        raise UserError(f"episode {episode} has {length} steps, too few for a window")
+    if step is None:
+        steps = np.linspace(0, last, count + 2)[1:-1].astype(int)
+    else:
+        steps = step + reader.spec.n_actions * reader.pace * np.arange(count)
+    if steps[0] < 0 or steps[-1] > last:
+        raise UserError(
+            f"windows of episode {episode} can begin at steps 0 to {last}, but {count} from --step "
+            f"{step} on reach from {steps[0]} to {steps[-1]}"
+        )
+    return np.full(count, episode), steps
+
+
+def read_windows(reader, episode: np.ndarray, step: np.ndarray) -> list[Window]:
+    """Windows with their future: a strip of windows up to the one that ends with the future."""
+    from uva_jax.data import source
+
+    n_frames = reader.spec.n_frames
+    current = step[:, None] + reader.stride * np.arange(n_frames + 1)
+    strips = source.Strips(episode, current, np.zeros(len(episode), bool))
+    windows: dict[str, np.ndarray] = {}
+    for name, values in reader.read(strips, np.arange(len(episode))).items():
+        if name.endswith("image"):
+            windows[name], windows[f"future_{name}"] = values[:, :n_frames], values[:, n_frames:]
+        else:
+            windows[name] = values[:, 0]
+    return [{k: v[i] for k, v in windows.items()} for i in range(len(episode))]
+
+
+def read_observation(path: str) -> Window:
+    """The arrays of an .npz.
+
+    Raises:
+      UserError: it is missing or cannot be read.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--obs is {path}, but there is no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--obs {path} cannot be read ({error}): it should be an .npz of plain arrays"
+        ) from error
+
+
+def check_out(out: str | None, mode: str, with_video: bool) -> Path | None:
+    """Where to write, with its folder made, so that a bad name is told before the work is done.
+
+    Raises:
+      UserError: the name ends in nothing that can be written, or nothing can be written there.
+    """
+    from uva_jax.eval import film
+
+    if out is None:
+        return None
+    path = Path(out).expanduser()
+    suffix = path.suffix.lower()
+    if suffix not in film.SUFFIXES:
+        raise UserError(f"--out is {out}; its name should end in {', '.join(film.SUFFIXES)}")
+    if suffix != ".npz" and not with_video:
+        raise UserError(
+            f"{mode} predicts actions and no video: give --out a name that ends in .npz, or none"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: it is a folder, or its folder is closed")
+    return path
+
+
+def lines(name: str, figures: Mapping) -> list[str]:
+    """The table's rows for one window, a row a camera; see `predict.figures`."""
+    error = f"{figures['action_mse']:10.5f}" if "action_mse" in figures else ""
+    rows = []
+    for camera, found in figures["cameras"].items():
+        cells = ""
+        for kind in ("predicted", "last_frame", "reconstruction"):
+            some = found.get(kind)
+            cells += f"{some['psnr']:8.2f} {some['ssim']:6.3f}  " if some else " " * 17
+        rows.append(f"{name:<20} {camera:<6}{cells}{error}")
+    return rows or ([f"{name:<20}       {error}"] if error else [])
+
+
+def header(figures: Mapping) -> list[str]:
+    """What stands above `lines`."""
+    titles = ("predicted", "last frame held", "VAE of truth") if figures["cameras"] else ()
+    above = "".join(f"{title:>15}  " for title in titles)
+    below = f"{'    PSNR   SSIM  ' * len(titles)}"
+    error = "action MSE" if "action_mse" in figures else ""
+    if not (titles or error):
+        return []
+    columns = f"{'window':<20} {'camera' if titles else '':<6}{below}{error}"
+    return [f"{'':27}{above}".rstrip(), columns.rstrip()] if titles else [columns]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples, prints, writes."""
+    from uva_jax.eval import film, predict
+    from uva_jax.models.losses import VIDEO_MODES
+    from uva_jax.storage.identity import write_json
+
+    if (args.dataset is None) == (args.obs is None):
+        raise UserError(
+            "say what to sample from: either --dataset PATH (or embedded) or --obs FILE"
+        )
+    json_path = Path(args.json).expanduser() if args.json else None
+    if json_path and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} is a folder, or its folder does not exist")
+    policy = load(args.policy, args.weights)
+    config = policy.config
+
+    def default(value, own):
+        return own if value is None else value
+
+    sampling = predict.Sampling(
+        mode=args.mode,
+        num_iter=default(args.num_iter, config.num_iter),
+        guidance=default(args.guidance, config.cfg),
+        schedule=default(args.schedule, config.cfg_schedule),
+        temperature=default(args.temperature, config.temperature),
+        sampling_steps=args.sampling_steps,
+        seed=args.seed,
+    )
+    predictor = predict.make_predictor(policy, sampling)
+    out = check_out(args.out, args.mode, args.mode in VIDEO_MODES)
+    if args.obs is not None:
+        windows, names = [read_observation(args.obs)], [Path(args.obs).name]
+    else:
+        given = {name: getattr(args, name) for name in _DATA if getattr(args, name) is not None}
+        reader = open_reader(policy, args.dataset, given)
+        chosen = choose(reader, args.episode, args.step, args.windows, args.seed)
+        windows = read_windows(reader, *chosen)
+        names = [f"ep. {e}, step {s}" for e, s in zip(*chosen, strict=True)]
+    if args.obs and not (out or {"action", "future_image"} & windows[0].keys()):
+        raise UserError(
+            f"{args.obs} holds no truth to compare with: say with --out where the prediction goes"
+        )
+    windows = [
+        predict.checked_window(config, args.mode, w, args.obs or args.dataset) for w in windows
+    ]
+    if sampling.mode not in config.task_modes:
+        print(f"note: this policy was not trained in {sampling.mode}")
+    loops = f"{sampling.sampling_steps} sampling steps" if sampling.sampling_steps else "own steps"
+    print(
+        f"{sampling.mode}: {sampling.num_iter} round(s), guidance {sampling.guidance:g} "
+        f"({sampling.schedule}), temperature {sampling.temperature:g}, {loops}, seed {args.seed}"
+    )
+    predictions, rows = [], []
+    for number, (window, name) in enumerate(zip(windows, names, strict=True)):
+        predictions.append(predictor(window, number))
+        rows.append(predict.figures(predictions[-1:]))
+        for line in header(rows[-1]) * (not number) + lines(name, rows[-1]):
+            print(line, flush=True)
+    whole = predict.figures(predictions)
+    if len(rows) > 1:
+        print("\n".join(lines(f"all {len(rows)}", whole)))
+    elif not lines("", whole):
+        print(f"{names[0]} holds no truth to compare with")
+    spread = whole.get("latent_spread")
+    if spread is not None and not spread <= _WIDE:
+        print(
+            f"note: the sampled latents spread {spread:.3g} times as wide as real ones: sampling "
+            "diverged, and the frames mean nothing; --sampling-steps 1000 takes every step there is"
+        )
+    if out is not None:
+        film.write(out, predictions, names)
+        print(f"wrote {out}")
+    if json_path is not None:
+        found = {
+            "policy": args.policy,
+            "data": args.obs or args.dataset,
+            "sampling": dataclasses.asdict(sampling),
+            "windows": [{"window": name} | row for name, row in zip(names, rows, strict=True)],
+            "all": whole,
+        }
+        write_json(json_path, found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m uva_jax sample",
+        description="Predicted video and actions beside real ones.",
+    )
+    add = parser.add_argument
+    add("--policy", required=True, help="policy folder, UVA .ckpt, or 'embedded'")
+    add("--weights", default="ema", help="weights of a .ckpt: ema or model (default: ema)")
+    add("--dataset", help="diffusion-policy zarr (folder or .zip), or 'embedded'")
+    add("--obs", metavar="FILE", help=".npz with an observation, in the place of --dataset")
+    add("--episode", type=int, help="whose windows (default: held-out episodes)")
+    add("--step", type=int, help="current step of the first window (default: spread out)")
+    add("--windows", type=int, default=1, metavar="B", help="how many (default: 1)")
+    add(
+        "--mode",
+        default="full_dynamic_model",
+        help="full_dynamic_model (default), video_model, dynamic_model, policy_model or "
+        "inverse_model",
+    )
+    add("--num-iter", type=int, metavar="N", help="rounds (default: the policy's)")
+    add("--guidance", type=float, metavar="G", help="scale, 1: none (default: the policy's)")
+    add("--schedule", help="of guidance: linear or constant (default: the policy's)")
+    add("--temperature", type=float, metavar="T", help="default: the policy's")
+    add("--sampling-steps", type=int, default=0, metavar="S", help="default: the policy's")
+    add("--seed", type=int, default=0, help="of all noise (default: 0)")
+    add("--out", metavar="FILE", help="what to write: .mp4, .gif, .png (a strip) or .npz")
+    add("--json", metavar="FILE", help="write the table and the settings there")
+    for name, (kind, text) in _DATA.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: as in configs/)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    from absl import logging
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

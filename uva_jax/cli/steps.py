@@ -1,0 +1,273 @@
+"""The pipeline's steps as commands of their own, for those who know the graft as separate scripts.
+
+Run them with `python -m uva_jax COMMAND`:
+
+    cache-activations --checkpoint pusht.ckpt --dataset pusht.zarr --out cache
+    distill-operator --cache cache --target_layer cross_attn --out operators
+    fine-tune --checkpoint pusht.ckpt --dataset pusht.zarr --operators operators --out tuned
+    quick-test --operators operators --out quick
+
+Each runs stages of the pipeline, so each skips what is done, resumes what was cut off, and keeps
+the layout of a workdir: a workdir serves as `--cache`, its operators/ as `--operators`. Every
+option is a setting of `configs/common.py`, whose default counts; `--set` reaches all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from uva_jax.runtime.errors import UserError, exit_status
+
+_LAYERS = ("cross_attn", "self_attn", "mlp")
+# option -> (setting, what it is); "{layer}" is the target layer
+_SOURCE = {
+    "checkpoint": ("teacher.checkpoint", "a UVA .ckpt, or 'embedded'"),
+    "dataset": ("data.path", "a diffusion-policy zarr (folder or .zip), or 'embedded'"),
+}
+_CACHE = _SOURCE | {
+    "num_samples": ("capture.num_samples", "windows to cache"),
+    "strip": ("capture.strip", "neighbouring windows that share encoded frames"),
+    "batch": ("capture.batch", "strips a step, over all devices"),
+}
+_DISTILL = {
+    "loss": ("distill.loss.{layer}", "l1, l2 or huber"),
+    "epochs": ("distill.epochs", "passes over the cache"),
+    "lr": ("distill.lr", "learning rate"),
+    "batch": ("distill.batch", "samples a step"),
+}
+_FINETUNE = _SOURCE | {
+    "steps": ("finetune.steps", "training steps"),
+    "warmup": ("finetune.warmup", "steps of warm-up"),
+    "batch": ("finetune.batch", "windows a step"),
+    "data_fraction": ("finetune.data_fraction", "share of the training episodes"),
+    "learning_rate": ("finetune.lr", "learning rate"),
+    "freeze_encoder": ("finetune.freeze_encoder", "keep VAE and MAR encoder as they are"),
+    "gradient_checkpointing": ("finetune.gradient_checkpointing", "less memory, more time"),
+    "use_lora": ("finetune.use_lora", "train adapters in place of the decoder's kernels"),
+}
+
+
+def cache_activations(args: argparse.Namespace) -> None:
+    """Converts the checkpoint and caches its activations: OUT/teacher and OUT/activations."""
+    from uva_jax.main import run
+
+    run(_config(args, _CACHE), args.out, ["convert", "capture"])
+
+
+def distill_operator(args: argparse.Namespace) -> None:
+    """Distils one family of operators from a cache into OUT/<target layer>.
+
+    Families are distilled in the order cross_attn, self_attn, mlp, each beside those before it in
+    OUT, or beside all in `--operators`. Self-attention and MLP learn under the condition that the
+    cross-attention predicts, so that has to be there.
+    """
+    from uva_jax.pipeline import engine
+    from uva_jax.runtime.settings import check
+
+    cache, layer = Path(args.cache), args.target_layer
+    given = Path(args.operators or args.out)
+    config = _config(args, {k: (v.format(layer=layer), text) for k, (v, text) in _DISTILL.items()})
+    config.distill.operators = (layer,)
+    beside = _LAYERS if args.operators else _LAYERS[: _LAYERS.index(layer)]
+    found = _operators(given, [family for family in beside if family != layer])
+    config.head.init_paths.update(found)
+    form = config.head.cross_attention
+    if form == "condition" and layer != "cross_attn" and "cross_attn" not in found:
+        raise UserError(
+            f"{layer} operators learn under the condition that cross_attn operators predict, but "
+            f"{given / 'cross_attn'} holds none: distil --target_layer cross_attn first, or say "
+            "with --operators where they are"
+        )
+    stage = engine.Stage(
+        f"distill-{layer}",
+        lambda context: _distill_stage(context, cache, layer),
+        needs=(),
+        config_keys=("seed", "distill", "head", "evaluate.sampling_steps"),
+        folder=layer,
+        describe=f"{layer} operators learn the teacher's activations",
+        fingerprint=lambda config: {
+            "teacher": cache / "teacher" / "done.json",
+            "activations": cache / "activations" / "done.json",
+            **{f"head.init_paths.{k}": v for k, v in config.head.init_paths.items() if v},
+        },
+    )
+    for name in ("teacher", "activations"):
+        if not (cache / name / "done.json").exists():
+            raise UserError(
+                f"--cache {cache} has no finished {name}/: give a folder that cache-activations "
+                "has filled, or a workdir whose capture has finished"
+            )
+    engine.run_pipeline([stage], check(config), args.out)
+
+
+def _distill_stage(context, cache: Path, layer: str) -> dict:
+    from uva_jax.graft import assemble, distill, stage1
+    from uva_jax.models import policy_folder
+    from uva_jax.runtime.settings import section
+    from uva_jax.storage import sample_store
+
+    config = context.config
+    metrics = stage1.distill_operators(
+        policy_folder.load_policy(cache / "teacher" / "policy"),
+        sample_store.SampleStore.open(cache / "activations" / "train"),
+        sample_store.SampleStore.open(cache / "activations" / "held_out"),
+        head_options=section(config.head, assemble.HeadOptions),
+        options=section(config.distill, distill.DistillOptions),
+        sampling_steps=config.evaluate.sampling_steps or None,
+        seed=config.seed,
+        folder=context.folder,
+        metrics=context.metrics,
+    )
+    # The stage's folder becomes the operator itself; operator.json comes last, as it says so.
+    made = context.folder / layer
+    shutil.rmtree(context.folder / "params", ignore_errors=True)  # of a run killed in here
+    for name in ("params", "metrics.json", "operator.json"):
+        os.replace(made / name, context.folder / name)
+    made.rmdir()
+    return metrics
+
+
+def fine_tune(args: argparse.Namespace) -> None:
+    """Converts, puts the operators in, and fine-tunes: OUT/grafted and OUT/finetune."""
+    from uva_jax.main import run
+
+    found = _operators(Path(args.operators), _LAYERS)
+    if not found:
+        raise UserError(
+            f"--operators {args.operators} holds no operators: give a folder with "
+            f"{', '.join(_LAYERS)} (any may be left out) that distillation wrote"
+        )
+    config = _config(args, _FINETUNE, _head_settings(found))
+    config.head.init_paths.update(found)
+    run(config, args.out, ["convert", "finetune"])
+
+
+def quick_test(args: argparse.Namespace) -> None:
+    """Stage 2 alone from given operators, in under a minute: configs/quick_test.py."""
+    from configs import quick_test as settings
+    from uva_jax.main import run
+
+    run(_config(args, {}, start=settings.get_config(args.operators)), args.out, None)
+
+
+def _operators(folder: Path, families: Sequence[str]) -> dict[str, str]:
+    """The folders of those families that are there."""
+    found = {family: folder / family for family in families}
+    return {k: str(v) for k, v in found.items() if (v / "operator.json").exists()}
+
+
+def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
+    """The head that operators were distilled for, as settings; loading tells if they disagree."""
+    from uva_jax.storage.identity import read_json
+
+    about = read_json(Path(next(iter(found.values()))) / "operator.json")
+    names = (
+        "cross_attention memory adapter num_heads self_attn_heads cross_mlp_ratio mlp_ratio depth"
+    ).split()
+    settings = {f"head.{name}": about["head"][name] for name in names}
+    return settings | {"head.operators": tuple(",".join(t) for t in about["head"]["operators"])}
+
+
+def _config(
+    args: argparse.Namespace,
+    table: Mapping[str, tuple[str, str]],
+    settings: Mapping[str, object] | None = None,
+    start: ConfigDict | None = None,
+) -> ConfigDict:
+    """The defaults with what the options say; `--set` comes last."""
+    from configs import common
+
+    config = common.get_config() if start is None else start
+    given = dict(settings or {})
+    for option, (name, _) in table.items():
+        if (value := getattr(args, option)) is not None:
+            given[name] = value
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text} should be name=value, such as --set data.max_episodes=9")
+        given[name] = _literal(value)
+    for name, value in given.items():
+        *parents, last = name.split(".")
+        node = config
+        for key in parents:
+            node = node.get(key) if isinstance(node, ConfigDict) else None
+        if not isinstance(node, ConfigDict) or last not in node:
+            raise UserError(f"{name} is not a setting (see configs/common.py)")
+        with node.ignore_type():  # `config.check` says what is wrong with a value
+            node[last] = value
+    return config
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, tuple[str, str]]) -> None:
+    from configs import common
+
+    for option, (name, text) in table.items():
+        *parents, last = name.split(".")
+        node = common.get_config()
+        for key in parents:
+            node = node[key]
+        value = shown = node.get(last)
+        if value is None:  # one setting a layer
+            value, shown = "", ", ".join(f"{kind} for {layer}" for layer, kind in node.items())
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {}
+        if not kind:
+            kind = {"type": type(value), "metavar": option.upper()}
+        parser.add_argument(f"--{option}", default=None, help=f"{text} (default: {shown})", **kind)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m uva_jax", description="The steps of a graft, one at a time."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function, table in (
+        ("cache-activations", cache_activations, _CACHE),
+        ("distill-operator", distill_operator, _DISTILL),
+        ("fine-tune", fine_tune, _FINETUNE),
+        ("quick-test", quick_test, {}),
+    ):
+        text = function.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        if function is distill_operator:
+            command.add_argument("--cache", required=True, help="what cache-activations wrote")
+            command.add_argument("--target_layer", required=True, choices=_LAYERS)
+            command.add_argument("--operators", help="operators distilled before (default: OUT)")
+        elif function is not cache_activations:
+            command.add_argument("--operators", required=True, help="what distill-operator wrote")
+        _add_options(command, table)
+        command.add_argument("--out", required=True, help="folder to write to; made if missing")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    from absl import logging
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    args = _parser().parse_args(argv)
+    return exit_status(lambda: args.function(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

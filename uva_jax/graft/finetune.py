@@ -1,0 +1,276 @@
+"""Stage 2: the graft trained end to end on part of the data, behind a parameter mask.
+
+Phases of one loop (`train.loop`), in which ever more parameters train. Frozen parameters are not in
+its state at all: they take no gradient, no optimiser state, no decay, and stay as they are to the
+bit. When everything before the head is frozen, batches are cached tokens and a step costs the head
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from uva_jax.data import source
+from uva_jax.data.sequences import select_episodes
+from uva_jax.models import surgery
+from uva_jax.models.layers import sub_key
+from uva_jax.models.lora import PREFIX, init_lora, merge_lora
+from uva_jax.models.policy import Policy
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.sample_store import SampleStore
+from uva_jax.train.loop import Flat, LoopOptions, Loss, part, run_loop, start_state
+from uva_jax.train.order import epoch_rows
+from uva_jax.train.trainable import Phase, training_phases
+
+_TEACHER = "teacher"  # prefix of the teacher's own parameters among the frozen ones
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(LoopOptions):
+    """`config.finetune`; see `configs/common.py` for each field."""
+
+    data_fraction: float
+    reuse_cache: bool
+    freeze_encoder: bool
+    freeze: tuple[str, ...]
+    unfreeze_at: Mapping[str, tuple[str, ...]]
+    dropout: bool
+    noise_draws: int
+    teacher_weight: float
+    use_lora: bool
+    lora_rank: int
+    lora_targets: tuple[str, ...]
+    gradient_checkpointing: bool
+
+
+def loss_on_tokens(
+    policy: Policy,
+    batch: Mapping,
+    key: jax.Array,
+    options: FinetuneOptions,
+    teacher: Policy | None = None,
+) -> dict[str, jax.Array]:
+    """Loss of the action head on cached tokens: "z" (b, s, c), "actions" (b, n, a).
+
+    Returns:
+      scalars: "mse" and "vb" of the diffusion loss; with a teacher "distance", the mean square
+      between its output and the graft's; and "loss", what is trained on.
+    """
+    z = batch["z"].astype(jnp.float32)
+    return _head_losses(policy, batch["actions"], z, key, options, teacher, z)
+
+
+def loss_on_images(
+    policy: Policy,
+    batch: Mapping,
+    key: jax.Array,
+    options: FinetuneOptions,
+    teacher: Policy | None = None,
+) -> dict[str, jax.Array]:
+    """The same from raw windows: an observation as `Policy.condition` takes it, and "action"."""
+    cond, streams = policy.condition(batch, key=sub_key(key, 0))
+    cond = jax.lax.stop_gradient(cond)
+    z = policy.video_tokens(cond, streams, key=sub_key(key, 1) if options.dropout else None)
+    known = None if teacher is None else teacher.video_tokens(cond, streams, key=None)
+    actions = policy.normalize("action", batch["action"])
+    return _head_losses(policy, actions, z, sub_key(key, 2), options, teacher, known)
+
+
+def _head_losses(policy, actions, z, key, options, teacher, known) -> dict[str, jax.Array]:
+    reference = None if teacher is None else (teacher.action_head, known)
+    rows = policy.action_head.loss(
+        actions, z, key=key, draws=options.noise_draws, reference=reference
+    )
+    means = {k: jnp.mean(v) for k, v in rows.items()}
+    if teacher is not None:
+        means["loss"] += options.teacher_weight * means["distance"]
+    return means
+
+
+def graft_loss(
+    policy: Policy, loss: Callable, options: FinetuneOptions, teacher: Policy | None = None
+) -> Loss:
+    """The loss of a batch as `loop.run_loop` takes it, adapters merged into their targets.
+
+    Args:
+      policy: gives the structure; its arrays are not used.
+      loss: `loss_on_tokens` or `loss_on_images`.
+      options: of the loss.
+      teacher: its structure, where the loss holds the graft to it; among the frozen arrays are
+        then those of `teacher_arrays`.
+    """
+    abstract = surgery.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
+    abstract.mar.remat = options.gradient_checkpointing
+    if teacher is not None:
+        reference = surgery.abstract_policy(teacher.config, dtype=teacher.vae.quant_conv.dtype)
+
+    def objective(params: Flat, frozen: Flat, batch, key, step):
+        del step
+        own = {k: v for k, v in frozen.items() if not k.startswith(f"{_TEACHER}/")}
+        arrays, held = merge_lora(params | own), None
+        if teacher is not None:
+            known = part(frozen, _TEACHER)
+            rest = {k: v for k, v in arrays.items() if not k.startswith("action_head/")}
+            held = surgery.replace(reference, rest | known)
+        scalars = loss(surgery.replace(abstract, arrays), batch, key, options, held)
+        return scalars["loss"], scalars
+
+    return objective
+
+
+def teacher_arrays(arrays: Flat, phases: Sequence[Phase]) -> Flat:
+    """Those of the teacher's arrays that the graft does not share with it: its head, and what
+    trains in any phase. The same for shapes."""
+    trained = {path for phase in phases for path in phase.trainable}
+    trained |= {k.removeprefix(PREFIX).removesuffix("/a") for k in trained if k.startswith(PREFIX)}
+    return {
+        f"{_TEACHER}/{k}": v
+        for k, v in arrays.items()
+        if k.startswith("action_head/") or k in trained
+    }
+
+
+def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
+    """Which parameters train from which step on; with LoRA, adapters in place of their targets."""
+    freeze, unfreeze = list(options.freeze), dict(options.unfreeze_at)
+    if any(path.startswith("proprio_head/") for path in arrays):
+        freeze.append("proprio_head")  # Stage 2's loss is the action head's alone
+    if options.use_lora:
+        freeze += [
+            path.removeprefix(PREFIX).removesuffix("/a")
+            for path in arrays
+            if path.startswith(PREFIX) and path.endswith("/a")
+        ]
+        unfreeze["0"] = (*unfreeze.get("0", ()), PREFIX.rstrip("/"))
+    return training_phases(
+        arrays,
+        task_modes=("policy_model",),
+        freeze_encoder=options.freeze_encoder,
+        freeze=freeze,
+        unfreeze_at=unfreeze,
+    )
+
+
+def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool:
+    """Whether nothing before the action head ever trains, so that its tokens can be cached."""
+    trained = {path for phase in phases for path in phase.trainable}
+    return not options.dropout and all(path.startswith("action_head/") for path in trained)
+
+
+class Trainer:
+    """A graft's parameters on the mesh, and the phases in which they train."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        options: FinetuneOptions,
+        mesh: Mesh,
+        seed: int,
+        teacher: Policy | None = None,
+    ):
+        """Given a teacher, the loss holds the graft to it, see `FinetuneOptions.teacher_weight`."""
+        self.policy, self.options, self.mesh, self.seed = policy, options, mesh, seed
+        self.teacher, held = teacher, {}
+        arrays = surgery.flatten(policy)
+        if options.use_lora:
+            key = jax.random.key(seed)
+            arrays |= init_lora(arrays, options.lora_targets, options.lora_rank, key)
+        self.phases = plan_phases(arrays, options)
+        self.arrays = parallel.on_mesh(arrays, parallel.shardings_for(arrays, mesh))
+        if teacher is not None:
+            held = teacher_arrays(surgery.flatten(teacher), self.phases)
+        self.held = parallel.on_mesh(held, parallel.shardings_for(held, mesh))
+
+    def run(
+        self, loss: Callable, batches: Callable[[int], Mapping], *, folder: Path, metrics
+    ) -> Policy:
+        """Trains to `options.steps` and returns the policy with averaged parameters.
+
+        Args:
+          loss: `loss_on_tokens` or `loss_on_images`.
+          batches: step -> this process's share of its batch, as host arrays.
+          folder: holds resumable states, by phase.
+          metrics: a MetricsWriter.
+        """
+        total, state = self.options.steps, None
+        stops = [*(phase.start for phase in self.phases[1:]), total]
+        for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
+            params = {k: self.arrays[k] for k in phase.trainable}
+            state = run_loop(
+                graft_loss(self.policy, loss, self.options, self.teacher),
+                start_state(params, self.options, self.mesh, state),
+                {k: v for k, v in self.arrays.items() if k not in params} | self.held,
+                batches,
+                options=self.options,
+                mesh=self.mesh,
+                seed=self.seed,
+                folder=folder / f"phase{index}",
+                metrics=metrics,
+                steps=range(phase.start, min(stop, total)),
+            )
+        arrays = merge_lora(self.arrays | state.ema)
+        return surgery.replace(surgery.abstract_policy(self.policy.config), arrays)
+
+
+def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):
+    """Cached samples: step -> this process's share of the batch."""
+    rows_of = _batch_rows(len(next(iter(data.values()))), options, seed)
+
+    def batches(step: int) -> dict[str, np.ndarray]:
+        rows = rows_of(step)
+        return {k: v[rows] for k, v in data.items()}
+
+    return batches
+
+
+def image_batches(
+    reader: source.WindowReader, strips: source.Strips, options: FinetuneOptions, seed: int
+):
+    """Windows of the replay buffer (`strips` are single ones): step -> this process's share."""
+    rows_of = _batch_rows(len(strips), options, seed)
+    return lambda step: source.single_windows(reader.read(strips, rows_of(step)))
+
+
+def _batch_rows(count: int, options: FinetuneOptions, seed: int) -> Callable[[int], np.ndarray]:
+    parts = options.accumulate
+    batch = min(options.batch, count // parts * parts)
+    if not batch:
+        raise UserError(
+            f"there are {count} windows, too few for a batch of config.finetune.accumulate="
+            f"{parts} parts: raise data_fraction or lower accumulate"
+        )
+
+    def rows(step: int) -> np.ndarray:
+        chosen = epoch_rows(seed, count, batch, step, step + 1)[0]
+        return np.array_split(chosen, jax.process_count())[jax.process_index()]
+
+    return rows
+
+
+def cached_tokens(folder) -> dict[str, np.ndarray]:
+    """The tokens and actions of an activation cache."""
+    return SampleStore.open(folder).load(["z", "actions"])
+
+
+def chosen_episodes(buffer, data: source.DataOptions, options: FinetuneOptions, seed: int):
+    """The training episodes that `data_fraction` picks, as a mask."""
+    train, _ = source.split(buffer, data)
+    return select_episodes(buffer.episode_ends, options.data_fraction, seed, mask=train)
+
+
+def check_reuse(phases: tuple[Phase, ...], options: FinetuneOptions) -> None:
+    """Raises UserError when cached tokens are asked for, but the trunk trains."""
+    if options.reuse_cache and not trunk_is_frozen(phases, options):
+        raise UserError(
+            "config.finetune.reuse_cache takes tokens that capture has cached, but parameters "
+            "before the head train too: set config.finetune.freeze=('mar',) and no dropout, or "
+            "reuse_cache=False"
+        )

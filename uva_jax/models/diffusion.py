@@ -1,0 +1,292 @@
+"""Gaussian diffusion with a learned-range variance: schedules, training loss, samplers.
+
+The process is that of improved DDPM (Nichol & Dhariwal, arXiv 2102.09672) as MAR and UVA use it:
+cosine betas, eps-prediction, variance between beta and the posterior's. Schedules are computed in
+float64 NumPy and cast to float32 where they are used. Nothing here knows a network: samplers take
+`denoise(x, timesteps) -> (..., 2 c)`, whose first half is eps and second the variance fraction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uva_jax.runtime.errors import UserError
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """float64 tables of one (possibly respaced) process; `timestep_map[i]` is the original t."""
+
+    betas: np.ndarray
+    timestep_map: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1.0 - self.betas)
+
+    @functools.cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @functools.cached_property
+    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod)
+
+    @functools.cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+
+    @functools.cached_property
+    def posterior_variance(self) -> np.ndarray:
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @functools.cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """The first entry would be log 0; the second stands in for it."""
+        if len(self) == 1:
+            return np.log(np.maximum(self.posterior_variance, 1e-20))
+        return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+
+    @functools.cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @functools.cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        return ((1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas)) / (
+            1.0 - self.alphas_cumprod
+        )
+
+
+def cosine_betas(num_steps: int) -> np.ndarray:
+    """Cosine schedule with betas capped at 0.999 (arXiv 2102.09672, equation 17)."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array(
+        [
+            min(1 - alpha_bar((i + 1) / num_steps) / alpha_bar(i / num_steps), 0.999)
+            for i in range(num_steps)
+        ]
+    )
+
+
+def space_timesteps(num_steps: int, respacing: str) -> list[int]:
+    """The original timesteps that a respaced process keeps.
+
+    Args:
+      num_steps: length of the original process.
+      respacing: "" (all), "N" or "N1,N2,..." evenly spaced steps a section, or "ddimN".
+
+    Raises:
+      UserError: the process cannot be divided that way.
+    """
+    if respacing == "":
+        return list(range(num_steps))
+    if respacing.startswith("ddim"):
+        count = int(respacing[len("ddim") :])
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == count:
+                return list(range(0, num_steps, stride))
+        raise UserError(f"no integer stride gives {count} DDIM steps out of {num_steps}.")
+    counts = [int(part) for part in respacing.split(",")]
+    size, extra = divmod(num_steps, len(counts))
+    kept, start = set(), 0
+    for i, count in enumerate(counts):
+        section = size + (i < extra)
+        if section < count:
+            raise UserError(f"a section of {section} diffusion steps cannot give {count} steps.")
+        stride = (section - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):  # accumulated, not multiplied: rounding as the original's
+            kept.add(start + round(position))
+            position += stride
+        start += section
+    return sorted(kept)
+
+
+@functools.lru_cache(maxsize=32)
+def make_schedule(respacing: str = "", num_steps: int = 1000) -> Schedule:
+    """The cosine process of `num_steps`, respaced; betas follow from the kept cumulative alphas."""
+    full = Schedule(cosine_betas(num_steps), np.arange(num_steps))
+    kept = np.array(space_timesteps(num_steps, respacing))
+    alphas_cumprod = full.alphas_cumprod[kept]
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    return Schedule(1.0 - alphas_cumprod / previous, kept)
+
+
+def _at(table: np.ndarray, index: jax.Array, like: jax.Array) -> jax.Array:
+    """table[index] in float32, with trailing axes added to broadcast against `like`."""
+    values = jnp.asarray(table, jnp.float32)[index]
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """Diffuses x0 (..., c) to step t (leading axes of x0, integers): same shape as x0."""
+    return (
+        _at(np.sqrt(schedule.alphas_cumprod), t, x0) * x0
+        + _at(np.sqrt(1.0 - schedule.alphas_cumprod), t, x0) * noise
+    )
+
+
+def predict_x0(schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """The x0 that x_t and eps imply."""
+    return (
+        _at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+        - _at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
+    )
+
+
+def _posterior_mean(schedule: Schedule, x0, x_t, t):
+    return (
+        _at(schedule.posterior_mean_coef1, t, x_t) * x0
+        + _at(schedule.posterior_mean_coef2, t, x_t) * x_t
+    )
+
+
+def _log_variance(schedule: Schedule, fraction_raw: jax.Array, t: jax.Array) -> jax.Array:
+    low = _at(schedule.posterior_log_variance_clipped, t, fraction_raw)
+    high = _at(np.log(schedule.betas), t, fraction_raw)
+    fraction = (fraction_raw + 1) / 2
+    return fraction * high + (1 - fraction) * low
+
+
+def _discretized_nll(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """Negative log-likelihood of a Gaussian binned to width 2/255, open at the edges.
+
+    The normal distribution function is the tanh approximation, which is a sigmoid. A bin's
+    probability is written as a product and not as a difference of two of them: in float32 the
+    difference cancels in the tails, and one last bit there decides between 2^-24 and the floor.
+    """
+    centered, inverse_std = x0 - mean, jnp.exp(-log_std)
+
+    def logit(x):
+        return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
+
+    above = logit(inverse_std * (centered + 1.0 / 255.0))
+    below = logit(inverse_std * (centered - 1.0 / 255.0))
+    up_to, beyond = jax.nn.sigmoid(above), jax.nn.sigmoid(-below)
+    inside = up_to * beyond * -jnp.expm1(below - above)
+    probability = jnp.where(x0 < -0.999, up_to, jnp.where(x0 > 0.999, beyond, inside))
+    return -jnp.log(jnp.maximum(probability, 1e-12))
+
+
+def training_losses(
+    schedule: Schedule,
+    model_output: jax.Array,
+    x0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+) -> dict[str, jax.Array]:
+    """eps MSE plus the variational bound that trains the variance (in bits, not down-weighted).
+
+    Args:
+      schedule: the training process.
+      model_output: (..., 2 c) eps and variance fraction.
+      x0, x_t, noise: (..., c).
+      t: timesteps on the leading axes of x0.
+
+    Returns:
+      {"mse", "vb", "loss"}, each of shape x0.shape[:-1], means over channels. The bound sees eps
+      through a stopped gradient, so it moves the variance alone.
+    """
+    model_output = model_output.astype(jnp.float32)
+    eps, fraction = jnp.split(model_output, 2, axis=-1)
+    mse = jnp.mean((noise - eps) ** 2, axis=-1)
+    mean = _posterior_mean(
+        schedule, predict_x0(schedule, x_t, t, jax.lax.stop_gradient(eps)), x_t, t
+    )
+    log_variance = _log_variance(schedule, fraction, t)
+    true_mean = _posterior_mean(schedule, x0, x_t, t)
+    true_log_variance = _at(schedule.posterior_log_variance_clipped, t, x0)
+    kl = 0.5 * (
+        -1.0
+        + log_variance
+        - true_log_variance
+        + jnp.exp(true_log_variance - log_variance)
+        + (true_mean - mean) ** 2 * jnp.exp(-log_variance)
+    )
+    nll = _discretized_nll(x0, mean, 0.5 * log_variance)
+    t_full = t.reshape(t.shape + (1,) * (mse.ndim - t.ndim))
+    vb = jnp.where(t_full == 0, jnp.mean(nll, -1), jnp.mean(kl, -1)) / math.log(2.0)
+    return {"mse": mse, "vb": vb, "loss": mse + vb}
+
+
+def sample_loop(
+    schedule: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    *,
+    temperature: float = 1.0,
+    clip: bool = True,
+    eta: float | None = None,
+    return_steps: bool = False,
+):
+    """Walks a respaced process from noise to x0 under `lax.scan`.
+
+    Args:
+      schedule: the sampling process of K steps.
+      denoise: called with x (..., c) and the original timestep (a scalar int32).
+      noise: (K + 1, ..., c); index 0 is the starting point x_T, index j the draw of step j. The
+        last draw is not used.
+      temperature: factor on the noise of each step, not on the starting point.
+      clip: clip the predicted x0 to [-1, 1] (actions; video latents are not clipped).
+      eta: None for ancestral sampling with the learned variance; a number for DDIM
+        (arXiv 2010.02502, equation 16; 0 is deterministic).
+      return_steps: also return every x and predicted x0, in order of execution.
+
+    Returns:
+      x0 (..., c), or (x0, {"x": (K, ..., c), "pred_x0": (K, ..., c)}).
+
+    Raises:
+      ValueError: `noise` has not K + 1 entries.
+    """
+    steps = len(schedule)
+    if noise.shape[0] != steps + 1:
+        raise ValueError(
+            f"sampling {steps} steps needs {steps + 1} noise arrays (the start and one a step), "
+            f"but {noise.shape[0]} were given."
+        )
+    timestep_map = jnp.asarray(schedule.timestep_map, jnp.int32)
+
+    def step(x, inputs):
+        i, step_noise = inputs
+        output = denoise(x, timestep_map[i]).astype(jnp.float32)
+        eps, fraction = jnp.split(output, 2, axis=-1)
+        x0 = predict_x0(schedule, x, i, eps)
+        if clip:
+            x0 = jnp.clip(x0, -1.0, 1.0)
+        if eta is None:
+            mean = _posterior_mean(schedule, x0, x, i)
+            std = jnp.exp(0.5 * _log_variance(schedule, fraction, i)) * temperature
+        else:
+            eps = (_at(schedule.sqrt_recip_alphas_cumprod, i, x) * x - x0) / _at(
+                schedule.sqrt_recipm1_alphas_cumprod, i, x
+            )
+            alpha, alpha_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+            sigma = np.sqrt((1 - alpha_prev) / (1 - alpha)) * np.sqrt(1 - alpha / alpha_prev)
+            std = _at(eta * sigma, i, x)
+            mean = x0 * _at(np.sqrt(alpha_prev), i, x) + eps * _at(
+                np.sqrt(np.maximum(1 - alpha_prev - (eta * sigma) ** 2, 0.0)), i, x
+            )
+            std = std * temperature
+        x = mean + jnp.where(i > 0, std, 0.0) * step_noise
+        return x, (x, x0) if return_steps else None
+
+    order = jnp.arange(steps - 1, -1, -1)
+    x, trace = jax.lax.scan(step, noise[0].astype(jnp.float32), (order, noise[1:]))
+    return (x, {"x": trace[0], "pred_x0": trace[1]}) if return_steps else x

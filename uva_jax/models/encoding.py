@@ -1,0 +1,23 @@
+"""Encoding many raw frames with a policy's VAE, a few at a time, to bound the memory it takes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from uva_jax.models.policy import Policy
+
+
+def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """`VAE.encode` of raw frames (n, h, w, 3), `size` at a time (0: all at once)."""
+
+    def encode(frames):
+        return policy.vae.encode(policy.preprocess(frames))
+
+    if not size or len(images) <= size:
+        return encode(images)
+    padded = jnp.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
+    parts = jax.lax.map(encode, rearrange(padded, "(p n) h w c -> p n h w c", n=size))
+    mean, logvar = (rearrange(x, "p n h w c -> (p n) h w c")[: len(images)] for x in parts)
+    return mean, logvar

@@ -1,0 +1,248 @@
+"""Policies as folders: saved, loaded, described.
+
+A policy folder holds `policy.json` (architecture and origin), `params/` (orbax: every variable,
+normaliser included) and, for policies that came from PyTorch, `source.records` (what an export
+needs and the model does not). Flax's own update functions accept wrong shapes and missing keys in
+silence, so everything that is put into a module goes through `replace`, which does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from uva_jax.models import surgery
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage import policy_arrays
+from uva_jax.storage.lazy_array import LazyArray
+
+FORMAT = 1
+_JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
+
+
+def save_policy(
+    folder: str | os.PathLike,
+    policy: Policy,
+    *,
+    source: Mapping,
+    records: bytes | None = None,
+) -> None:
+    """Writes a policy folder; it appears under its name only once it is complete.
+
+    With several processes, all of them call this, with the same folder.
+
+    Args:
+      folder: where; an older policy there is replaced.
+      policy: the policy; its parameters may be sharded.
+      source: where the weights come from, plain JSON values (checkpoint name, sha256, ...).
+      records: `convert.torch_file.dump_records` of what an export needs.
+
+    Raises:
+      UserError: the folder holds something that is not a policy.
+    """
+    with _appearing(folder) as partial:
+        if jax.process_index() == 0:
+            _write_description(partial, policy.config, source, records)
+        arrays = parallel.savable(surgery.flatten(policy))
+        with policy_arrays.checkpointer(arrays) as checkpointer:
+            checkpointer.save(
+                partial / _PARAMS,
+                args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep="/")),
+            )
+
+
+def save_arrays(
+    folder: str | os.PathLike,
+    config: PolicyConfig,
+    arrays: Mapping[str, LazyArray],
+    *,
+    source: Callable[[], Mapping],
+    records: bytes | None = None,
+) -> None:
+    """`save_policy` of arrays that are never all in memory.
+
+    Args:
+      folder: where; an older policy there is replaced.
+      config: the architecture.
+      arrays: every array of it by path; they are loaded once, one after another.
+      source: asked after that, so that it can still refuse what was read.
+      records: as for `save_policy`.
+
+    Raises:
+      UserError: the folder holds something that is not a policy; the arrays are not those of the
+        architecture; or what `source` raises. Nothing is left behind then.
+    """
+    if problems := surgery.mismatches(surgery.shapes(surgery.abstract_policy(config)), arrays):
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+    with _appearing(folder) as partial:
+        policy_arrays.write(partial / _PARAMS, arrays)
+        _write_description(partial, config, source(), records)
+
+
+@contextlib.contextmanager
+def _appearing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to, which takes the name of a policy folder once it is complete."""
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give the name of a folder to write the policy to.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).exists():
+        raise UserError(
+            f"{folder} holds files that are not a policy (it has no {_JSON}); give another folder."
+        )
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    chief = jax.process_index() == 0
+    with contextlib.ExitStack() as undo:
+        if chief:
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        _wait("policy folder opened")
+        yield partial
+        _wait("policy folder written")
+        if chief:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        undo.pop_all()
+    _wait("policy folder named")
+
+
+def _write_description(
+    folder: Path, config: PolicyConfig, source: Mapping, records: bytes | None
+) -> None:
+    _write(folder / _JSON, (json.dumps(describe(config, source), indent=1) + "\n").encode())
+    if records is not None:
+        _write(folder / _RECORDS, records)
+
+
+def _wait(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe(config: PolicyConfig, source: Mapping) -> dict:
+    """What `policy.json` says of a policy, as plain JSON values."""
+    return {"format": FORMAT, "policy": to_dict(config), "source": dict(source)}
+
+
+def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
+    """The architecture and the source of a policy folder.
+
+    Raises:
+      UserError: there is no policy, or its description is damaged or of a newer format.
+    """
+    path = Path(folder) / _JSON
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a policy folder (it has no {_JSON}); make one with "
+            "'python -m convert from_torch CKPT OUT'."
+        )
+    config, described = parse_description(path)
+    return config, described["source"]
+
+
+def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
+    """The architecture that a json file of `describe` holds, and all that it says.
+
+    Raises:
+      UserError: the file is damaged or of a newer format.
+    """
+    try:
+        described = json.loads(path.read_text())
+        version, policy, _ = (described[k] for k in ("format", "policy", "source"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
+    try:
+        return from_dict(policy), described
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_records(folder: str | os.PathLike) -> bytes | None:
+    """What `save_policy` was given as `records`, or None."""
+    path = Path(folder) / _RECORDS
+    return path.read_bytes() if path.exists() else None
+
+
+def load_policy(
+    folder: str | os.PathLike,
+    *,
+    dtype=None,
+    shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
+) -> Policy:
+    """Restores a policy from its folder, straight into its shardings.
+
+    Args:
+      folder: what `save_policy` wrote.
+      dtype: what products are computed in (None: float32, as the parameters).
+      shardings: the sharding of a path (as in `flatten`) of the given shape and dtype; without it
+        everything lies on the first device.
+
+    Raises:
+      UserError: the folder is no policy, or its arrays do not fit its architecture.
+    """
+    config, _ = read_description(folder)
+    policy = surgery.abstract_policy(config, dtype=dtype)
+    expected = surgery.shapes(policy)
+    params = Path(folder).absolute() / _PARAMS
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=alone if shardings is None else shardings(path, leaf)
+        )
+        for path, leaf in expected.items()
+    }
+    with policy_arrays.damage_is_told(params):
+        with policy_arrays.checkpointer(expected) as checkpointer:
+            found = traverse_util.flatten_dict(
+                checkpointer.metadata(params).item_metadata.tree, sep="/"
+            )
+            _refuse_mismatches(folder, expected, found)
+            tree = traverse_util.unflatten_dict(target, sep="/")
+            how = ocp.checkpoint_utils.construct_restore_args(tree)
+            wanted = ocp.args.PyTreeRestore(tree, restore_args=how)
+            arrays = traverse_util.flatten_dict(checkpointer.restore(params, args=wanted), sep="/")
+    return surgery.replace(policy, arrays)
+
+
+def read_arrays(folder: str | os.PathLike) -> dict[str, LazyArray]:
+    """The arrays of a policy folder by path; each is read when it is loaded.
+
+    Raises:
+      UserError: the folder is no policy, or its arrays do not fit its architecture.
+    """
+    config, _ = read_description(folder)
+    found = policy_arrays.read(Path(folder).absolute() / _PARAMS)
+    _refuse_mismatches(folder, surgery.shapes(surgery.abstract_policy(config)), found)
+    return found
+
+
+def _refuse_mismatches(folder: str | os.PathLike, expected: Mapping, found: Mapping) -> None:
+    if problems := surgery.mismatches(expected, found):
+        raise UserError(
+            f"the arrays in {Path(folder).absolute() / _PARAMS} do not fit the architecture in "
+            f"{Path(folder) / _JSON}: {'; '.join(problems)}."
+        )

@@ -1,0 +1,89 @@
+"""A module's variables as one flat dictionary, and modules made of such a dictionary.
+
+Flax's own update functions accept wrong shapes and missing keys in silence, so everything that is
+put into a module goes through `replace`, which does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.errors import UserError
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(map(str, keys))
+
+
+def flatten(module: nnx.Module | nnx.State) -> dict[str, jax.Array]:
+    """Every variable of a module or state as {"mar/encoder_blocks/0/norm1/scale": array}."""
+    state = module if isinstance(module, nnx.State) else nnx.state(module)
+    return {_path(keys): variable[...] for keys, variable in nnx.to_flat_state(state)}
+
+
+def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
+    """Like `flatten`, for modules that may be abstract (`nnx.eval_shape`)."""
+    state = module if isinstance(module, nnx.State) else nnx.state(module)
+    return {
+        _path(keys): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        for keys, variable in nnx.to_flat_state(state)
+    }
+
+
+class _OneKey:
+    """Stands for `nnx.Rngs` where only shapes are asked for.
+
+    The counters of the real ones are traced, which takes several times as long as all the rest.
+    """
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_parts(config: PolicyConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=_OneKey())))
+
+
+def abstract_policy(config: PolicyConfig, *, dtype=None) -> Policy:
+    """A policy of that architecture without arrays; `dtype` is what products are computed in."""
+    graph, state = _abstract_parts(config, dtype)
+    # Merging shares variables, so they are made anew: what is cached must stay as it is.
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+
+
+def mismatches(expected: Mapping, found: Mapping) -> list[str]:
+    """Sentences on every path that is missing, unknown, or of another shape or dtype."""
+    problems = [f"{path} is missing" for path in expected if path not in found]
+    problems += [f"{path} is unknown to the architecture" for path in found if path not in expected]
+    for path in expected:
+        if path not in found:
+            continue
+        want, got = expected[path], found[path]
+        if tuple(got.shape) != tuple(want.shape):
+            problems.append(f"{path} has shape {tuple(got.shape)}, not {tuple(want.shape)}")
+        elif np.dtype(got.dtype) != np.dtype(want.dtype):
+            problems.append(f"{path} has dtype {got.dtype}, not {want.dtype}")
+    return problems
+
+
+def replace(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+    """A copy of a (possibly abstract) module whose variables are exactly `arrays`.
+
+    Raises:
+      UserError: a path is missing or unknown, or a shape or dtype differs; all are listed.
+    """
+    if problems := mismatches(shapes(module), arrays):
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+    graph, state = nnx.split(module)
+    leaves = [
+        (keys, variable.replace(arrays[_path(keys)])) for keys, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))

@@ -1,0 +1,70 @@
+"""What stages open, as the configuration says: the data, a policy, the teacher's file, the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from uva_jax import assets
+from uva_jax.data import source
+from uva_jax.data.readers import open_reader
+from uva_jax.models import policy_folder
+from uva_jax.models.policy import Policy
+from uva_jax.pipeline.engine import Context
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.settings import section
+
+
+def compute_dtype(config):
+    """The dtype of matrix products, or None for float32."""
+    choice = config.precision
+    if choice == "auto":
+        choice = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.bfloat16 if choice == "bfloat16" else None
+
+
+def teacher_checkpoint(config) -> Path:
+    """The checkpoint a run starts from.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    name = config.teacher.checkpoint
+    path = assets.POLICY if name == "embedded" else Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"config.teacher.checkpoint is {path}, but there is no such file: give a UVA "
+            "checkpoint (.ckpt), or 'embedded' for the small one that ships with the package"
+        )
+    return path
+
+
+def mesh_of(config):
+    """The mesh that `config.mesh` describes."""
+    return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def load_policy(folder: Path, config) -> Policy:
+    """A policy in the dtype that the configuration asks for."""
+    return policy_folder.load_policy(folder, dtype=compute_dtype(config))
+
+
+def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
+    """The data as the policy reads it; `changes` are those to `config.data`."""
+    options = section(context.config.data, source.DataOptions)
+    with context.metrics.late_progress("frames", desc="rendering") as progress:
+        return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
+
+
+def recording(config) -> dict:
+    """The recording that a stage reads, by label."""
+    return {} if config.data.path == "embedded" else {"data": config.data.path}
+
+
+def data_files(config) -> dict:
+    """All data that a stage reads, by label."""
+    return recording(config) | ({"language": config.data.language} if config.data.language else {})

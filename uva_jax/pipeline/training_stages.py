@@ -1,0 +1,91 @@
+"""The stages that train a policy: vae -> encode -> pretrain. They run on request alone."""
+
+from __future__ import annotations
+
+import functools
+
+from uva_jax.eval import training
+from uva_jax.models import policy_folder
+from uva_jax.pipeline.engine import Context, Stage
+from uva_jax.pipeline.inputs import compute_dtype, data_files, mesh_of, open_data, recording
+from uva_jax.pretrain import stages
+from uva_jax.runtime.settings import section
+
+
+def run_vae(context: Context) -> dict:
+    """A recording's frames -> vae/vae.ckpt."""
+    return stages.run_vae(
+        context,
+        functools.partial(open_data, context),
+        mesh=mesh_of(context.config),
+        dtype=compute_dtype(context.config),
+    )
+
+
+def run_encode(context: Context) -> dict:
+    """All frames -> latents/main, and latents/wrist where there is a wrist camera."""
+    data, dtype = functools.partial(open_data, context), compute_dtype(context.config)
+    return stages.run_encode(context, data, dtype=dtype)
+
+
+def run_pretrain(context: Context) -> dict:
+    """Latents -> pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
+    config, data = context.config, functools.partial(open_data, context)
+    options = section(config.pretrain.score, training.ScoreOptions)
+    with training.scorer(options, context.metrics.say) as score:
+        result = stages.run(
+            context, data, mesh=mesh_of(config), dtype=compute_dtype(config), score=score
+        )
+    if context.is_primary:
+        architecture, _ = policy_folder.read_description(context.folder / "policy")
+        path = training.write_training_report(context.workdir, config, architecture.task)
+        context.metrics.say(f"report: {path}")
+    return result
+
+
+# What says which frames there are, and how large a policy sees them.
+_FRAMES = (
+    *("seed", "precision", "data.path", "data.max_episodes", "data.mirror", "data.image_key"),
+    *("data.wrist_key", "pretrain.model.image_size", "pretrain.model.wrist"),
+)
+TRAINING_STAGES = (
+    Stage(
+        "vae",
+        run_vae,
+        needs=(),
+        config_keys=(
+            *_FRAMES,
+            "data.val_ratio",
+            "data.split_seed",
+            "pretrain.model.vae_width",
+            "pretrain.model.vae_multipliers",
+            "pretrain.vae_training",
+            "pretrain.readout",
+            "pretrain.readout_angles",
+        ),
+        folder="vae",
+        describe="a KL-VAE of a recording's frames",
+        fingerprint=lambda config: recording(config) | stages.vae_starts(config),
+        on_request=True,
+    ),
+    Stage(
+        "encode",
+        run_encode,
+        needs=("vae",),
+        config_keys=(*_FRAMES, "pretrain.augment"),
+        folder="latents",
+        describe="every frame's latents",
+        fingerprint=recording,
+        on_request=True,
+    ),
+    Stage(
+        "pretrain",
+        run_pretrain,
+        needs=("vae", "encode"),
+        config_keys=("seed", "precision", "data", "pretrain"),
+        folder="pretrain",
+        describe="a policy on the latents of a recording",
+        fingerprint=lambda config: data_files(config) | stages.starts(config),
+        on_request=True,
+    ),
+)

@@ -1,0 +1,325 @@
+"""Joint training of video and actions on cached latents: UVA's recipe, made cheap.
+
+Each batch has one task mode, drawn at random, as upstream; the transformer runs once a window and
+its action head sees several diffusion draws. What a step sees depends on (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from uva_jax.models import surgery
+from uva_jax.models.layers import linear, sub_key
+from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import TASK_MODES
+from uva_jax.pretrain import latents
+from uva_jax.pretrain.windows import Windows, past_choices
+from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.train.loop import Flat, LoopOptions, part, run_loop, start_state
+from uva_jax.train.order import epoch_rows
+from uva_jax.train.trainable import training_phases
+
+_READOUT = "readout"  # parameters that are dropped after training
+_JUDGE_BATCH = 64
+_LOSSES = ("video_loss", "act_loss")
+
+
+@dataclass(frozen=True)
+class PretrainOptions(LoopOptions):
+    """`config.pretrain`; see `configs/common.py` for each field."""
+
+    modes: Mapping[str, float]
+    video_steps: int
+    noise_draws: int
+    readout_weight: float
+    gradient_checkpointing: bool
+    different_history_freq: bool
+    judge_windows: int
+    matmul_precision: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.matmul_precision not in ("default", "bfloat16"):
+            raise UserError(
+                f"config.pretrain.matmul_precision is {self.matmul_precision!r}; it is default or "
+                "bfloat16"
+            )
+        if unknown := [m for m in self.modes if m not in TASK_MODES]:
+            raise UserError(
+                f"config.pretrain.modes names {unknown[0]!r}, which is no task mode; there are "
+                f"{', '.join(TASK_MODES)}"
+            )
+        if any(share < 0 for share in self.modes.values()):
+            raise UserError("the shares in config.pretrain.modes are at least 0")
+
+    def shares(self, policy_modes: Sequence[str]) -> dict[str, float]:
+        """The probability of every mode that training draws from; upstream's is uniform.
+
+        Raises:
+          UserError: all shares are 0.
+        """
+        given = {m: s for m, s in self.modes.items() if s > 0} if self.modes else None
+        if given is None:
+            given = dict.fromkeys(policy_modes, 1.0)
+        if not given:
+            raise UserError("config.pretrain.modes gives no mode a share above 0")
+        total = sum(given.values())
+        return {m: s / total for m, s in given.items()}
+
+
+def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int):
+    """(names of all modes, step -> the number of that step's mode)."""
+    names = sorted(set(shares) | ({"video_model"} if options.video_steps else set()))
+    chosen, cumulative = sorted(shares), np.cumsum([shares[m] for m in sorted(shares)])
+
+    def mode(step: int) -> int:
+        if step < options.video_steps:
+            return names.index("video_model")
+        draw = np.random.default_rng((seed, 1, step)).random()
+        place = min(int(np.searchsorted(cumulative, draw, side="right")), len(chosen) - 1)
+        return names.index(chosen[place])
+
+    return names, mode
+
+
+class Readout(nnx.Module):
+    """Reads the current state from every action step's condition, while training."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.fc = linear(inputs, outputs, rngs=rngs)
+
+    def __call__(self, conditions: jax.Array) -> jax.Array:
+        """(b, n, c) -> (b, n, outputs)."""
+        return self.fc(conditions)
+
+
+def pretrain_loss(
+    policy: Policy,
+    options: PretrainOptions,
+    modes: Sequence[str],
+    *,
+    state_size: int = 0,
+    train: bool = True,
+) -> Callable:
+    """The loss of a batch, as `run_loop` takes it.
+
+    The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z), "action" (b, n, a), raw, "mode"
+    (b,), the same number into `modes` b times, what else `Policy.streams` takes, "wrist_mean" and
+    "wrist_logvar" where a wrist camera is seen, "<state>_next" (b, n, k) where states are
+    predicted, and with `state_size` "state" (b, state_size), roughly of unit variance.
+
+    Args:
+      policy: gives the structure; its arrays are not used.
+      options: draws and weights.
+      modes: the task modes by number.
+      state_size: width of the state that is read out.
+      train: dropout on.
+    """
+    abstract = surgery.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
+    abstract.mar.remat = options.gradient_checkpointing
+    n_frames = policy.config.mar.n_frames
+    width = policy.config.action_head.z_channels
+    readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))
+
+    def loss(params, frozen, batch, key, step):
+        own = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
+        model = surgery.replace(abstract, own | frozen)
+        found = latents.sample(model, batch, sub_key(key, 0))
+        cond, target = found[:, :n_frames], found[:, n_frames:]
+        actions = model.normalize("action", batch["action"])
+        more, wrist_cond = {}, None
+        if model.config.mar.proprio_image:
+            wrist = {k: batch[f"wrist_{k}"] for k in ("mean", "logvar")}
+            wrist = latents.sample(model, wrist, sub_key(key, 2))
+            wrist_cond, more["wrist_target"] = wrist[:, :n_frames], wrist[:, n_frames:]
+        if model.proprio_head is not None:
+            names = model.config.proprio_keys
+            parts = [model.normalize(k, batch[f"{k}_next"]) for k in names]
+            more["proprio_target"] = jnp.concatenate(parts, axis=-1)
+        more["streams"] = model.streams(batch, wrist_cond)
+
+        def in_mode(name):
+            total, parts = latent_loss(
+                model,
+                target,
+                cond,
+                actions,
+                task_mode=name,
+                key=sub_key(key, 1),
+                train=train,
+                noise_draws=options.noise_draws,
+                **more,
+            )
+            nothing = jnp.full((), jnp.nan)  # what a mode does not have is not averaged
+            scalars = {
+                "video_loss": parts["video_loss"] if name in VIDEO_MODES else nothing,
+                "act_loss": parts["act_loss"] if name in ACTION_MODES else nothing,
+            }
+            if "prop_loss" in parts:
+                scalars["prop_loss"] = parts["prop_loss"]
+            if state_size:
+                scalars["readout"] = nothing
+            if state_size and name in ACTION_MODES:
+                reader = surgery.replace(readout, part(params, _READOUT))
+                guess = reader(model.action_head.aggregate(parts["z"]))
+                scalars["readout"] = read = jnp.mean((guess - batch["state"][:, None]) ** 2)
+                # From its full weight down to a tenth, in step with the learning rate's fall.
+                total = total + options.readout_weight * (1 - 0.9 * step / options.steps) * read
+            return scalars | {"loss": total}
+
+        with jax.default_matmul_precision(options.matmul_precision):
+            if len(modes) == 1:
+                scalars = in_mode(modes[0])
+            else:
+                branches = [lambda name=name: in_mode(name) for name in modes]
+                scalars = jax.lax.switch(batch["mode"][0], branches)
+        return scalars["loss"], scalars
+
+    return loss
+
+
+def pretrain_losses(policy: Policy, options: PretrainOptions, modes: Sequence[str]) -> dict:
+    """`pretrain_loss` of every mode alone, without dropout, to judge by."""
+    return {name: pretrain_loss(policy, options, (name,), train=False) for name in modes}
+
+
+def pretrain(
+    policy: Policy,
+    moments: latents.Latents,
+    windows: Windows,
+    held_out: Windows,
+    *,
+    options: PretrainOptions,
+    mesh: Mesh,
+    seed: int,
+    folder: Path,
+    metrics: MetricsWriter,
+    wrist: latents.Latents | None = None,
+    state_scale: Callable[[np.ndarray], np.ndarray] | None = None,
+    score: Callable[[Policy], Mapping[str, float]] | None = None,
+    score_every: int = 0,
+) -> Policy:
+    """Trains everything but the VAE; returns the policy with averaged parameters.
+
+    Args:
+      policy: where to start.
+      moments: latents of every frame; wrist: of the wrist camera's, if the policy sees one.
+      windows, held_out: what to train on and to judge by.
+      options: of modes, losses and the loop.
+      state_scale: raw states (b, k) -> what is read out; None: no read-out.
+      score: a policy with averaged parameters -> scalars to log; called every `score_every` steps,
+        a multiple of `options.checkpoint_every`, and at the end.
+      mesh, seed, folder, metrics: see `run_loop`.
+    """
+    if score is not None and score_every % options.checkpoint_every:
+        raise UserError(
+            f"config.pretrain.score.every is {score_every}, but scores come with the resumable "
+            f"states: make it a multiple of checkpoint_every ({options.checkpoint_every})"
+        )
+    batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
+    shares = options.shares(policy.config.task_modes)
+    modes, mode_at = task_modes(shares, options, seed)
+    metrics.say(
+        f"{len(windows)} windows, {len(held_out)} held out; "
+        + ", ".join(f"{m} {100 * s:.0f}%" for m, s in shares.items())
+    )
+
+    pasts = past_choices(policy) if options.different_history_freq else None
+
+    def read(source: Windows, rows: np.ndarray, mode: int, **how) -> dict[str, np.ndarray]:
+        batch = source.read(rows, **how)
+        frames = batch.pop("frames")
+        batch |= moments.read(frames)
+        if wrist is not None:
+            batch |= {f"wrist_{k}": v for k, v in wrist.read(frames).items()}
+        if state_scale is not None:
+            batch["state"] = state_scale(batch["state"])
+        return batch | {"mode": np.full(len(rows), mode, np.int32)}
+
+    def batches(step: int) -> dict[str, np.ndarray]:
+        rows = epoch_rows(seed, len(windows), batch_size, step, step + 1)[0]
+        rng = np.random.default_rng((seed, 2, step))
+        views = rng.integers(windows.copies.views + 1, size=len(rows))
+        past = None if pasts is None else pasts[rng.integers(len(pasts))]
+        own = np.array_split(np.arange(len(rows)), jax.process_count())[jax.process_index()]
+        return read(windows, rows[own], mode_at(step), views=views[own], past=past)
+
+    arrays = surgery.flatten(policy)
+    (phase,) = training_phases(arrays, task_modes=modes)
+    params = {k: arrays[k] for k in phase.trainable}
+    frozen = {k: v for k, v in arrays.items() if k not in params}
+    frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
+    width = 0 if state_scale is None else read(windows, np.arange(1), 0)["state"].shape[1]
+    if width:
+        reader = Readout(policy.config.action_head.z_channels, width, rngs=nnx.Rngs(seed + 1))
+        params |= {f"{_READOUT}/{k}": v for k, v in surgery.flatten(reader).items()}
+
+    def whole(average: Mapping[str, np.ndarray]) -> Policy:
+        own = {k: jnp.asarray(v) for k, v in average.items() if k in arrays}
+        return surgery.replace(surgery.abstract_policy(policy.config), arrays | own)
+
+    losses = _judge(
+        pretrain_losses(policy, options, modes),
+        frozen,
+        lambda rows: read(held_out, rows, 0),
+        min(options.judge_windows, len(held_out)),
+        mesh,
+    )
+
+    def judge(average: Flat, step: int) -> dict[str, float]:
+        found = losses(average)
+        if score is not None and (step % score_every == 0 or step == options.steps):
+            found |= score(whole(parallel.on_host(average)))
+        return found
+
+    state = run_loop(
+        pretrain_loss(policy, options, modes, state_size=width),
+        start_state(params, options, mesh),
+        frozen,
+        batches,
+        options=options,
+        mesh=mesh,
+        seed=seed,
+        folder=folder,
+        metrics=metrics,
+        desc="policy",
+        judge=judge,
+    )
+    return whole(parallel.on_host(state.ema))
+
+
+def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
+    """averaged parameters -> losses on the first `count` held-out windows, by mode, with the same
+    draws each time."""
+
+    @jax.jit
+    def judged(params, frozen, batch, key):
+        found = {
+            name: loss(params, frozen, batch, key, jnp.int32(0))[1] for name, loss in losses.items()
+        }
+        return {f"held_out/{m}/{k}": v[k] for m, v in found.items() for k in _LOSSES}
+
+    def judge(params: Flat) -> dict[str, float]:
+        # Every process reads all of them, for the same numbers, of which one process's are logged.
+        params = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
+        whole = parallel.replicated(mesh)
+        sums: dict[str, list[float]] = {}
+        for start in range(0, count, _JUDGE_BATCH):
+            batch = read(np.arange(start, min(start + _JUDGE_BATCH, count)))
+            batch = parallel.on_mesh(batch, dict.fromkeys(batch, whole))
+            for k, v in judged(params, frozen, batch, jax.random.key(start)).items():
+                sums.setdefault(k, []).append(float(v))
+        return {k: float(np.mean(v)) for k, v in sums.items() if np.isfinite(v).all()}
+
+    return judge

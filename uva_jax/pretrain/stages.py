@@ -1,0 +1,315 @@
+"""From a recording to a policy in three stages: a VAE, every frame's latents, the policy on them.
+
+Each resumes, the VAE and the policy by their loops' states and the encoding by its chunks. What
+another setting of the policy's training does not touch stays: a VAE and its latents serve any
+number of policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.formats import torch_file
+from convert.from_torch import convert_checkpoint
+from convert.partial import start_from
+from convert.to_torch import export_policy, plain_cfg, torch_arrays
+from uva_jax.data import source
+from uva_jax.data.augment import CropAndBlur, mirror_pusht
+from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.models import policy_folder, surgery
+from uva_jax.models.policy import Policy
+from uva_jax.models.vae import VAE
+from uva_jax.pipeline.engine import Context
+from uva_jax.pretrain import joint, latents, vae
+from uva_jax.pretrain.architecture import ModelOptions, fit_normalizer, model_config
+from uva_jax.pretrain.windows import StateScale, Windows
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.settings import section
+from uva_jax.storage.sample_store import SampleStore
+from uva_jax.storage.site import Site
+from uva_jax.train.loop import part
+
+VAE_FILE = "vae.ckpt"
+OpenData = Callable[[Policy], source.WindowReader]
+_BLOCK = 512  # frames read at a time
+_ANY_ACTION_DIM = 2  # where only frames are looked at
+
+
+def starts(config) -> dict[str, str]:
+    """The checkpoint that the policy starts from, by label."""
+    return {"pretrain.mar": config.pretrain.mar} if config.pretrain.mar else {}
+
+
+def vae_starts(config) -> dict[str, str]:
+    """The checkpoint that the VAE starts from, by label: a whole policy's decoder is its own."""
+    settings = config.pretrain
+    path = settings.vae or ("" if settings.steps else settings.mar)
+    return {"pretrain.vae": path} if path else {}
+
+
+def run_vae(context: Context, open_data: OpenData, *, mesh, dtype) -> dict:
+    """The first stage: vae/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
+
+    Args:
+      context: of the stage.
+      open_data: a policy -> the reader of its data.
+      mesh: (data, fsdp, tensor).
+      dtype: of matrix products.
+    """
+    settings = context.config.pretrain
+    _check_starts(settings)
+    if settings.steps:
+        policy = _vae_alone(context.config, dtype)
+        for path in vae_starts(context.config).values():
+            context.metrics.say(_fill_vae(policy, Path(path).expanduser()))
+    else:
+        policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
+    trained = policy.vae
+    if settings.vae_training.steps or settings.vae_training.decoder_steps:
+        trained = _train_vae(context, policy, _opened(open_data, policy), mesh, dtype)
+    arrays = {f"vae/{k}": v for k, v in surgery.flatten(trained).items()}
+    if context.is_primary:
+        named = {k.removeprefix("vae_model."): v for k, v in torch_arrays(arrays).items()}
+        torch_file.write(context.folder / VAE_FILE, {"state_dict": named})
+    return {"parameters": sum(x.size for x in arrays.values())}
+
+
+def run_encode(context: Context, open_data: OpenData, *, dtype) -> dict:
+    """The second stage: latents/main and, with a wrist camera, latents/wrist."""
+    policy = _vae_alone(context.config, dtype)
+    _fill_vae(policy, context.inputs["vae"] / VAE_FILE)
+    reader = _opened(open_data, policy)
+    result = {}
+    for name, key in _cameras(policy, reader.options).items():
+        site = Site(context.folder / name, context.metrics, context.is_primary, context.barrier)
+        copies = _copies(context.config, reader.options)
+        cache = latents.encode_frames(site, policy, reader.buffer, key, copies)
+        result[name] = {"frames": cache.num_samples, "bytes": cache.nbytes()}
+    return result
+
+
+def run(
+    context: Context,
+    open_data: OpenData,
+    *,
+    mesh,
+    dtype,
+    score: Callable[[Policy], Mapping[str, float]] | None = None,
+) -> dict:
+    """The third stage: pretrain/policy and pretrain/policy.ckpt.
+
+    Args:
+      context, open_data, mesh, dtype: see `run_vae`.
+      score: see `joint.pretrain`.
+    """
+    config, folder, seed = context.config, context.folder, context.config.seed
+    options = section(config.pretrain, joint.PretrainOptions)
+    _check_starts(config.pretrain)
+    if options.steps:
+        policy, reader = _start(context, open_data, dtype)
+    else:
+        policy, _ = convert_checkpoint(Path(config.pretrain.mar).expanduser())
+    _fill_vae(policy, context.inputs["vae"] / VAE_FILE)
+    trained = policy
+    if options.steps:
+        trained = _train_policy(context, policy, reader, options, mesh, score)
+    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
+    records = None
+    if config.pretrain.save_dtype == "bfloat16":
+        trained, records = rounded(trained)
+    policy_folder.save_policy(folder / "policy", trained, source=about, records=records)
+    found = {}
+    if context.is_primary:
+        found = export_policy(folder / "policy", folder / "policy.ckpt")
+        context.metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(trained, nnx.Param)))
+    return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
+
+
+def _train_policy(context: Context, policy: Policy, reader, options, mesh, score) -> Policy:
+    """The policy with its transformer and heads trained on the cached latents of all frames."""
+    config, seed = context.config, context.config.seed
+    buffer, data = reader.buffer, reader.options
+    caches = {
+        name: latents.Latents.open(
+            SampleStore.open(context.inputs["encode"] / name),
+            int(config.pretrain.memory_gb * 2**30),
+        )
+        for name in _cameras(policy, data)
+    }
+    train, held_out = source.split(buffer, data)
+    return joint.pretrain(
+        policy,
+        caches["main"],
+        *(
+            Windows(
+                *(buffer, mask, policy, data, seed),
+                state_key=config.pretrain.readout,
+                text=reader.text,
+                copies=_copies(config, data),
+            )
+            for mask in (train, held_out)
+        ),
+        options=options,
+        mesh=mesh,
+        seed=seed,
+        folder=context.folder / "states",
+        metrics=context.metrics,
+        wrist=caches.get("wrist"),
+        state_scale=_state_scale(config.pretrain, buffer),
+        score=score,
+        score_every=config.pretrain.score.every,
+    )
+
+
+def _vae_alone(config, dtype) -> Policy:
+    """A policy whose VAE has arrays, fresh ones, and nothing else has."""
+    wanted = model_config(section(config.pretrain.model, ModelOptions), _ANY_ACTION_DIM)
+    policy = surgery.abstract_policy(wanted, dtype=dtype)
+    policy.vae = VAE(wanted.vae, dtype=dtype, rngs=nnx.Rngs(config.seed))
+    return policy
+
+
+def _fill_vae(policy: Policy, path: Path) -> str:
+    """Gives the policy's VAE a file's arrays; returns what was matched."""
+    arrays = {f"vae/{k}": v for k, v in surgery.flatten(policy.vae).items()}
+    arrays, said = start_from(arrays, path, "vae")
+    policy.vae = surgery.replace(policy.vae, part(arrays, "vae"))
+    return said
+
+
+def _cameras(policy: Policy, data: source.DataOptions) -> dict[str, str]:
+    """The cameras seen, and their arrays' names."""
+    return {"main": data.image_key} | ({"wrist": data.wrist_key} if policy.config.mar.wrist else {})
+
+
+def _copies(config, data: source.DataOptions) -> latents.Copies:
+    augment = config.pretrain.augment
+    change = CropAndBlur(augment.crop, augment.blur)
+    return latents.Copies(bool(data.mirror), augment.views, change, config.seed)
+
+
+def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
+    reader = open_data(policy)
+    if reader.options.layout:
+        raise UserError(
+            f"config.data.layout is {reader.options.layout!r}, whose windows are more than images "
+            "and actions as they are stored: training knows those alone"
+        )
+    return reader
+
+
+def _start(context: Context, open_data: OpenData, dtype) -> tuple[Policy, source.WindowReader]:
+    """The policy that training begins with, but for its VAE; the reader of its data."""
+    config, settings = context.config, context.config.pretrain
+    model = section(settings.model, ModelOptions)
+    reader = _opened(open_data, surgery.abstract_policy(model_config(model, _ANY_ACTION_DIM)))
+    buffer, data = reader.buffer, reader.options
+    action_dim, *widths = (buffer.shape(k)[-1] for k in (data.action_key, *model.states))
+    widths = dict(zip(model.states, widths, strict=True))
+    wanted = model_config(model, action_dim, widths, spaced=settings.different_history_freq)
+    policy = Policy(wanted, dtype=dtype, rngs=nnx.Rngs(config.seed))
+    policy = fit_normalizer(policy, buffer, data)
+    for path in starts(config).values():
+        arrays, said = start_from(surgery.flatten(policy), Path(path).expanduser(), "mar")
+        policy = surgery.replace(policy, arrays)
+        context.metrics.say(said)
+    return policy, reader
+
+
+def _check_starts(settings) -> None:
+    if not settings.steps:
+        decoder = settings.vae_training.decoder_steps and not settings.vae_training.steps
+        if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
+            raise UserError(
+                "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
+                "policy as config.pretrain.mar, no other one as joint.vae, "
+                "pretrain.vae_training.steps=0 and joint.vae_training.decoder_steps"
+            )
+        return
+    missing = [kind for kind in ("mar", "vae") if not settings[kind]]
+    if missing and not settings.from_scratch:
+        raise UserError(
+            f"config.pretrain.{missing[0]} names no checkpoint to start from: give one, or set "
+            "config.pretrain.from_scratch=True to start from random weights"
+        )
+    if "vae" in missing and not settings.vae_training.steps:
+        raise UserError(
+            "config.pretrain.vae names no checkpoint and config.pretrain.vae_training.steps is 0: "
+            "latents of an untrained VAE say nothing; train it or give one"
+        )
+
+
+def _state_scale(settings, buffer: ReplayBuffer) -> StateScale | None:
+    if not settings.readout:
+        return None
+    if settings.readout not in buffer.keys:
+        raise UserError(
+            f"config.pretrain.readout is {settings.readout!r}, but the data holds "
+            f"{', '.join(buffer.keys)}: name one of them, or '' for no read-out"
+        )
+    return StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
+
+
+def _train_vae(context: Context, policy: Policy, reader: source.WindowReader, mesh, dtype) -> VAE:
+    """The policy's VAE, trained on frames of the training episodes."""
+    config, settings = context.config, context.config.pretrain
+    buffer, data = reader.buffer, reader.options
+    options = section(settings.vae_training, vae.VAEOptions)
+    train, _ = source.split(buffer, data)
+    owner = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
+    rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(train[owner]))
+    cameras = tuple(_cameras(policy, data).values())
+    rows = np.sort(rows[: options.frames // len(cameras)])
+    frames = np.concatenate([resized_frames(policy, buffer, key, rows) for key in cameras])
+    scale = _state_scale(settings, buffer)
+    states = np.tile(buffer.read(settings.readout)[rows], (len(cameras), 1)) if scale else None
+
+    def prepare(batch: dict, where: np.ndarray) -> dict:
+        batch = mirror_pusht(batch, where) if data.mirror else batch
+        return batch | ({"state": scale(batch["state"])} if scale else {})
+
+    return vae.train_vae(
+        policy.vae,
+        frames,
+        states,
+        prepare=prepare,
+        options=options,
+        mesh=mesh,
+        seed=config.seed,
+        folder=context.folder / "states",
+        metrics=context.metrics,
+        dtype=dtype,
+    )
+
+
+def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndarray) -> np.ndarray:
+    """Frames (n, size, size, 3) uint8 of a buffer's steps, resized as the policy resizes them."""
+    resize = jax.jit(lambda x: jnp.round((policy.preprocess(x) + 1.0) * 127.5).astype(jnp.uint8))
+    size = policy.config.image_size
+    found = np.empty((len(rows), size, size, 3), np.uint8)
+    for at in range(0, len(rows), _BLOCK):
+        # The last block is filled up, so that one program does for all.
+        some = np.resize(rows[at : at + _BLOCK], _BLOCK)
+        frames = to_uint8(buffer.read_rows({key: some})[key], key)
+        found[at : at + _BLOCK] = np.asarray(resize(frames))[: len(rows) - at]
+    return found
+
+
+def rounded(policy: Policy) -> tuple[Policy, bytes]:
+    """The policy with parameters rounded to bfloat16, and records that let an export store them
+    so, in half the bytes."""
+    arrays = {
+        k: v if k.startswith("normalizer/") else v.astype(jnp.bfloat16).astype(v.dtype)
+        for k, v in surgery.flatten(policy).items()
+    }
+    policy = surgery.replace(surgery.abstract_policy(policy.config), arrays)
+    tensors = {name: ("bfloat16", tuple(x.shape)) for name, x in torch_arrays(arrays).items()}
+    cfg = torch_file.records_from_dict(plain_cfg(policy.config))
+    return policy, torch_file.dump_records({"cfg": cfg, "pickles": {}, "tensors": tensors})

@@ -1,0 +1,158 @@
+"""What a step of training on cached latents reads: numbers of frames, actions, a state to read out.
+
+Windows are planned once; a batch of them is a few array look-ups, so that no step waits for data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.sequences import history_combinations
+from uva_jax.data.source import DataOptions, WindowSpec, plan_strips
+from uva_jax.models.policy import Policy
+from uva_jax.pretrain.latents import Copies
+from uva_jax.runtime.errors import UserError
+
+
+class Windows:
+    """Training windows of a recording: frame numbers in the latent cache, and actions.
+
+    A window has the history's and the future's frames, which end at and follow the current step,
+    and the actions from the current step on; past an episode's ends, its ends are repeated.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        mask: np.ndarray,
+        policy: Policy,
+        data: DataOptions,
+        seed: int,
+        *,
+        state_key: str = "",
+        text: np.ndarray | None = None,
+        copies: Copies | None = None,
+    ):
+        """Plans all windows of the episodes in `mask`.
+
+        Args:
+          text: (episodes, text_dim) language vectors, for a policy that takes them.
+          copies: how the cache is laid out; by default it holds the frames, and their mirror
+            images if the data are mirrored.
+        """
+        spec = WindowSpec.of(policy.config)
+        self._strips = plan_strips(
+            buffer.episode_ends, mask, strip=1, stride=spec.stride, options=data, seed=seed
+        )
+        self._spec, self._n_steps = spec, buffer.n_steps
+        self.copies = copies or Copies(mirror=bool(data.mirror))
+        self._ends = buffer.episode_ends
+        self._starts = np.append(0, buffer.episode_ends[:-1])
+        self._actions = np.asarray(buffer.read(data.action_key), np.float32)
+        self._states = np.asarray(buffer.read(state_key), np.float32) if state_key else None
+        self._text = text
+        self._robot = {k: np.asarray(buffer.read(k), np.float32) for k in spec.states}
+
+    def __len__(self) -> int:
+        return len(self._strips)
+
+    def read(
+        self, windows: np.ndarray, views: np.ndarray | int = 0, past: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw; "past_action"
+        (b, n, a), raw, and "text_latents" (b, text_dim), where the policy takes them; the robot's
+        states by name (b, steps, k), and "<name>_next" (b, n, k) of the steps that follow, raw;
+        "state" (b, k) of the current step, raw, where a read-out was asked for.
+
+        Args:
+          windows: (b,) numbers of windows.
+          views: (b,) which augmented view of the frames each sees (0: the plain ones).
+          past: (n_frames,) steps of the history's frames, at most 0, instead of even ones.
+        """
+        spec, strips = self._spec, self._strips
+        episode, mirror = strips.episode[windows], strips.mirror[windows]
+        first, last = self._starts[episode][:, None], self._ends[episode][:, None] - 1
+        current = first + strips.current[windows]
+
+        def rows(offsets):
+            return np.clip(current + offsets, first, last)
+
+        offsets = spec.stride * np.arange(1 - spec.n_frames, spec.n_frames + 1)
+        if past is not None:
+            offsets[: spec.n_frames] = past
+        frames = rows(offsets)
+        steps = rows(spec.action_offset + np.arange(spec.n_actions))
+        found = {"action": self._actions[steps]}
+        if spec.past_actions:
+            steps = rows(spec.action_offset - np.arange(spec.past_actions, 0, -1))
+            found["past_action"] = self._actions[steps]
+        if self._robot:
+            seen = rows(np.arange(1 - spec.state_steps, 1) if past is None else past)
+            following = rows(np.arange(1, spec.n_actions + 1))
+            for name, values in self._robot.items():
+                found[name], found[f"{name}_next"] = values[seen], values[following]
+        if self._text is not None:
+            found["text_latents"] = self._text[episode]
+        if self._states is not None:
+            found["state"] = self._states[current[:, 0]]
+        if mirror.any():
+            found = mirror_pusht(found, mirror)
+        copy = self.copies.number(views, mirror.astype(np.int64))
+        return {"frames": frames + self._n_steps * copy[:, None], **found}
+
+
+def past_choices(policy: Policy) -> np.ndarray:
+    """Upstream's choices of the history's frames, of which each batch draws one.
+
+    Returns:
+      (816, 4) steps from -15 to 0, rising, the current step last.
+
+    Raises:
+      UserError: the policy does not see 4 of 16 steps.
+    """
+    choices = history_combinations() - 15
+    if (policy.config.n_obs_steps, policy.config.mar.n_frames) != (16, choices.shape[1]):
+        raise UserError(
+            "config.pretrain.different_history_freq picks 4 of 16 past steps, but this policy sees "
+            f"{policy.config.mar.n_frames} of {policy.config.n_obs_steps}"
+        )
+    return choices
+
+
+class StateScale(NamedTuple):
+    """States as a read-out sees them: unit variance, and angles as cosine and sine."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    angles: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, states: np.ndarray, angles: Sequence[int]) -> StateScale:
+        """Fits states (n, k), of which columns `angles` are radians.
+
+        Raises:
+          UserError: there is no such column.
+        """
+        if any(not 0 <= a < states.shape[1] for a in angles):
+            raise UserError(
+                f"config.pretrain.readout_angles is {tuple(angles)}, but the state has "
+                f"{states.shape[1]} columns, counted from 0"
+            )
+        flat = _without_angles(np.asarray(states, np.float32), tuple(angles))
+        return cls(flat.mean(0), np.maximum(flat.std(0), 1e-6), tuple(angles))
+
+    def __call__(self, states: np.ndarray) -> np.ndarray:
+        """(..., k) -> (..., k + angles) float32."""
+        flat = _without_angles(np.asarray(states, np.float32), self.angles)
+        return ((flat - self.mean) / self.std).astype(np.float32)
+
+
+def _without_angles(states: np.ndarray, angles: tuple[int, ...]) -> np.ndarray:
+    plain = [i for i in range(states.shape[-1]) if i not in angles]
+    turned = states[..., list(angles)]
+    return np.concatenate([states[..., plain], np.cos(turned), np.sin(turned)], axis=-1)

@@ -1,0 +1,307 @@
+"""One writer for what a stage has to say: console progress, metrics.jsonl, TensorBoard, wandb.
+
+Every line of metrics.jsonl is written by a single call, so that a killed run leaves at most one
+torn line, which readers skip.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.tfevents import EventFile
+
+METRICS_FILE = "metrics.jsonl"
+_RESERVED = {"time", "stage", "step", "event"}
+_LINE_SECONDS = 10.0  # on a plain log: a line at least this often,
+_LINE_SHARE = 0.1  # or after this share of the work,
+_LINE_PAUSE = 1.0  # but never two lines within this many seconds
+
+
+class Progress(Protocol):
+    """What `MetricsWriter.progress` yields: count the work done, show scalars beside it."""
+
+    def update(self, n: int = 1, **scalars: Any) -> None: ...
+
+
+class MetricsWriter:
+    """Writes what one stage measures. Closes itself as a context manager.
+
+    Args:
+      workdir: holds metrics.jsonl and tensorboard/<stage>/.
+      stage: name under which lines and events are filed.
+      config: the run's configuration; only `config.wandb.project` is read (unset: no wandb).
+      fresh: the stage starts from nothing. What an earlier run of it logged is hidden from
+        `read_metrics` and removed from TensorBoard; otherwise new lines add to the old ones.
+      enabled: False on the processes of a multi-host run that stay silent.
+      stream: where progress and `say` go; standard output by default.
+
+    Raises:
+      UserError: `config.wandb.project` is set and wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        stage: str,
+        *,
+        config: Mapping | None = None,
+        fresh: bool = False,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ):
+        self.stage = stage
+        self._workdir = Path(workdir)
+        self._events_dir = self._workdir / "tensorboard" / stage
+        self._enabled = enabled
+        self._stream = stream
+        self._latest: dict[str, float] = {}
+        self._bar: tqdm | None = None
+        self._events: EventFile | None = None
+        self._wandb_run = None
+        self._config = config
+        self._wandb = _import_wandb(config) if enabled else None
+        self._file = None
+        if enabled:
+            self._file = _open_for_lines(self._workdir / METRICS_FILE)
+            if fresh:
+                shutil.rmtree(self._events_dir, ignore_errors=True)
+                self._write_line({"time": time.time(), "stage": stage, "event": "start"})
+
+    def log(self, step: int, **scalars: Any) -> None:
+        """Records scalars (anything `float()` takes) at a step; the same step may come again.
+
+        A value that is not finite is stored as null in metrics.jsonl.
+        """
+        taken = _RESERVED & scalars.keys()
+        if taken:
+            raise ValueError(f"a scalar cannot be called {sorted(taken)}: metrics.jsonl uses it")
+        values = {name: float(value) for name, value in scalars.items()}
+        self._latest.update(values)
+        if not self._enabled:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._write_line({"time": time.time(), "stage": self.stage, "step": int(step), **finite})
+        if self._events is None:
+            self._events = EventFile(self._events_dir, first_step=int(step))
+        self._events.scalars(int(step), values)
+        if self._wandb is not None:
+            self._log_to_wandb(int(step), values)
+
+    def say(self, text: str) -> None:
+        """Prints one line, above the progress bar when there is one."""
+        if not self._enabled:
+            return
+        line = f"{self.stage}: {text}"
+        if self._bar is not None:
+            self._bar.write(line, file=self._out)
+        else:
+            print(line, file=self._out, flush=True)
+
+    @contextmanager
+    def progress(
+        self, total: int, unit: str = "it", desc: str = "", initial: int = 0
+    ) -> Iterator[Progress]:
+        """Shows how far a loop is, with rate, time left and the latest scalars.
+
+        A bar on a terminal; on a plain log a line about every 10 seconds or 10 %.
+
+        Args:
+          total: units of work in all; `initial` of them were done by an earlier run.
+          unit: what is counted, in the plural ("windows", "steps").
+        """
+        title = f"{self.stage}: {desc}" if desc else self.stage
+        if not self._enabled:
+            yield _Silent()
+        elif self._out.isatty():
+            with tqdm(
+                total=total, initial=initial, unit=f" {unit}", desc=title, file=self._out,
+                dynamic_ncols=True, mininterval=0.5,
+            ) as bar:  # fmt: skip
+                self._bar = bar
+                try:
+                    yield _Bar(bar, self._latest)
+                finally:
+                    self._bar = None
+        else:
+            yield _Lines(self._out, title, unit, total, initial, self._latest)
+
+    @contextmanager
+    def late_progress(self, unit: str, desc: str) -> Iterator[Callable[[int, int], None]]:
+        """`progress` of what may be done already: f(units done, units in all) shows it first."""
+        with ExitStack() as opened:
+            bar, before = None, 0
+
+            def show(done: int, total: int) -> None:
+                nonlocal bar, before
+                if bar is None:
+                    bar = opened.enter_context(self.progress(total, unit=unit, desc=desc))
+                bar.update(done - before)
+                before = done
+
+            yield show
+
+    def close(self) -> None:
+        """Closes the files; nothing more can be logged."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+            self._wandb_run = None
+        self._enabled = False
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _out(self) -> TextIO:
+        return self._stream or sys.stdout
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        if self._file.write(line) != len(line):  # unbuffered: one system call; short on a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._workdir))
+
+    def _log_to_wandb(self, step: int, values: Mapping[str, float]) -> None:
+        if self._wandb_run is None:
+            self._wandb_run = self._wandb.init(
+                project=self._config.wandb.project,
+                group=self._workdir.resolve().name,
+                name=self.stage,
+                dir=str(self._workdir),
+                config=self._config.to_dict(),
+            )
+        self._wandb_run.log(dict(values), step=step)
+
+
+def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl back: one record a stage and step, ordered by step within each stage.
+
+    Where a step was logged more than once, the later line wins, key by key (training loss and
+    held-out loss may come in two lines). Torn lines are skipped, and so is what a stage logged
+    before it was last started afresh. No file: an empty list.
+
+    Args:
+      stage: only this stage; all of them by default.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if not isinstance(record, dict) or "stage" not in record:
+            continue
+        steps = stages.setdefault(record["stage"], {})
+        if record.get("event") == "start":
+            steps.clear()
+        elif "step" in record:
+            steps.setdefault(record["step"], {}).update(record)
+    chosen = stages if stage is None else {stage: stages.get(stage, {})}
+    return [steps[step] for steps in chosen.values() for step in sorted(steps)]
+
+
+class _Silent:
+    def update(self, n: int = 1, **scalars: Any) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bar: tqdm, latest: dict[str, float]):
+        self._bar, self._latest = bar, latest
+
+    def update(self, n: int = 1, **scalars: Any) -> None:
+        self._latest.update({k: float(v) for k, v in scalars.items()})
+        self._bar.set_postfix_str(_scalars_text(self._latest), refresh=False)
+        self._bar.update(n)
+
+
+class _Lines:
+    """Progress for logs: whole lines, few of them."""
+
+    def __init__(
+        self, out: TextIO, title: str, unit: str, total: int, initial: int, latest: dict[str, float]
+    ):
+        self._out, self._title, self._unit, self._latest = out, title, unit, latest
+        self._total, self._initial, self._count = total, initial, initial
+        self._started = self._line_time = time.monotonic()
+        self._line_count = initial
+
+    def update(self, n: int = 1, **scalars: Any) -> None:
+        self._latest.update({k: float(v) for k, v in scalars.items()})
+        self._count += n
+        now = time.monotonic()
+        waited = now - self._line_time
+        moved = self._count - self._line_count >= _LINE_SHARE * self._total
+        finished = self._count >= self._total
+        if not (finished or waited >= _LINE_SECONDS or (moved and waited >= _LINE_PAUSE)):
+            return
+        self._line_time, self._line_count = now, self._count
+        rate = (self._count - self._initial) / max(now - self._started, 1e-9)
+        parts = [
+            f"{self._title}: {self._count}/{self._total} {self._unit} "
+            f"({100 * self._count / max(self._total, 1):.0f} %)",
+            f"{rate:.3g} {self._unit}/s" if rate < 1000 else f"{rate:.0f} {self._unit}/s",
+            f"took {_duration(now - self._started)}"
+            if finished
+            else f"{_duration((self._total - self._count) / max(rate, 1e-9))} left",
+        ]
+        if self._latest:
+            parts.append(_scalars_text(self._latest))
+        print(", ".join(parts), file=self._out, flush=True)
+
+
+def _import_wandb(config: Mapping | None) -> Any:
+    project = ((config or {}).get("wandb") or {}).get("project")
+    if not project:
+        return None
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            f"config.wandb.project is {project!r}, but the package wandb is not installed: "
+            "run `pip install wandb`, or leave config.wandb.project empty"
+        ) from error
+
+
+def _open_for_lines(path: Path) -> Any:
+    """Opens a file for appending whole lines, unbuffered, past any torn line at its end."""
+    file = open(path, "ab+", buffering=0)
+    if file.seek(0, os.SEEK_END) > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _scalars_text(scalars: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

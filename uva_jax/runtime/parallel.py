@@ -1,0 +1,262 @@
+"""Many devices, many hosts: the mesh, what lies where on it, and how processes find each other.
+
+JAX's own SPMD runtime does the distributed work. A mesh has three axes: "data" (each device its
+own samples), "fsdp" (its own samples too, and a slice of every large parameter) and "tensor" (a
+slice of the wide layers' features). Where arrays lie follows from rules over their paths and
+shapes, so that parameters, averages and optimizer states are all placed by the same rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
+
+from uva_jax.runtime.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # the leading axis over every device that has samples of its own
+
+# (regular expression on a leaf's path, its axis that "tensor" divides): the widening layers of
+# attention and MLPs by their outputs, the narrowing ones by their inputs.
+DEFAULT_RULES: tuple[tuple[str, int], ...] = (
+    (r"(^|/)(qkv|q|kv|fc1)/kernel$", -1),
+    (r"(^|/)(proj|fc2)/kernel$", -2),
+)
+_PATIENCE = 24 * 3600  # seconds that processes wait for one another
+MIN_SHARDED_SIZE = 2**16  # smaller leaves cost less to keep everywhere than to gather
+
+
+# ---- processes ----
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedOptions:
+    """How processes find each other.
+
+    Under SLURM, Open MPI and where TPU_WORKER_HOSTNAMES names several hosts, nothing has to be
+    said. On other TPU pods `enabled=True` is enough. Elsewhere the three other fields are needed.
+    """
+
+    enabled: bool | None = None  # None: by the environment and the fields below
+    coordinator_address: str | None = None  # "host:port" of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def initialize_distributed(options: DistributedOptions) -> bool:
+    """Joins this process to the others where asked; call it before anything touches a device.
+
+    A second call does nothing. Returns whether the process is part of a distributed run.
+
+    Raises:
+      UserError: an address without the number of processes or this process's own, or they were
+        asked for but nothing says where the others are.
+    """
+    if jax.distributed.is_initialized():
+        return True
+    given = (options.coordinator_address, options.num_processes, options.process_id)
+    if any(value is not None for value in given) and None in given:
+        raise UserError(
+            "coordinator_address, num_processes and process_id belong together, but are "
+            f"{', '.join(map(repr, given))}: give all three or none"
+        )
+    asked = options.enabled
+    if asked is None:
+        asked = None not in given or _environment_has_others(os.environ)
+    if not asked:
+        return False
+    try:
+        jax.distributed.initialize(*given)
+    except ValueError as error:  # jax says what it could not find out
+        raise UserError(
+            f"the other processes cannot be found ({error}): give coordinator_address, "
+            "num_processes and process_id"
+        ) from error
+    return True
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here; `name` is the same on all of them, and used once.
+
+    The wait is not a collective of the devices, because those give up while one process works on
+    alone (rollouts, an export).
+    """
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes(name, timeout=_PATIENCE, processes=everyone)
+
+
+def savable(tree):
+    """`tree` as orbax saves it from several processes: what each holds alike becomes NumPy's.
+
+    Orbax writes NumPy arrays once, and divided ones part by part, but refuses an array that lies
+    on one process's devices. In a single process nothing changes.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: x if _is_global(x) else np.asarray(x), tree)
+
+
+def _environment_has_others(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that jax knows has started more processes than this one."""
+    counts = (environment.get(k, "1") for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    told = "JAX_COORDINATOR_ADDRESS" in environment
+    return told or pod or any(count.isdecimal() and int(count) > 1 for count in counts)
+
+
+# ---- the mesh ----
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh ("data", "fsdp", "tensor") over `devices`, or over all; data=-1 takes the rest.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    n = len(devices)
+    if min(fsdp, tensor) < 1 or data < -1 or data == 0:
+        raise UserError(f"mesh axes are at least 1, but data={data}, fsdp={fsdp}, tensor={tensor}")
+    fixed = fsdp * tensor
+    if data == -1 and n % fixed == 0:
+        data = n // fixed
+    if data * fixed != n:
+        shown = "any number of" if data == -1 else str(data)
+        raise UserError(
+            f"a mesh of {shown} data x {fsdp} fsdp x {tensor} tensor does not fit {n} devices: "
+            "the axes must multiply to that number (data=-1 takes what the others leave)"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+
+
+# ---- where arrays lie ----
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """All of it on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """How a batch lies on the mesh: its samples, on that axis, divided over (data, fsdp)."""
+    return NamedSharding(mesh, P(*[None] * axis, *BATCH))
+
+
+def shardings_for(
+    abstract_tree,
+    mesh: Mesh,
+    rules: Sequence[tuple[str, int]] = DEFAULT_RULES,
+    *,
+    min_size: int = MIN_SHARDED_SIZE,
+):
+    """A sharding for every leaf of a tree of parameters, averages or optimizer states.
+
+    Leaves of at least two axes and `min_size` elements are divided: over "tensor" on the axis that
+    the first matching rule names, over "fsdp" on the largest axis left, each where it divides
+    evenly. All others lie on every device.
+
+    Args:
+      abstract_tree: leaves with a shape; arrays will do.
+      rules: (regular expression on the path "a/b/kernel", axis).
+      min_size: elements.
+
+    Returns:
+      the same tree with `NamedSharding`s as leaves.
+    """
+
+    def place(path, leaf):
+        shape, spec = leaf.shape, [None] * len(leaf.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        large = len(shape) >= 2 and math.prod(shape) >= min_size
+        axis = next((axis for pattern, axis in rules if re.search(pattern, name)), None)
+        if large and axis is not None and _divides(mesh, "tensor", shape[axis]):
+            spec[axis] = "tensor"
+        free = [i for i, n in enumerate(shape) if spec[i] is None and _divides(mesh, "fsdp", n)]
+        if large and free:
+            spec[max(free, key=lambda i: shape[i])] = "fsdp"
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, abstract_tree)
+
+
+def on_mesh(arrays: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict:
+    """Arrays that every process holds whole, divided as `shardings` says."""
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
+
+    def put(x, sharding):
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return {name: x if _is_global(x) else put(x, shardings[name]) for name, x in arrays.items()}
+
+
+def _is_global(x) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays of a mesh, however they are divided, whole in the memory of every process."""
+    if jax.process_count() == 1:
+        return {name: np.asarray(x) for name, x in arrays.items()}
+    # One after another, because all of them may not fit a device.
+    return {
+        name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        for name, x in arrays.items()
+    }
+
+
+def shard_batch(mesh: Mesh, batch, axis: int = 0):
+    """This process's samples (NumPy arrays, samples on that axis) as global arrays over the mesh.
+
+    Raises:
+      UserError: the samples cannot be dealt evenly to the devices.
+    """
+    sharding = batch_sharding(mesh, axis)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(array):
+        array = np.asarray(array)
+        total = array.shape[axis] * jax.process_count()
+        if total % shares:
+            raise UserError(
+                f"a batch of {total} samples cannot be dealt evenly to the mesh's {shares} data "
+                "shares (data x fsdp): use a multiple"
+            )
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree.map(put, batch)
+
+
+def sharded_map(f: Callable, mesh: Mesh, *, in_specs, out_specs) -> Callable:
+    """`f` jitted and run on each device's own part of its inputs, as `in_specs` divides them.
+
+    The capture's mapping: parameters come in as `P()`, samples go in and out as `BATCH`. What
+    `out_specs` calls replicated must be equal on all devices; that is not checked.
+    """
+    return jax.jit(
+        jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    )
+
+
+def _divides(mesh: Mesh, axis: str, length: int) -> bool:
+    return mesh.shape[axis] > 1 and length % mesh.shape[axis] == 0

@@ -1,0 +1,399 @@
+"""The activation cache: what the teacher computed for every sample, as zarr v3 arrays on disk.
+
+A folder holds one array a name, cut into chunks of whole samples, and `index.json`, which says what
+the cache was made from and whether it is finished. A chunk is done when its file exists in every
+array: tensorstore syncs a chunk file before it renames it into place, so no other record of what
+is done is needed, and none can disagree with the files.
+
+bfloat16 is stored as its bits, in uint16 arrays (their attribute `dtype` says so), because
+zarr-python knows no bfloat16: `zarr.open_array(path)[:].view(ml_dtypes.bfloat16)` reads one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.identity import Identity, read_json, shaping_values, write_json
+
+INDEX = "index.json"
+_FORMAT = "uva_jax activation cache 1"
+_BITS = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}  # dtypes stored as their bits
+_MAX_CHUNK_BYTES = 2**31 - 64  # what blosc takes
+_MEND = "delete it and run the command that made it again, or copy it again"
+
+
+class SampleStore:
+    """Arrays of `num_samples` items each, written by chunks of samples and read by rows.
+
+    Several processes may write chunks of one cache on a shared disk, each its own. The primary
+    creates it before the others call `create` too (which then only opens), and finishes it after
+    all of them have flushed.
+
+    Attributes:
+      folder: where it is.
+      num_samples: samples of every array.
+      chunk: samples a chunk; the last one may hold fewer.
+      num_chunks: chunks of every array.
+      meta: what it was made from, as given to `create`.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], max_in_flight: int = 1):
+        self.folder = folder
+        self.num_samples: int = about["num_samples"]
+        self.chunk: int = about["chunk"]
+        self.num_chunks = math.ceil(self.num_samples / self.chunk)
+        self.meta: dict[str, Any] = about["meta"]
+        self._about = about
+        self._arrays = {
+            name: (tuple(a["item_shape"]), np.dtype(a["dtype"]))
+            for name, a in about["arrays"].items()
+        }
+        self._stores: dict[str, ts.TensorStore] = {}
+        self._in_flight: deque[ts.Future] = deque()
+        self._max_in_flight = max_in_flight
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike,
+        arrays: Mapping[str, tuple[Sequence[int], Any]],
+        num_samples: int,
+        *,
+        chunk: int,
+        meta: Mapping[str, Any],
+        replace: bool = False,
+        max_in_flight: int = 4,
+    ) -> SampleStore:
+        """Starts a cache, or opens the one that an earlier call with the same arguments started.
+
+        Args:
+          arrays: name -> (shape of one sample, dtype); dtypes "bfloat16", "float16", "float32" and
+            numpy's integers.
+          chunk: samples a chunk. A chunk is what is written, resumed and decoded at once.
+          meta: JSON-able facts that the content depends on (teacher hash, configuration hash...).
+          replace: a cache made from something else is removed instead of being an error.
+          max_in_flight: chunks that may wait for the disk before `write_chunk` does.
+
+        Raises:
+          UserError: the folder holds something else, or a cache made from something else (it says
+            which fields differ).
+        """
+        folder = Path(folder)
+        about = _describe(arrays, num_samples, chunk, meta)
+        index = read_json(folder / INDEX)
+        if index is None or index.get("format") != _FORMAT:
+            if folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):
+                raise UserError(f"{folder} holds files that are no cache: choose another folder")
+            index = None
+        elif changes := _changes(index, about):
+            if not replace:
+                raise UserError(
+                    f"{folder} holds an activation cache made from something else ({changes}): "
+                    "delete it, or choose another folder"
+                )
+            # Unfinished first: a kill in here leaves a cache that has lost some chunks, no more.
+            write_json(folder / INDEX, {**index, "finished": False})
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+            index = None
+        if index is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / INDEX, {**about, "finished": False, "samples_done": 0})
+        if not (folder / "zarr.json").exists():
+            write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group"})
+        cache = cls(folder, about, max_in_flight)
+        cache._open_arrays(create=True)
+        return cache
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> SampleStore:
+        """Opens a finished cache for reading.
+
+        Raises:
+          UserError: there is none, it is unfinished (it says how far it got), or files are missing.
+        """
+        folder = Path(folder)
+        index = read_json(folder / INDEX)
+        if index is None or index.get("format") != _FORMAT:
+            found = "is damaged" if (folder / INDEX).exists() else "does not exist"
+            raise UserError(f"there is no activation cache at {folder}: {INDEX} {found}")
+        cache = cls(folder, index)
+        missing = cache.missing_chunks()
+        if not index["finished"]:
+            raise UserError(
+                f"the activation cache {folder} was cut off: it holds {cache.samples_done()} of "
+                f"{cache.num_samples} samples; the command that made it resumes there"
+            )
+        if missing:
+            raise UserError(
+                f"the activation cache {folder} is damaged: {len(missing)} of its "
+                f"{cache.num_chunks} chunks are missing, the first is {missing[0]}: {_MEND}"
+            )
+        cache._open_arrays(create=False)
+        return cache
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole array's shape, samples first."""
+        return (self.num_samples, *self._array(name)[0])
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._array(name)[1]
+
+    def nbytes(self, names: Sequence[str] | None = None) -> int:
+        """Bytes that the arrays take in memory; all of them by default."""
+        names = self.names if names is None else names
+        return sum(math.prod(self.shape(n)) * self.dtype(n).itemsize for n in names)
+
+    def chunk_range(self, index: int) -> tuple[int, int]:
+        """The samples [start, stop) of a chunk."""
+        if not 0 <= index < self.num_chunks:
+            raise ValueError(f"{self.folder} has no chunk {index}, only {self.num_chunks}")
+        return index * self.chunk, min((index + 1) * self.chunk, self.num_samples)
+
+    def missing_chunks(self) -> list[int]:
+        """The chunks of which some array's file is not on the disk."""
+        found = []
+        for name, (item, _) in self._arrays.items():
+            folder = self.folder / name
+            files = set(os.listdir(folder)) if folder.is_dir() else set()
+            tail = ".0" * len(item)
+            found.append([f"c.{i}{tail}" in files for i in range(self.num_chunks)])
+        return np.flatnonzero(~np.all(found, axis=0)).tolist()
+
+    def samples_done(self) -> int:
+        """Samples whose chunks are on the disk."""
+        missing = (self.chunk_range(i) for i in self.missing_chunks())
+        return self.num_samples - sum(stop - start for start, stop in missing)
+
+    def write_chunk(self, index: int, values: Mapping[str, np.ndarray]) -> ts.Future:
+        """Copies every array's samples `chunk_range(index)`, to be compressed and written.
+
+        While `max_in_flight` chunks are on their way it waits for the oldest, and raises its error.
+        The future's `result()` waits until this one is on the disk in every array.
+        """
+        start, stop = self.chunk_range(index)
+        values = {name: np.asarray(value) for name, value in values.items()}
+        given = {name: (value.shape, value.dtype) for name, value in values.items()}
+        wanted = {name: ((stop - start, *s), d) for name, (s, d) in self._arrays.items()}
+        if given != wanted:
+            raise ValueError(f"{self.folder}: chunk {index} needs arrays {wanted}, got {given}")
+        while len(self._in_flight) >= self._max_in_flight:
+            self._in_flight.popleft().result()
+        # One transaction, so that one future stands for the chunk in all arrays.
+        transaction = ts.Transaction()
+        for name, value in values.items():
+            stored = np.ascontiguousarray(value).view(_BITS.get(value.dtype, value.dtype))
+            self._stores[name].with_transaction(transaction)[start:stop].write(stored).result()
+        self._in_flight.append(transaction.commit_async())
+        return self._in_flight[-1]
+
+    def flush(self) -> None:
+        """Waits until all that was written is on the disk, and notes in the index how much is."""
+        written = bool(self._in_flight)
+        while self._in_flight:
+            self._in_flight.popleft().result()
+        if written:
+            self._note(finished=False)
+
+    def finish(self) -> None:
+        """Flushes and marks the cache finished. Raises ValueError while chunks are missing."""
+        self.flush()
+        if missing := self.missing_chunks():
+            raise ValueError(f"{self.folder}: {len(missing)} chunks are not written yet")
+        self._note(finished=True)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Samples [start, stop) of one array: (stop - start, *item).
+
+        Raises:
+          UserError: a chunk is missing or damaged.
+        """
+        stop = self.num_samples if stop is None else stop
+        self._check(start, stop)
+        dtype = self.dtype(name)
+        return self._finish(name, self._stores[name][start:stop].read()).view(dtype)
+
+    def read_rows(self, names: Sequence[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Gathers samples of several arrays at once; each chunk involved is decoded once an array.
+
+        Args:
+          rows: integers (...) in 0..num_samples-1.
+
+        Returns:
+          for each name an array (..., *item).
+        """
+        return self._gather(names, rows)()
+
+    def load(
+        self, names: Sequence[str] | None = None, max_bytes: int | None = None
+    ) -> dict[str, np.ndarray] | None:
+        """Whole arrays in memory, all by default; None where they take more than `max_bytes`."""
+        names = self.names if names is None else names
+        if max_bytes is not None and self.nbytes(names) > max_bytes:
+            return None
+        return {name: self.read(name) for name in names}
+
+    def batches(
+        self,
+        names: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        rows: np.ndarray | None = None,
+        memory_bytes: int = 2**31,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """One epoch of shuffled batches, straight from the disk; every chunk is read once.
+
+        Chunks are shuffled, then the samples of as many of them as fit in half of `memory_bytes`
+        (the other half holds what is read ahead). When all of them fit, this is a full shuffle.
+        The order depends on seed, epoch, `rows`, `names` and `memory_bytes` alone. The last,
+        incomplete batch is left out.
+
+        Args:
+          rows: the samples that take part, (n,) without repetition; all by default.
+        """
+        rows = np.arange(self.num_samples) if rows is None else np.asarray(rows, np.int64)
+        group_rows = memory_bytes // 2 // max(self.nbytes(names) // self.num_samples, 1)
+        groups = self._shuffled_groups(rows, seed, epoch, max(group_rows, self.chunk))
+        ahead, left, n_left = self._gather(names, groups[0]), {}, 0
+        for following in [*groups[1:], None]:
+            held = ahead()
+            ahead = None if following is None else self._gather(names, following)
+            if n_left:
+                held = {n: np.concatenate([left[n], held[n]]) for n in names}
+            n_held = len(held[names[0]])
+            n_left = n_held % batch_size
+            for at in range(0, n_held - n_left, batch_size):
+                yield {n: held[n][at : at + batch_size] for n in names}
+            left = {n: held[n][n_held - n_left :].copy() for n in names}
+
+    def _shuffled_groups(self, rows: np.ndarray, seed: int, epoch: int, size: int) -> list:
+        """Splits rows into groups of whole chunks, up to `size` rows each, everything shuffled."""
+        rng = np.random.default_rng([seed, epoch])
+        place = rng.permutation(self.num_chunks)[rows // self.chunk]  # of each row's chunk
+        chunk_ends = np.cumsum(np.bincount(place, minlength=self.num_chunks))
+        bounds = [0]
+        for begin, end in pairwise([0, *chunk_ends]):
+            if end - bounds[-1] > size:
+                bounds.append(begin)
+        by_chunk = rows[np.argsort(place, kind="stable")]
+        return [rng.permutation(group) for group in np.split(by_chunk, bounds[1:])]
+
+    def _gather(self, names: Sequence[str], rows: np.ndarray) -> Callable[[], dict]:
+        """Starts to read rows; what is returned waits for them."""
+        rows = np.asarray(rows, np.int64)
+        self._check(rows.min(initial=0), rows.max(initial=0) + 1)
+        shapes = {name: (*rows.shape, *self._array(name)[0]) for name in names}
+        pending = {name: self._stores[name][rows.reshape(-1)].read() for name in names}
+        return lambda: {
+            name: self._finish(name, future).view(self.dtype(name)).reshape(shapes[name])
+            for name, future in pending.items()
+        }
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_samples:
+            asked = f"samples [{start}, {stop})"
+            raise ValueError(f"{self.folder}: {asked} are not all among its {self.num_samples}")
+
+    def _array(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        if name not in self._arrays:
+            held = ", ".join(self._arrays)
+            raise UserError(f"the activation cache {self.folder} lacks {name!r}; it holds {held}")
+        return self._arrays[name]
+
+    def _note(self, *, finished: bool) -> None:
+        done = {"finished": finished, "samples_done": self.samples_done()}
+        write_json(self.folder / INDEX, {**self._about, **done})
+
+    def _finish(self, name: str, future: ts.Future) -> Any:
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"the activation cache {self.folder} is damaged: {name} cannot be read "
+                f"({str(error).split(' [')[0]}): {_MEND}"
+            ) from error
+
+    def _open_arrays(self, *, create: bool) -> None:
+        opened = {
+            name: _open(self.folder / name, self.shape(name), self.chunk, dtype, create)
+            for name, (_, dtype) in self._arrays.items()
+        }
+        self._stores = {name: self._finish(name, future) for name, future in opened.items()}
+
+
+def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool) -> ts.Future:
+    """Opens an array. zstd's level 1, because level 3 writes half as fast for 5 % less."""
+    shuffle = "shuffle" if dtype.itemsize > 1 else "noshuffle"
+    blosc = {"cname": "zstd", "clevel": 1, "shuffle": shuffle, "typesize": dtype.itemsize}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
+        "metadata": {
+            "shape": list(shape),
+            "data_type": _BITS.get(dtype, dtype).name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [chunk, *shape[1:]]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "blosc", "configuration": {**blosc, "blocksize": 0}},
+                {"name": "crc32c"},
+            ],
+            "attributes": {"dtype": dtype.name},
+        },
+        # Zeros are written like anything else: files that exist are what says it is done,
+        "store_data_equal_to_fill_value": True,
+        # and a missing one is an error, where zarr would read zeros.
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(spec, open=True, create=create)
+
+
+def _describe(
+    arrays: Mapping[str, tuple[Sequence[int], Any]], num_samples: int, chunk: int, meta: Mapping
+) -> dict[str, Any]:
+    """What `index.json` says of a cache, besides how far it is."""
+    if min(num_samples, chunk, len(arrays)) < 1:
+        raise ValueError(f"no cache of {num_samples} {chunk=} samples of {list(arrays)}")
+    described = {}
+    for name, (item, dtype) in arrays.items():
+        size = chunk * math.prod(item) * np.dtype(dtype).itemsize
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or size > _MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"array {name!r} with {size} bytes a chunk cannot be stored: names are letters, "
+                f"digits, '_', '.', '-', and a chunk takes at most {_MAX_CHUNK_BYTES}"
+            )
+        described[name] = {"item_shape": list(item), "dtype": np.dtype(dtype).name}
+    about = {"num_samples": num_samples, "chunk": chunk, "arrays": described, "meta": dict(meta)}
+    return {"format": _FORMAT, **json.loads(json.dumps(about))}
+
+
+def _changes(index: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Names the leaves in which two descriptions differ: `meta.teacher: "a" -> "b"`."""
+    old, new = (
+        shaping_values(d, ("num_samples", "chunk", "arrays", "meta")) for d in (index, about)
+    )
+    return Identity(new, {}).changes({"config": old})
