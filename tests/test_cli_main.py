@@ -18,8 +18,8 @@ from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import locked
 
-STAGES = ("convert", "capture", "distill", "finetune", "evaluate", "export")
-FOLDERS = ("teacher", "activations", "operators", "finetune", "eval", "export")
+STAGES = ("convert", "capture", "distill", "assemble", "finetune", "evaluate", "export")
+FOLDERS = ("teacher", "activations", "operators", "grafted", "finetune", "eval", "export")
 
 
 def copy(finished, tmp_path):
@@ -43,7 +43,7 @@ def test_a_run_leaves_the_layout_of_the_readme(finished):
     wanted = [
         "config.json", "metrics.jsonl", "teacher/policy/policy.json", "teacher/policy/params",
         "activations/train/index.json", "activations/held_out/index.json", "operators/head.json",
-        "grafted/policy.json", "finetune/policy/policy.json", "eval/metrics.json",
+        "grafted/policy/policy.json", "finetune/policy/policy.json", "eval/metrics.json",
         "eval/report.html", "eval/videos", "export/grafted.ckpt", "tensorboard/distill",
         "tensorboard/finetune",
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_the_second_run_skips_everything(finished, make_config, tmp_path):
         ({"export__filename": "other.ckpt"}, {"export"}),
         ({"evaluate__noise_seed": 1}, {"evaluate"}),
         ({"finetune__lr": 2e-4}, {"finetune", "evaluate", "export"}),
-        ({"distill__lr": 2e-3}, {"distill", "finetune", "evaluate", "export"}),
+        ({"distill__lr": 2e-3}, {"distill", "assemble", "finetune", "evaluate", "export"}),
         ({"capture__num_samples": 32}, set(STAGES) - {"convert"}),
         ({"teacher__weights": "model"}, set(STAGES)),
     ],
@@ -119,6 +119,19 @@ def test_a_changed_setting_reruns_its_stage_and_says_what_changed(finished, make
     assert outcome(printed) == dict.fromkeys(STAGES, "skipped") | {"export": "ran"}
     assert 'export.filename: "grafted.ckpt" -> "other.ckpt"' in printed
     assert [path.name for path in (workdir / "export").glob("*.ckpt")] == ["other.ckpt"]
+
+
+def test_a_workdir_of_an_earlier_version_keeps_its_training(finished, make_config, tmp_path):
+    workdir = copy(finished, tmp_path)
+    # Fine-tuning used to write the assembled policy to grafted/ itself.
+    (workdir / "grafted" / "policy").rename(workdir / "policy")
+    shutil.rmtree(workdir / "grafted")
+    (workdir / "policy").rename(workdir / "grafted")
+    _, printed = silently(run, make_config(), str(workdir), ["evaluate", "export"])
+    assert outcome(printed) == {"assemble": "ran", "evaluate": "skipped", "export": "skipped"}
+    assert "grafted was written by an earlier version, replaced" in printed
+    _, printed = silently(run, make_config(), str(workdir), None)
+    assert outcome(printed) == dict.fromkeys(STAGES, "skipped")
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,22 @@ def test_stages_on_request_run_only_there_with_those_on_request_that_they_need(t
     assert recorder.calls == ["distill"]
 
 
+def test_a_derived_stage_runs_with_its_reader_and_reruns_nothing_that_is_done(tmp_path):
+    recorder = Recorder()
+    recorder.run(tmp_path)  # before "capture" read what "probe" derives from "convert"
+    convert, capture, distill, probe = recorder.stages
+    capture = dataclasses.replace(capture, derived=("probe",))
+    recorder.stages = (convert, probe, capture, distill)
+    recorder.run(tmp_path, only=["capture"])
+    assert recorder.calls == []
+    recorder.run(tmp_path / "new", only=["convert"])
+    recorder.run(tmp_path / "new", only=["capture"])
+    assert recorder.calls == ["probe", "capture"]
+    assert (
+        tmp_path / "new" / "activations" / "out"
+    ).read_text() == "convert convert probe capture "
+
+
 def test_an_unknown_stage_is_answered_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="no stage 'distil'.*convert, capture, distill, probe"):
         Recorder().run(tmp_path, only=["distil"])

@@ -68,7 +68,7 @@ def train(graft, tokens, folder, teacher=None, **changes):
     trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0, teacher)
     batches = finetune.token_batches(tokens, options, 0)
     with MetricsWriter(folder, "finetune") as metrics:
-        tuned = trainer.run(finetune.loss_on_tokens, batches, folder=folder, metrics=metrics)
+        tuned = trainer.run(batches, folder=folder, metrics=metrics)
     return surgery.flatten(tuned)
 
 

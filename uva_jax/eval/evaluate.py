@@ -1,9 +1,10 @@
-"""Evaluation: teacher and grafts on the same seeds, windows and noise; metrics and report.html."""
+"""Evaluation: teacher and grafts on the same seeds, windows and noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,15 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.data import source
-from uva_jax.eval import actions, report, video
+from uva_jax.eval import actions, video
 from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
-from uva_jax.models import diffusion, surgery
+from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
+from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.metrics import read_metrics
-from uva_jax.runtime.settings import leaves, section
+from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.identity import read_json, write_json
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
@@ -80,6 +81,23 @@ class Actor:
 
         self._encode, self._act = encode, act
 
+    def lower(
+        self, frames: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.stages.Lowered:
+        """An episode's first call, on frames (n, n_frames, h, w, 3), as one program.
+
+        From shapes alone: the policy may be one without arrays (`surgery.abstract_policy`).
+        """
+
+        def call(variables, frames, seed_index, call_index):
+            return self._act(variables, *self._encode(variables, frames), seed_index, call_index)
+
+        numbers = (jax.ShapeDtypeStruct(frames.shape[:1], jnp.int32),)
+        numbers += (jax.ShapeDtypeStruct((), jnp.int32),)
+        return jax.jit(call).lower(
+            *parallel.shapes_on_mesh((self.variables, frames, *numbers), sharding)
+        )
+
     def load(self, policy: Policy) -> None:
         """Takes the parameters of another policy of the same architecture."""
         self.variables = nnx.state(policy)
@@ -103,51 +121,63 @@ class Actor:
         return np.asarray(actions)
 
 
-def run(
-    context,
+def evaluate(
     policies: Mapping[str, Policy],
     windows: tuple[source.WindowReader, source.Strips] | None,
+    options: EvaluateOptions,
+    folder: Path,
+    metrics: MetricsWriter,
 ) -> dict:
-    """Judges every policy, writes metrics.json, videos and report.html; resumes by policy.
+    """Judges every policy; writes metrics.json and videos/. A run that was cut off resumes by
+    policy.
 
     Args:
-      context: of the stage.
       policies: "teacher", "graft_stage1" and "graft".
       windows: held-out windows on which actions are compared, or None.
+      options: how policies are judged.
+      folder: of the stage.
+      metrics: a MetricsWriter.
+
+    Returns:
+      what metrics.json holds: by policy its figures, and "paired_difference" (graft - teacher) and
+      "paired_difference_stage1" where there were rollouts.
 
     Raises:
       UserError: the simulator cannot give what the policy observes.
     """
-    options = section(context.config.evaluate, EvaluateOptions)
-    metrics: dict = {name: {} for name in policies}
+    found: dict = {name: {} for name in policies}
     if windows is not None:
         for name, policy in policies.items():
-            metrics[name]["actions"] = _act(context, name, policy, *windows, options)
-    seeds = list(range(options.start_seed, options.start_seed + options.num_seeds))
-    seeds = seeds if options.simulator else []
-    recorded = seeds[: options.videos]
-    if seeds:
+            found[name]["actions"] = _act(name, policy, *windows, options, folder, metrics)
+    if seeds := rollout_seeds(options):
         if source.WindowSpec.of(policies["teacher"].config).more_than_images:
             raise UserError(
                 f"config.evaluate.simulator={options.simulator!r} shows a policy images alone, but "
                 "this one takes more: set it to ''"
             )
-        _roll_out_all(context, policies, metrics, seeds, recorded, options)
-    write_json(context.folder / "metrics.json", metrics)
-    path = report.write_report(
-        context.folder / "report.html", report_data(context, policies, metrics, seeds, recorded)
-    )
-    context.metrics.say(f"report: {path}")
-    result = {k: v for k, v in metrics.items() if k.startswith("paired")}
-    for name in policies:
-        found = metrics[name]
-        result[name] = found["test_mean_score"] if seeds else found.get("actions", {}).get("mse")
+        _roll_out_all(policies, found, seeds, options, folder, metrics)
+    write_json(folder / "metrics.json", found)
+    return found
+
+
+def rollout_seeds(options: EvaluateOptions) -> list[int]:
+    """The episodes that every policy is rolled out in; none without a simulator."""
+    count = options.num_seeds if options.simulator else 0
+    return list(range(options.start_seed, options.start_seed + count))
+
+
+def summary(found: Mapping) -> dict:
+    """What the stage's record keeps of `evaluate`'s figures: a number a policy, the differences."""
+    result = {k: v for k, v in found.items() if k.startswith("paired")}
+    for name, figures in found.items():
+        if name not in result:
+            result[name] = figures.get("test_mean_score", figures.get("actions", {}).get("mse"))
     return result
 
 
-def _act(context, name, policy, reader, strips, options: EvaluateOptions) -> dict:
+def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics) -> dict:
     """Action figures of one policy; kept for a run that goes on."""
-    path = context.folder / f"actions_{name}.json"
+    path = folder / f"actions_{name}.json"
     found = read_json(path)
     if found is None:
         samples, truth = actions.sample_actions(
@@ -160,24 +190,25 @@ def _act(context, name, policy, reader, strips, options: EvaluateOptions) -> dic
         )
         found = {"windows": len(strips)} | actions.action_figures(samples, truth)
         write_json(path, found)
-    context.metrics.say(
+    metrics.say(
         f"{name}: on {found['windows']} held-out windows, action MSE {found['mse']:.5f}, "
         f"mAP {found['map']:.3f}"
     )
     return found
 
 
-def _roll_out_all(context, policies, metrics: dict, seeds, recorded, options) -> None:
-    """Adds the scores of every policy, and the paired differences, to `metrics`."""
+def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> None:
+    """Adds the scores of every policy, and the paired differences, to `results`."""
+    recorded = seeds[: options.videos]
     fix_goal = options.simulator != "pusht_multitask"
     with RolloutPool(options.workers or None, fix_goal=fix_goal) as pool:
         for name, policy in policies.items():
-            found = read_json(context.folder / f"{name}.json")
+            found = read_json(folder / f"{name}.json")
             if found is None:
-                found = _rollout(context, pool, name, policy, seeds, recorded, options)
-                write_json(context.folder / f"{name}.json", found)
-            metrics[name] |= found
-            context.metrics.say(
+                found = _rollout(pool, name, policy, seeds, recorded, options, folder, metrics)
+                write_json(folder / f"{name}.json", found)
+            results[name] |= found
+            metrics.say(
                 f"{name}: test_mean_score {found['test_mean_score']:.3f} "
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
@@ -187,19 +218,21 @@ def _roll_out_all(context, policies, metrics: dict, seeds, recorded, options) ->
         ("graft_stage1", "paired_difference_stage1"),
     ):
         interval = paired_difference(
-            np.array(metrics[name]["scores"]), np.array(metrics["teacher"]["scores"])
+            np.array(results[name]["scores"]), np.array(results["teacher"]["scores"])
         )
-        metrics[label] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
-        context.metrics.say(
+        results[label] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+        metrics.say(
             f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
             f"{interval.high:+.3f}) on the same seeds and noise"
         )
-    _side_by_side(context.folder, recorded)
+    _side_by_side(folder, recorded)
 
 
-def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOptions) -> dict:
+def _rollout(
+    pool, name, policy, seeds, recorded, options: EvaluateOptions, folder, metrics
+) -> dict:
     config = policy.config
-    with context.metrics.progress(options.max_steps, unit="steps", desc=name) as bar:
+    with metrics.progress(options.max_steps, unit="steps", desc=name) as bar:
         done = 0
 
         def progress(step: int, total: int) -> None:
@@ -218,10 +251,10 @@ def _rollout(context, pool, name, policy, seeds, recorded, options: EvaluateOpti
             record_seeds=recorded,
             progress=progress,
         )
-    folder = context.folder / "videos"
+    videos = folder / "videos"
     for seed, frames in result.videos.items():
-        video.write_mp4(folder / f"{name}_{seed}.mp4", frames)
-        np.save(folder / f"{name}_{seed}.npy", frames)
+        video.write_mp4(videos / f"{name}_{seed}.mp4", frames)
+        np.save(videos / f"{name}_{seed}.npy", frames)
     interval = bootstrap_ci(result.scores, seed=0)
     return {
         "test_mean_score": result.mean,
@@ -244,82 +277,3 @@ def _side_by_side(folder, recorded: list[int]) -> None:
             video.write_mp4(folder / "videos" / f"seed_{seed}.mp4", tiled)
     for clip in (folder / "videos").glob("*.npy"):
         clip.unlink()
-
-
-def _count(module) -> int:
-    return sum(x.size for x in surgery.flatten(module).values())
-
-
-def report_data(context, policies, metrics: Mapping, seeds, recorded) -> report.ReportData:
-    """Gathers what the report shows from the workdir's records."""
-    workdir = context.workdir
-    teacher, graft = policies["teacher"], policies["graft"]
-    names = {
-        "convert": "teacher",
-        "capture": "activations",
-        "distill": "operators",
-        "finetune": "finetune",
-    }
-    folders = {k: workdir / v for k, v in names.items() if (workdir / v).exists()}
-    distilled = (read_json(workdir / "operators" / "done.json") or {}).get("metrics", {})
-    curves = []
-    for stage, title in (
-        ("distill", "Stage 1: distillation"),
-        ("finetune", "Stage 2: fine-tuning"),
-    ):
-        keys = sorted(
-            {k for line in read_metrics(workdir, stage) for k in line} - {"time", "stage", "step"}
-        )
-        wanted = [k for k in keys if stage == "distill" or k in ("loss", "mse", "vb")]
-        if wanted:
-            curves.append({"title": title, "series": report.curve_series(workdir, stage, wanted)})
-    shown = leaves(context.config)
-    picked = (
-        "teacher.checkpoint data.path capture.num_samples distill.epochs distill.lr head.memory "
-        "head.start finetune.steps finetune.lr finetune.data_fraction evaluate.sampling_steps seed"
-    ).split()
-    paired = metrics.get("paired_difference")
-    return report.ReportData(
-        title=f"Graft of {teacher.config.task}: {context.workdir.name}",
-        config={k: shown[k] for k in picked},
-        stages=report.stage_rows(folders),
-        architecture=[
-            {
-                "part": part,
-                "teacher": _count(getattr(teacher, part)),
-                "graft": _count(getattr(graft, part)),
-            }
-            for part in ("vae", "mar", "action_head")
-        ],
-        operators=distilled.get("operators", ()),
-        curves=curves,
-        scores=[
-            {
-                "policy": name,
-                "score": metrics[name]["test_mean_score"],
-                "ci": tuple(metrics[name]["ci95"]),
-                "success": metrics[name]["success_rate"],
-                "episodes": len(seeds),
-            }
-            for name in policies
-            if seeds
-        ],
-        paired={"difference": paired["mean"], "ci": tuple(paired["ci95"])} if paired else {},
-        actions=[
-            {"policy": name} | metrics[name]["actions"]
-            for name in policies
-            if "actions" in metrics[name]
-        ],
-        per_seed={
-            "seeds": seeds,
-            "teacher": metrics["teacher"]["scores"],
-            "graft": metrics["graft"]["scores"],
-        }
-        if seeds
-        else {},
-        videos=[
-            {"path": path, "caption": f"seed {seed}: teacher, graft"}
-            for seed in recorded
-            if (path := context.folder / "videos" / f"seed_{seed}.mp4").exists()
-        ],
-    )

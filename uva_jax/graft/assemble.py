@@ -241,3 +241,20 @@ def load_operators(
         else:
             say(f"{family} operators start fresh (config.head.init_paths.{family} is not set)")
     return head
+
+
+def graft_policy(
+    teacher: Policy, options: HeadOptions, distilled: Path | None, *, seed: int, say
+) -> Policy:
+    """The teacher with the head that the options describe, its operators loaded.
+
+    Args:
+      teacher: the policy.
+      options: the head's form and where its operators come from.
+      distilled: folder of this run's distillation, or None.
+      seed: of what starts fresh.
+      say: told where each family comes from, unless from `distilled`.
+    """
+    config = grafted_config(teacher, options)
+    head = start_head(teacher.action_head, config, options.start, seed)
+    return assemble(teacher, load_operators(head, options.init_paths, distilled, say))

@@ -7,7 +7,7 @@ is the same to the bit on any number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
-from uva_jax.runtime.parallel import sharded_map
+from uva_jax.runtime import parallel
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make_capture(
     over the mesh's data axes by their leading (strip) axis, and so is every result.
     """
     graphdef, _ = nnx.split(policy)
-    rows = P(("data", "fsdp", "tensor"))
+    rows = P(mesh.axis_names)
 
     def per_device(variables, batch, samples, key):
         policy = nnx.merge(graphdef, variables)
@@ -163,4 +163,33 @@ def make_capture(
             policy, batch, samples, key, blocks=blocks, encode_frames=encode_frames
         )
 
-    return sharded_map(per_device, mesh, in_specs=(P(), rows, rows, P()), out_specs=rows)
+    return parallel.sharded_map(per_device, mesh, in_specs=(P(), rows, rows, P()), out_specs=rows)
+
+
+class Capture:
+    """The capture of a policy on some devices, each of which takes `options.batch` strips a call.
+
+    Attributes:
+      mesh: the devices.
+      run: what `make_capture` gives.
+    """
+
+    def __init__(self, policy: Policy, options: CaptureOptions, devices: Sequence[jax.Device]):
+        """A policy without arrays (`surgery.abstract_policy`) will do."""
+        self.mesh = parallel.make_mesh(devices=devices)
+        self.strips, self.strip = options.batch * self.mesh.size, options.strip
+        self.run = make_capture(
+            policy, self.mesh, blocks=options.blocks, encode_frames=options.encode_frames
+        )
+        self._state = nnx.state(policy)
+
+    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        """One call, from the shapes of `self.strips` strips."""
+        whole = parallel.replicated(self.mesh)
+        rows = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        numbers = jax.ShapeDtypeStruct((self.strips, self.strip), jnp.int32)
+        return self.run.lower(
+            parallel.shapes_on_mesh(self._state, whole),
+            *parallel.shapes_on_mesh((dict(batch), numbers), rows),
+            parallel.shapes_on_mesh(jax.eval_shape(lambda: jax.random.key(0)), whole),
+        )

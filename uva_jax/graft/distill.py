@@ -13,10 +13,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from uva_jax.graft.assemble import family_of
@@ -24,6 +26,7 @@ from uva_jax.graft.capture import head_activations
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
+from uva_jax.runtime import parallel
 from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows
@@ -84,6 +87,41 @@ def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
     return advance
 
 
+class Fit(NamedTuple):
+    """A fit's steps: `advance` is what `make_advance` gives; `total` steps of `batch` samples."""
+
+    advance: Callable
+    optimizer: optax.GradientTransformation
+    batch: int
+    total: int
+
+
+def make_fit(
+    loss_fn: Callable,
+    count: int,
+    *,
+    epochs: int,
+    lr: float,
+    options: DistillOptions,
+    seed: int,
+    stacked_axes: int = 0,
+) -> Fit:
+    """How `fit` trains on `count` samples; the arguments are its own."""
+    batch = min(options.batch, count)
+    total = epochs * (count // batch)
+    optimizer = make_optimizer(
+        OptimOptions(
+            lr=lr,
+            warmup_steps=min(options.warmup, total // 10),
+            total_steps=total,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+        ),
+        stacked_axes=stacked_axes,
+    )
+    return Fit(make_advance(loss_fn, optimizer, seed), optimizer, batch, total)
+
+
 def fit(
     loss_fn: Callable[[dict, Arrays, jax.Array], tuple[jax.Array, dict]],
     params: dict[str, jax.Array],
@@ -113,20 +151,15 @@ def fit(
       stacked_axes: leading axes of `params` that are a stack of operators.
     """
     count = len(next(iter(data.values())))
-    batch = min(options.batch, count)
-    per_epoch = count // batch
-    total = epochs * per_epoch
-    optimizer = make_optimizer(
-        OptimOptions(
-            lr=lr,
-            warmup_steps=min(options.warmup, total // 10),
-            total_steps=total,
-            weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
-        ),
+    advance, optimizer, batch, total = make_fit(
+        loss_fn,
+        count,
+        epochs=epochs,
+        lr=lr,
+        options=options,
+        seed=seed,
         stacked_axes=stacked_axes,
     )
-    advance = make_advance(loss_fn, optimizer, seed)
     state = (params, optimizer.init(params))
     with Checkpoints(folder) as checkpoints:
         step = 0
@@ -229,6 +262,46 @@ def distill_condition(
         name="cross_attn",
     )
     return surgery.replace(head, arrays | params)
+
+
+def lower_condition_fit(
+    head: GraftedHead,
+    features: tuple[jax.ShapeDtypeStruct, ...],
+    *,
+    options: DistillOptions,
+    seed: int,
+    sharding: jax.sharding.Sharding,
+) -> tuple[jax.stages.Lowered, Fit]:
+    """One step of `distill_condition`, from shapes alone, and the fit that it is of.
+
+    Args:
+      head: without arrays (`surgery.abstract_policy`).
+      features: shapes of `memory_features` of all samples.
+      options, seed: see `fit`.
+      sharding: where everything lies.
+    """
+    how = dict(epochs=options.epochs, lr=options.lr, options=options, seed=seed)
+    count = features[0].shape[0]
+
+    def step(arrays, state, data, rows, steps):
+        # The head's other arrays are constants of the run's program; shapes have to be arguments.
+        loss_fn = condition_loss(head, arrays, options.loss["cross_attn"])
+        return make_fit(loss_fn, count, **how).advance(state, data, rows, steps)
+
+    arrays = surgery.shapes(head)
+    params = {k: v for k, v in arrays.items() if learnt_by_cross_attention(k)}
+    whole = make_fit(condition_loss, count, **how)
+    rows = (count, head.config.n_actions, head.config.width)
+    data = {f"feature{i}": x for i, x in enumerate(features)}
+    data["condition"] = jax.ShapeDtypeStruct(rows, jnp.bfloat16)
+    shapes = (
+        arrays,
+        (params, jax.eval_shape(whole.optimizer.init, params)),
+        data,
+        jax.ShapeDtypeStruct((1, whole.batch), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    return jax.jit(step).lower(*parallel.shapes_on_mesh(shapes, sharding)), whole
 
 
 def stream_errors(head: GraftedHead, batch: Arrays, scale: jax.Array) -> list[jax.Array]:

@@ -26,7 +26,8 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.sample_store import SampleStore
-from uva_jax.train.loop import Flat, LoopOptions, Loss, part, run_loop, start_state
+from uva_jax.train import loop
+from uva_jax.train.loop import Flat, LoopOptions, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
 
@@ -107,10 +108,11 @@ def graft_loss(
       teacher: its structure, where the loss holds the graft to it; among the frozen arrays are
         then those of `teacher_arrays`.
     """
-    abstract = surgery.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
-    abstract.mar.remat = options.gradient_checkpointing
+    abstract = surgery.abstract_policy(
+        policy.config, dtype=policy.dtype, remat=options.gradient_checkpointing
+    )
     if teacher is not None:
-        reference = surgery.abstract_policy(teacher.config, dtype=teacher.vae.quant_conv.dtype)
+        reference = surgery.abstract_policy(teacher.config, dtype=teacher.dtype)
 
     def objective(params: Flat, frozen: Flat, batch, key, step):
         del step
@@ -166,7 +168,13 @@ def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool
 
 
 class Trainer:
-    """A graft's parameters on the mesh, and the phases in which they train."""
+    """A graft's parameters on the mesh, and the phases in which they train.
+
+    Attributes:
+      phases: which parameters train from which step on.
+      tokens: a batch holds cached tokens, because nothing before the head trains; else windows.
+      loss: of such a batch, as `loop.run_loop` takes it.
+    """
 
     def __init__(
         self,
@@ -176,26 +184,51 @@ class Trainer:
         seed: int,
         teacher: Policy | None = None,
     ):
-        """Given a teacher, the loss holds the graft to it, see `FinetuneOptions.teacher_weight`."""
-        self.policy, self.options, self.mesh, self.seed = policy, options, mesh, seed
-        self.teacher, held = teacher, {}
-        arrays = surgery.flatten(policy)
-        if options.use_lora:
-            key = jax.random.key(seed)
-            arrays |= init_lora(arrays, options.lora_targets, options.lora_rank, key)
-        self.phases = plan_phases(arrays, options)
-        self.arrays = parallel.on_mesh(arrays, parallel.shardings_for(arrays, mesh))
-        if teacher is not None:
-            held = teacher_arrays(surgery.flatten(teacher), self.phases)
-        self.held = parallel.on_mesh(held, parallel.shardings_for(held, mesh))
+        """Given a teacher, the loss holds the graft to it, see `FinetuneOptions.teacher_weight`.
 
-    def run(
-        self, loss: Callable, batches: Callable[[int], Mapping], *, folder: Path, metrics
-    ) -> Policy:
+        Policies without arrays (`surgery.abstract_policy`) will do for `lower`.
+
+        Raises:
+          UserError: cached tokens are asked for, but the trunk trains.
+        """
+        self.policy, self.options, self.mesh, self.seed = policy, options, mesh, seed
+        abstract = surgery.is_abstract(policy)
+        read, place = surgery.flatten, parallel.on_mesh
+        if abstract:
+            read, place = surgery.shapes, parallel.shapes_on_mesh
+        arrays, held = read(policy), {}
+        if options.use_lora:
+
+            def adapters(arrays):
+                key = jax.random.key(seed)
+                return init_lora(arrays, options.lora_targets, options.lora_rank, key)
+
+            arrays |= jax.eval_shape(adapters, arrays) if abstract else adapters(arrays)
+        self.phases = plan_phases(arrays, options)
+        self.tokens = trunk_is_frozen(self.phases, options)
+        check_reuse(self.phases, options)
+        self.arrays = place(arrays, parallel.shardings_for(arrays, mesh))
+        if teacher is not None:
+            held = teacher_arrays(read(teacher), self.phases)
+        self.held = place(held, parallel.shardings_for(held, mesh))
+        loss = loss_on_tokens if self.tokens else loss_on_images
+        self.loss = graft_loss(policy, loss, options, teacher)
+
+    def parts(self, phase: Phase) -> tuple[Flat, Flat]:
+        """What trains in a phase, and what the loss reads besides."""
+        params = {k: self.arrays[k] for k in phase.trainable}
+        return params, {k: v for k, v in self.arrays.items() if k not in params} | self.held
+
+    def lower(self, phase: Phase, batch: Mapping) -> jax.stages.Lowered:
+        """One step of a phase, as `run` compiles it, from the shapes of a whole batch."""
+        return loop.lower_step(
+            self.loss, *self.parts(phase), batch, options=self.options, mesh=self.mesh
+        )
+
+    def run(self, batches: Callable[[int], Mapping], *, folder: Path, metrics) -> Policy:
         """Trains to `options.steps` and returns the policy with averaged parameters.
 
         Args:
-          loss: `loss_on_tokens` or `loss_on_images`.
           batches: step -> this process's share of its batch, as host arrays.
           folder: holds resumable states, by phase.
           metrics: a MetricsWriter.
@@ -203,11 +236,11 @@ class Trainer:
         total, state = self.options.steps, None
         stops = [*(phase.start for phase in self.phases[1:]), total]
         for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
-            params = {k: self.arrays[k] for k in phase.trainable}
-            state = run_loop(
-                graft_loss(self.policy, loss, self.options, self.teacher),
-                start_state(params, self.options, self.mesh, state),
-                {k: v for k, v in self.arrays.items() if k not in params} | self.held,
+            params, frozen = self.parts(phase)
+            state = loop.run_loop(
+                self.loss,
+                loop.start_state(params, self.options, self.mesh, state),
+                frozen,
                 batches,
                 options=self.options,
                 mesh=self.mesh,

@@ -1,4 +1,4 @@
-"""Fills an activation cache: windows in, the capture's arrays on disk.
+"""The capture stage: windows in, activation caches on disk.
 
 The device computes while earlier chunks are written. Every process fills its own chunks with its
 own devices, so nothing crosses the network; what a cut-off run has written is kept.
@@ -6,16 +6,74 @@ own devices, so nothing crosses the network; what a cut-off run has written is k
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
 import jax
 import numpy as np
 from flax import nnx
 
 from uva_jax.data import source
-from uva_jax.graft.capture import CaptureOptions, cache_arrays, make_capture
+from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
+from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.storage.site import Site
+
+
+def capture_activations(
+    teacher: Policy,
+    reader: source.WindowReader,
+    options: CaptureOptions,
+    folder: Path,
+    metrics: MetricsWriter,
+    *,
+    seed: int,
+    origin: str,
+    is_primary: bool = True,
+    barrier: Callable[[str], None] = lambda name: None,
+) -> dict:
+    """Fills folder/train and folder/held_out with activations of the teacher's head.
+
+    Args:
+      teacher, options, origin: see `capture_cache`.
+      reader: reads the windows; its options say which episodes are held out.
+      folder: of the stage.
+      metrics: a MetricsWriter.
+      seed: of the choice of windows and of all draws.
+      is_primary, barrier: see `Site`.
+
+    Returns:
+      {"train", "held_out"}: {"samples", "bytes"} of each cache.
+    """
+    train, held_out = source.split(reader.buffer, reader.options)
+    result = {}
+    for name, mask, samples in (
+        ("train", train, options.num_samples),
+        ("held_out", held_out, options.held_out),
+    ):
+        strips = source.plan_strips(
+            reader.buffer.episode_ends,
+            mask,
+            strip=options.strip,
+            stride=reader.stride,
+            options=reader.options,
+            seed=seed,
+            count=-(-samples // options.strip),
+        )
+        cache = capture_cache(
+            Site(folder / name, metrics, is_primary, barrier),
+            teacher,
+            strips,
+            reader,
+            dataclasses.replace(options, num_samples=samples),
+            seed=seed + (name == "held_out"),
+            origin=origin,
+        )
+        result[name] = {"samples": samples, "bytes": cache.nbytes()}
+    return result
 
 
 def capture_cache(
@@ -42,15 +100,14 @@ def capture_cache(
     Raises:
       UserError: the folder holds a cache made otherwise.
     """
-    mesh = parallel.make_mesh(devices=jax.local_devices())
-    devices = mesh.size
+    capture = Capture(teacher, options, jax.local_devices())
+    devices = capture.mesh.size
     chunk = options.batch * options.strip
     arrays = cache_arrays(teacher, options)
     samples = options.num_samples
     meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(reader.options)}
     cache = site.open(arrays, samples, chunk=chunk, meta=meta)
-    run = make_capture(teacher, mesh, blocks=options.blocks, encode_frames=options.encode_frames)
-    variables = jax.device_put(nnx.state(teacher), parallel.replicated(mesh))
+    variables = jax.device_put(nnx.state(teacher), parallel.replicated(capture.mesh))
     key = jax.random.key(seed)
     mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
     done = cache.samples_done()
@@ -62,7 +119,7 @@ def capture_cache(
             # The last chunk may be short of strips; repeats fill it and are not stored.
             batch = reader.read(strips, np.minimum(rows, len(strips) - 1))
             numbers = rows[:, None] * options.strip + np.arange(options.strip)
-            found = run(variables, batch, numbers, key)
+            found = capture.run(variables, batch, numbers, key)
             found = {k: np.asarray(v).astype(cache.dtype(k)) for k, v in found.items()}
             for slot, index in enumerate(chunks):
                 first, last = cache.chunk_range(index)

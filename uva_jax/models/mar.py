@@ -58,9 +58,10 @@ def random_mask(config: MARConfig, batch: int, key: jax.Array) -> jax.Array:
 class MAR(nnx.Module):
     """Encoder and decoder over the video tokens of a window."""
 
-    def __init__(self, config: MARConfig, *, dtype=None, rngs: nnx.Rngs):
+    def __init__(self, config: MARConfig, *, dtype=None, remat: bool = False, rngs: nnx.Rngs):
+        """`remat` recomputes blocks in the backward pass (gradient checkpointing)."""
         self.config = c = config
-        self.remat = False  # recompute blocks in the backward pass (gradient checkpointing)
+        self.remat = remat
         dim, dec = c.encoder_embed_dim, c.decoder_embed_dim
 
         def table(*shape):

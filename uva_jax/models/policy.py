@@ -68,12 +68,18 @@ def resize_bilinear(x: jax.Array, size: int) -> jax.Array:
 
 
 class Policy(nnx.Module):
-    """A UVA policy. See `PolicyConfig` for every size and switch."""
+    """A UVA policy. See `PolicyConfig` for every size and switch.
 
-    def __init__(self, config: PolicyConfig, *, dtype=None, rngs: nnx.Rngs):
-        self.config = config
+    Attributes:
+      config: the architecture.
+      dtype: what products are computed in; None: float32, as the parameters.
+    """
+
+    def __init__(self, config: PolicyConfig, *, dtype=None, remat: bool = False, rngs: nnx.Rngs):
+        """`remat` recomputes the transformer's blocks in the backward pass, to save memory."""
+        self.config, self.dtype = config, dtype
         self.vae = VAE(config.vae, dtype=dtype, rngs=rngs)
-        self.mar = mar.MAR(config.mar, dtype=dtype, rngs=rngs)
+        self.mar = mar.MAR(config.mar, dtype=dtype, remat=remat, rngs=rngs)
         self.video_head = make_head(config.video_head, dtype=dtype, rngs=rngs)
         self.wrist_head = make_head(config.wrist_head, dtype=dtype, rngs=rngs)
         self.action_head = make_head(config.action_head, dtype=dtype, rngs=rngs)

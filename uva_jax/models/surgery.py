@@ -37,6 +37,11 @@ def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def is_abstract(module: nnx.Module) -> bool:
+    """Whether a module has shapes in the place of arrays, as from `abstract_policy`."""
+    return isinstance(jax.tree.leaves(nnx.state(module))[0], jax.ShapeDtypeStruct)
+
+
 class _OneKey:
     """Stands for `nnx.Rngs` where only shapes are asked for.
 
@@ -48,13 +53,15 @@ class _OneKey:
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract_parts(config: PolicyConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Policy(config, dtype=dtype, rngs=_OneKey())))
+def _abstract_parts(config: PolicyConfig, dtype, remat) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(
+        nnx.eval_shape(lambda: Policy(config, dtype=dtype, remat=remat, rngs=_OneKey()))
+    )
 
 
-def abstract_policy(config: PolicyConfig, *, dtype=None) -> Policy:
-    """A policy of that architecture without arrays; `dtype` is what products are computed in."""
-    graph, state = _abstract_parts(config, dtype)
+def abstract_policy(config: PolicyConfig, *, dtype=None, remat: bool = False) -> Policy:
+    """A policy of that architecture without arrays; `dtype` and `remat` as `Policy` takes them."""
+    graph, state = _abstract_parts(config, dtype, remat)
     # Merging shares variables, so they are made anew: what is cached must stay as it is.
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
 

@@ -1,4 +1,4 @@
-"""The engine that runs stages: the done is skipped, the cut off resumes, the changed reruns.
+"""The engine that runs stages: skips finished ones, resumes unfinished ones, reruns changed ones.
 
 A stage is identified by a hash of the configuration keys that shape it and of everything it reads.
 That hash stands in `started.json` from the moment its folder exists and in `done.json` once it has
@@ -39,7 +39,7 @@ class Context:
       folder: the stage's own folder, which exists. It holds what an earlier, cut-off run of the
         same stage wrote, if there was one.
       metrics: the writer for this stage.
-      inputs: folder of each stage in `needs`.
+      inputs: folder of each stage in `needs` and `derived`.
       is_primary: this process writes; False on the other processes of a multi-host run.
       barrier: waits for all processes; takes a name that is the same on all of them.
     """
@@ -68,6 +68,11 @@ class Stage:
       fingerprint: from the configuration to the external files or folders it reads, by label. They
         are hashed by content.
       on_request: it runs only where it, or another one on request that needs it, is named.
+      derived: names of earlier stages that it reads too, whose results follow from `needs` and
+        `config_keys` alone. They are brought up to date without being named, and do not count in
+        this stage's identity.
+      unrecorded: names of files and folders that an earlier version of the package left in the
+        stage's folder without a record; they are replaced.
     """
 
     name: str
@@ -78,6 +83,8 @@ class Stage:
     describe: str = ""
     fingerprint: Callable[[FrozenConfigDict], Mapping[str, str | os.PathLike]] | None = None
     on_request: bool = False
+    derived: tuple[str, ...] = ()
+    unrecorded: tuple[str, ...] = ()
 
 
 def run_pipeline(
@@ -98,7 +105,7 @@ def run_pipeline(
     Args:
       stages: the table, each stage after the ones it needs.
       only: names of the stages to run; by default all but those on request. What they
-        need must be up to date.
+        need must be up to date; what is `derived` for them runs too.
       is_primary, barrier: for several processes on one shared workdir. Only the primary locks and
         keeps records; all of them run the stages and meet at the barriers.
 
@@ -115,6 +122,8 @@ def run_pipeline(
     for name in reversed(table):
         if name in wanted and table[name].on_request:
             wanted |= {need for need in table[name].needs if table[need].on_request}
+        if name in wanted:
+            wanted |= set(table[name].derived)
     chosen = [name for name in table if name in wanted]
     engine = _Engine(table, FrozenConfigDict(config), Path(workdir).absolute(), is_primary, barrier)
     with ExitStack() as guards:
@@ -208,7 +217,7 @@ class _Engine:
             verb = "resuming where it was cut off" if resumes else "starting"
             self.say(f"{name}: {verb}" + (f" ({stage.describe})" if stage.describe else ""))
             self.barrier(f"{name}:prepared")
-            inputs = {need: self.folder(need) for need in stage.needs}
+            inputs = {need: self.folder(need) for need in (*stage.needs, *stage.derived)}
             metrics = stage.run(
                 Context(
                     config=self.config,
@@ -250,11 +259,14 @@ class _Engine:
             state = "finished" if done else "cut off"
             changes = identity.changes(done or started)
             self.say(f"{name}: was {state} with other settings or inputs, cleared ({changes})")
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is where stage {name!r} writes, but it holds files that no stage "
-                "wrote: move them away, or choose another --workdir"
-            )
+        elif left := {p.name for p in folder.iterdir()} if folder.exists() else set():
+            if left <= {*self.table[name].unrecorded}:
+                self.say(f"{name}: {folder} was written by an earlier version, replaced")
+            else:
+                raise UserError(
+                    f"{folder} is where stage {name!r} writes, but it holds files that no stage "
+                    "wrote: move them away, or choose another --workdir"
+                )
         new.mkdir(parents=True)
         write_json(new / "started.json", {"stage": name, **identity.record()})
         if folder.exists():
@@ -266,7 +278,7 @@ class _Engine:
 def _check_table(stages: Sequence[Stage]) -> dict[str, Stage]:
     table: dict[str, Stage] = {}
     for stage in stages:
-        missing = [need for need in stage.needs if need not in table]
+        missing = [need for need in (*stage.needs, *stage.derived) if need not in table]
         if missing or stage.name in table or stage.folder in {s.folder for s in table.values()}:
             raise ValueError(
                 f"stage {stage.name!r} wants a name and a folder ({stage.folder!r}) of its own, "

@@ -1,13 +1,13 @@
-"""The pipeline as a table: convert -> capture -> distill -> finetune -> evaluate -> export.
+"""The graft as a table: convert, capture, distill, assemble, finetune, evaluate, export.
 
-Each stage reads only what earlier stages wrote; `pipeline.py` skips, resumes and reruns them. The
-work itself is in `graft/`, `train/` and `eval/`: a stage opens its inputs, calls it, and saves.
+Each stage reads only what earlier stages wrote; `engine.py` skips, resumes and reruns them. The
+work itself is in `graft/` and `eval/`: a stage opens its inputs, makes options of its sections,
+calls it, and saves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 from flax import nnx
@@ -16,8 +16,9 @@ from convert.formats import torch_file
 from convert.from_torch import convert_open, export_records
 from convert.to_torch import export_policy
 from uva_jax.data import source
-from uva_jax.eval import evaluate as evaluation
-from uva_jax.graft import assemble, distill, finetune, record, stage1
+from uva_jax.eval import evaluate
+from uva_jax.eval.graft_report import write_graft_report
+from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models import policy_folder
 from uva_jax.models.policy import Policy
@@ -28,7 +29,6 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
 from uva_jax.storage.identity import external_hash
-from uva_jax.storage.site import Site
 
 
 def run_convert(context: Context) -> dict:
@@ -49,8 +49,8 @@ def run_convert(context: Context) -> dict:
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
-def _site(context: Context, folder: Path) -> Site:
-    return Site(folder, context.metrics, context.is_primary, context.barrier)
+def _teacher(context: Context) -> Policy:
+    return load_policy(context.inputs["convert"] / "policy", context.config)
 
 
 def _teacher_hash(context: Context) -> str:
@@ -59,36 +59,18 @@ def _teacher_hash(context: Context) -> str:
 
 def run_capture(context: Context) -> dict:
     """Windows -> activations/train and activations/held_out."""
-    teacher = load_policy(context.inputs["convert"] / "policy", context.config)
-    reader = open_data(context, teacher)
-    options = section(context.config.capture, CaptureOptions)
-    train, held_out = source.split(reader.buffer, reader.options)
-    seed = context.config.seed
-    result = {}
-    for name, mask, samples in (
-        ("train", train, options.num_samples),
-        ("held_out", held_out, options.held_out),
-    ):
-        strips = source.plan_strips(
-            reader.buffer.episode_ends,
-            mask,
-            strip=options.strip,
-            stride=reader.stride,
-            options=reader.options,
-            seed=seed,
-            count=-(-samples // options.strip),
-        )
-        cache = record.capture_cache(
-            _site(context, context.folder / name),
-            teacher,
-            strips,
-            reader,
-            dataclasses.replace(options, num_samples=samples),
-            seed=seed + (name == "held_out"),
-            origin=_teacher_hash(context),
-        )
-        result[name] = {"samples": samples, "bytes": cache.nbytes()}
-    return result
+    config, teacher = context.config, _teacher(context)
+    return record.capture_activations(
+        teacher,
+        open_data(context, teacher),
+        section(config.capture, CaptureOptions),
+        context.folder,
+        context.metrics,
+        seed=config.seed,
+        origin=_teacher_hash(context),
+        is_primary=context.is_primary,
+        barrier=context.barrier,
+    )
 
 
 def run_distill(context: Context) -> dict:
@@ -109,97 +91,82 @@ def run_distill(context: Context) -> dict:
     )
 
 
-def load_grafted(context: Context, *, say) -> Policy:
-    """The teacher with the head that this configuration describes, operators loaded."""
+def run_assemble(context: Context) -> dict:
+    """Operators back into the policy -> grafted/policy."""
     config = context.config
-    teacher = load_policy(context.inputs["convert"] / "policy", config)
-    options = section(config.head, assemble.HeadOptions)
-    head = assemble.start_head(
-        teacher.action_head,
-        assemble.grafted_config(teacher, options),
-        options.start,
-        config.seed,
+    policy = assemble.graft_policy(
+        policy_folder.load_policy(context.inputs["convert"] / "policy"),
+        section(config.head, assemble.HeadOptions),
+        context.inputs.get("distill"),
+        seed=config.seed,
+        say=context.metrics.say,
     )
-    distilled = context.inputs.get("distill")
-    head = assemble.load_operators(head, options.init_paths, distilled, say)
-    return assemble.assemble(teacher, head)
+    _save_like_teacher(context, policy)
+    return {"parameters": sum(x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param)))}
 
 
 def run_finetune(context: Context) -> dict:
-    """Operators back into the policy (grafted/), then Stage 2 (finetune/policy)."""
-    policy = load_grafted(context, say=context.metrics.say)
-    records = policy_folder.read_records(context.inputs["convert"] / "policy")
-    _, about = policy_folder.read_description(context.inputs["convert"] / "policy")
-    policy_folder.save_policy(context.workdir / "grafted", policy, source=about, records=records)
+    """The assembled policy -> Stage 2 -> finetune/policy."""
     config = context.config
-    options = section(config.finetune, finetune.FinetuneOptions)
-    teacher = None
-    if options.teacher_weight:
-        teacher = load_policy(context.inputs["convert"] / "policy", config)
-    trainer = finetune.Trainer(policy, options, mesh_of(config), config.seed, teacher)
-    tokens = finetune.trunk_is_frozen(trainer.phases, options)
-    finetune.check_reuse(trainer.phases, options)
-    if options.reuse_cache:
-        batches = finetune.token_batches(
-            finetune.cached_tokens(context.inputs["capture"] / "train"), options, config.seed
-        )
-    else:
-        batches = _own_data(context, policy, options, tokens)
-    count = sum(trainer.arrays[k].size for k in trainer.phases[0].trainable)
-    context.metrics.say(
-        f"{count / 1e6:.2f} M of {sum(x.size for x in trainer.arrays.values()) / 1e6:.2f} M "
-        f"parameters train, on {'cached tokens' if tokens else 'frames'}"
-    )
-    loss = finetune.loss_on_tokens if tokens else finetune.loss_on_images
-    tuned = trainer.run(loss, batches, folder=context.folder, metrics=context.metrics)
-    policy_folder.save_policy(context.folder / "policy", tuned, source=about, records=records)
-    return {"trainable_parameters": count, "steps": options.steps}
-
-
-def _own_data(context: Context, policy: Policy, options: finetune.FinetuneOptions, tokens: bool):
-    """Batches from `data_fraction` of the episodes, encoded first if the trunk is frozen."""
-    config = context.config
-    reader = open_data(context, policy)
-    mask = finetune.chosen_episodes(reader.buffer, reader.options, options, config.seed)
-    capture = section(config.capture, CaptureOptions)
-    strips = source.plan_strips(
-        reader.buffer.episode_ends,
-        mask,
-        strip=capture.strip if tokens else 1,
-        stride=reader.stride,
-        options=reader.options,
+    policy = load_policy(context.inputs["assemble"] / "policy", config)
+    cached = context.inputs.get("capture")
+    tuned, found = stage2.fine_tune(
+        stage2.Inputs(
+            policy,
+            teacher=lambda: _teacher(context),
+            reader=lambda: open_data(context, policy),
+            cache=cached and cached / "train",
+            origin=_teacher_hash(context),
+        ),
+        section(config.finetune, finetune.FinetuneOptions),
+        context.folder,
+        context.metrics,
+        capture=section(config.capture, CaptureOptions),
+        mesh=mesh_of(config),
         seed=config.seed,
+        is_primary=context.is_primary,
+        barrier=context.barrier,
     )
-    context.metrics.say(
-        f"{int(mask.sum())} of {reader.buffer.n_episodes} episodes, {strips.current.size} windows"
+    _save_like_teacher(context, tuned)
+    return found
+
+
+def _save_like_teacher(context: Context, policy: Policy) -> None:
+    """Saves a graft as the stage's policy, with what an export needs of the teacher's file."""
+    teacher = context.inputs["convert"] / "policy"
+    policy_folder.save_policy(
+        context.folder / "policy",
+        policy,
+        source=policy_folder.read_description(teacher)[1],
+        records=policy_folder.read_records(teacher),
     )
-    if not tokens:
-        return finetune.image_batches(reader, strips, options, config.seed)
-    teacher = load_policy(context.inputs["convert"] / "policy", config)
-    record.capture_cache(
-        _site(context, context.folder / "tokens"),
-        teacher,
-        strips,
-        reader,
-        dataclasses.replace(capture, num_samples=strips.current.size, blocks=False),
-        seed=config.seed + 2,
-        origin=_teacher_hash(context),
-    )
-    cached = finetune.cached_tokens(context.folder / "tokens")
-    return finetune.token_batches(cached, options, config.seed)
 
 
 def run_evaluate(context: Context) -> dict:
     """Teacher, graft after Stage 1 and graft after Stage 2 on held-out windows and in rollouts."""
-    policies = {
-        "teacher": context.inputs["convert"] / "policy",
-        "graft_stage1": context.workdir / "grafted",
-        "graft": context.inputs["finetune"] / "policy",
-    }
-    policies = {k: load_policy(v, context.config) for k, v in policies.items()}
+    config, folder, inputs = context.config, context.folder, context.inputs
+    policies = {"teacher": "convert", "graft_stage1": "assemble", "graft": "finetune"}
+    policies = {k: load_policy(inputs[v] / "policy", config) for k, v in policies.items()}
     if not context.is_primary:
         return {}
-    return evaluation.run(context, policies, _held_out_windows(context, policies["teacher"]))
+    found = evaluate.evaluate(
+        policies,
+        _held_out_windows(context, policies["teacher"]),
+        section(config.evaluate, evaluate.EvaluateOptions),
+        folder,
+        context.metrics,
+    )
+    shown = ("convert", "capture", "distill", "assemble", "finetune")
+    path = write_graft_report(
+        folder / "report.html",
+        policies,
+        found,
+        config=config,
+        workdir=context.workdir,
+        stages={s.name: context.workdir / s.folder for s in stages(config) if s.name in shown},
+    )
+    context.metrics.say(f"report: {path}")
+    return evaluate.summary(found)
 
 
 def _held_out_windows(context: Context, policy: Policy):
@@ -281,9 +248,21 @@ _STAGES = (
         describe="each operator learns the teacher's activations",
     ),
     Stage(
+        "assemble",
+        run_assemble,
+        needs=("convert", "distill"),
+        config_keys=("seed", "head"),
+        folder="grafted",
+        describe="the operators back into the policy",
+        fingerprint=_init_paths,
+        # The policy itself, which the fine-tuning of earlier versions put there.
+        unrecorded=("policy.json", "params", "source.records"),
+    ),
+    Stage(
         "finetune",
         run_finetune,
         needs=("convert", "capture", "distill"),
+        derived=("assemble",),  # made of the first and the last of these
         config_keys=("seed", "precision", "data", "capture", "head", "finetune"),
         folder="finetune",
         describe="the whole policy, end to end",
@@ -293,6 +272,7 @@ _STAGES = (
         "evaluate",
         run_evaluate,
         needs=("convert", "finetune"),
+        derived=("assemble",),
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
         describe="rollouts and report",

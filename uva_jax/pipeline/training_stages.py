@@ -12,32 +12,51 @@ from uva_jax.pretrain import stages
 from uva_jax.runtime.settings import section
 
 
+def _options(config) -> stages.Options:
+    return stages.Options(config.pretrain, config.seed, mesh_of(config), compute_dtype(config))
+
+
 def run_vae(context: Context) -> dict:
     """A recording's frames -> vae/vae.ckpt."""
     return stages.run_vae(
-        context,
         functools.partial(open_data, context),
-        mesh=mesh_of(context.config),
-        dtype=compute_dtype(context.config),
+        _options(context.config),
+        context.folder,
+        context.metrics,
+        is_primary=context.is_primary,
     )
 
 
 def run_encode(context: Context) -> dict:
     """All frames -> latents/main, and latents/wrist where there is a wrist camera."""
-    data, dtype = functools.partial(open_data, context), compute_dtype(context.config)
-    return stages.run_encode(context, data, dtype=dtype)
+    return stages.run_encode(
+        context.inputs["vae"],
+        functools.partial(open_data, context),
+        _options(context.config),
+        context.folder,
+        context.metrics,
+        is_primary=context.is_primary,
+        barrier=context.barrier,
+    )
 
 
 def run_pretrain(context: Context) -> dict:
     """Latents -> pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
-    config, data = context.config, functools.partial(open_data, context)
+    config, folder = context.config, context.folder
     options = section(config.pretrain.score, training.ScoreOptions)
     with training.scorer(options, context.metrics.say) as score:
-        result = stages.run(
-            context, data, mesh=mesh_of(config), dtype=compute_dtype(config), score=score
+        result = stages.run_policy(
+            context.inputs["vae"],
+            context.inputs.get("encode"),
+            functools.partial(open_data, context),
+            _options(config),
+            folder,
+            context.metrics,
+            is_primary=context.is_primary,
+            score=score,
         )
     if context.is_primary:
-        architecture, _ = policy_folder.read_description(context.folder / "policy")
+        architecture, _ = policy_folder.read_description(folder / "policy")
         path = training.write_training_report(context.workdir, config, architecture.task)
         context.metrics.say(f"report: {path}")
     return result
@@ -65,7 +84,7 @@ TRAINING_STAGES = (
         ),
         folder="vae",
         describe="a KL-VAE of a recording's frames",
-        fingerprint=lambda config: recording(config) | stages.vae_starts(config),
+        fingerprint=lambda config: recording(config) | stages.vae_starts(config.pretrain),
         on_request=True,
     ),
     Stage(
@@ -85,7 +104,7 @@ TRAINING_STAGES = (
         config_keys=("seed", "precision", "data", "pretrain"),
         folder="pretrain",
         describe="a policy on the latents of a recording",
-        fingerprint=lambda config: data_files(config) | stages.starts(config),
+        fingerprint=lambda config: data_files(config) | stages.starts(config.pretrain),
         on_request=True,
     ),
 )

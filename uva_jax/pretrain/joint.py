@@ -126,8 +126,9 @@ def pretrain_loss(
       state_size: width of the state that is read out.
       train: dropout on.
     """
-    abstract = surgery.abstract_policy(policy.config, dtype=policy.vae.quant_conv.dtype)
-    abstract.mar.remat = options.gradient_checkpointing
+    abstract = surgery.abstract_policy(
+        policy.config, dtype=policy.dtype, remat=options.gradient_checkpointing
+    )
     n_frames = policy.config.mar.n_frames
     width = policy.config.action_head.z_channels
     readout = nnx.eval_shape(lambda: Readout(width, max(state_size, 1), rngs=nnx.Rngs(0)))

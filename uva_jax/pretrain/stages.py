@@ -8,7 +8,9 @@ number of policies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,11 @@ from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.vae import VAE
-from uva_jax.pipeline.engine import Context
 from uva_jax.pretrain import joint, latents, vae
 from uva_jax.pretrain.architecture import ModelOptions, fit_normalizer, model_config
 from uva_jax.pretrain.windows import StateScale, Windows
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.settings import section
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.storage.site import Site
@@ -41,138 +43,175 @@ _BLOCK = 512  # frames read at a time
 _ANY_ACTION_DIM = 2  # where only frames are looked at
 
 
-def starts(config) -> dict[str, str]:
+@dataclass(frozen=True)
+class Options:
+    """What all three stages are told.
+
+    Attributes:
+      settings: `config.pretrain`; see `configs/common.py` for each field.
+      seed: of all draws and orders.
+      mesh: (data, fsdp, tensor).
+      dtype: of matrix products; None: float32.
+    """
+
+    settings: Any
+    seed: int
+    mesh: jax.sharding.Mesh
+    dtype: Any
+
+
+def starts(settings) -> dict[str, str]:
     """The checkpoint that the policy starts from, by label."""
-    return {"pretrain.mar": config.pretrain.mar} if config.pretrain.mar else {}
+    return {"pretrain.mar": settings.mar} if settings.mar else {}
 
 
-def vae_starts(config) -> dict[str, str]:
+def vae_starts(settings) -> dict[str, str]:
     """The checkpoint that the VAE starts from, by label: a whole policy's decoder is its own."""
-    settings = config.pretrain
     path = settings.vae or ("" if settings.steps else settings.mar)
     return {"pretrain.vae": path} if path else {}
 
 
-def run_vae(context: Context, open_data: OpenData, *, mesh, dtype) -> dict:
-    """The first stage: vae/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
+def run_vae(
+    open_data: OpenData,
+    options: Options,
+    folder: Path,
+    metrics: MetricsWriter,
+    *,
+    is_primary: bool = True,
+) -> dict:
+    """The first stage: folder/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
 
     Args:
-      context: of the stage.
       open_data: a policy -> the reader of its data.
-      mesh: (data, fsdp, tensor).
-      dtype: of matrix products.
+      options: see `Options`.
+      folder: of the stage; also holds resumable states.
+      metrics: a MetricsWriter.
+      is_primary: this process writes the file.
     """
-    settings = context.config.pretrain
+    settings = options.settings
     _check_starts(settings)
     if settings.steps:
-        policy = _vae_alone(context.config, dtype)
-        for path in vae_starts(context.config).values():
-            context.metrics.say(_fill_vae(policy, Path(path).expanduser()))
+        policy = _vae_alone(options)
+        for path in vae_starts(settings).values():
+            metrics.say(_fill_vae(policy, Path(path).expanduser()))
     else:
         policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
     trained = policy.vae
     if settings.vae_training.steps or settings.vae_training.decoder_steps:
-        trained = _train_vae(context, policy, _opened(open_data, policy), mesh, dtype)
+        trained = _train_vae(policy, _opened(open_data, policy), options, folder, metrics)
     arrays = {f"vae/{k}": v for k, v in surgery.flatten(trained).items()}
-    if context.is_primary:
+    if is_primary:
         named = {k.removeprefix("vae_model."): v for k, v in torch_arrays(arrays).items()}
-        torch_file.write(context.folder / VAE_FILE, {"state_dict": named})
+        torch_file.write(folder / VAE_FILE, {"state_dict": named})
     return {"parameters": sum(x.size for x in arrays.values())}
 
 
-def run_encode(context: Context, open_data: OpenData, *, dtype) -> dict:
-    """The second stage: latents/main and, with a wrist camera, latents/wrist."""
-    policy = _vae_alone(context.config, dtype)
-    _fill_vae(policy, context.inputs["vae"] / VAE_FILE)
+def run_encode(
+    vae_folder: Path,
+    open_data: OpenData,
+    options: Options,
+    folder: Path,
+    metrics: MetricsWriter,
+    *,
+    is_primary: bool = True,
+    barrier: Callable[[str], None] = lambda name: None,
+) -> dict:
+    """The second stage: folder/main and, with a wrist camera, folder/wrist.
+
+    Args:
+      vae_folder: what `run_vae` wrote.
+      open_data, options, folder, metrics: see `run_vae`.
+      is_primary, barrier: see `Site`.
+    """
+    policy = _vae_alone(options)
+    _fill_vae(policy, vae_folder / VAE_FILE)
     reader = _opened(open_data, policy)
     result = {}
     for name, key in _cameras(policy, reader.options).items():
-        site = Site(context.folder / name, context.metrics, context.is_primary, context.barrier)
-        copies = _copies(context.config, reader.options)
+        site = Site(folder / name, metrics, is_primary, barrier)
+        copies = _copies(options, reader.options)
         cache = latents.encode_frames(site, policy, reader.buffer, key, copies)
         result[name] = {"frames": cache.num_samples, "bytes": cache.nbytes()}
     return result
 
 
-def run(
-    context: Context,
+def run_policy(
+    vae_folder: Path,
+    latent_folder: Path | None,
     open_data: OpenData,
+    options: Options,
+    folder: Path,
+    metrics: MetricsWriter,
     *,
-    mesh,
-    dtype,
+    is_primary: bool = True,
     score: Callable[[Policy], Mapping[str, float]] | None = None,
 ) -> dict:
-    """The third stage: pretrain/policy and pretrain/policy.ckpt.
+    """The third stage: folder/policy and folder/policy.ckpt.
 
     Args:
-      context, open_data, mesh, dtype: see `run_vae`.
+      vae_folder, latent_folder: what the other stages wrote; no latents where the decoder alone
+        was trained.
+      open_data, options, folder, metrics, is_primary: see `run_vae`.
       score: see `joint.pretrain`.
     """
-    config, folder, seed = context.config, context.folder, context.config.seed
-    options = section(config.pretrain, joint.PretrainOptions)
-    _check_starts(config.pretrain)
-    if options.steps:
-        policy, reader = _start(context, open_data, dtype)
+    settings, seed = options.settings, options.seed
+    how = section(settings, joint.PretrainOptions)
+    _check_starts(settings)
+    if how.steps:
+        policy, reader = _start(open_data, options, metrics)
     else:
-        policy, _ = convert_checkpoint(Path(config.pretrain.mar).expanduser())
-    _fill_vae(policy, context.inputs["vae"] / VAE_FILE)
+        policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
+    _fill_vae(policy, vae_folder / VAE_FILE)
     trained = policy
-    if options.steps:
-        trained = _train_policy(context, policy, reader, options, mesh, score)
-    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": options.steps}
+    if how.steps:
+        data = reader.options
+        caches = {
+            name: latents.Latents.open(
+                SampleStore.open(latent_folder / name), int(settings.memory_gb * 2**30)
+            )
+            for name in _cameras(policy, data)
+        }
+        windows = (
+            Windows(
+                *(reader.buffer, mask, policy, data, seed),
+                state_key=settings.readout,
+                text=reader.text,
+                copies=_copies(options, data),
+            )
+            for mask in source.split(reader.buffer, data)
+        )
+        trained = joint.pretrain(
+            policy,
+            caches["main"],
+            *windows,
+            options=how,
+            mesh=options.mesh,
+            seed=seed,
+            folder=folder / "states",
+            metrics=metrics,
+            wrist=caches.get("wrist"),
+            state_scale=_state_scale(settings, reader.buffer),
+            score=score,
+            score_every=settings.score.every,
+        )
+    about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": how.steps}
     records = None
-    if config.pretrain.save_dtype == "bfloat16":
+    if settings.save_dtype == "bfloat16":
         trained, records = rounded(trained)
     policy_folder.save_policy(folder / "policy", trained, source=about, records=records)
     found = {}
-    if context.is_primary:
+    if is_primary:
         found = export_policy(folder / "policy", folder / "policy.ckpt")
-        context.metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
+        metrics.say(f"{folder / 'policy.ckpt'} ({found['bytes'] / 1e6:.1f} MB)")
     count = sum(x.size for x in jax.tree.leaves(nnx.state(trained, nnx.Param)))
-    return {"parameters": count, "steps": options.steps, "bytes": found.get("bytes", 0)}
+    return {"parameters": count, "steps": how.steps, "bytes": found.get("bytes", 0)}
 
 
-def _train_policy(context: Context, policy: Policy, reader, options, mesh, score) -> Policy:
-    """The policy with its transformer and heads trained on the cached latents of all frames."""
-    config, seed = context.config, context.config.seed
-    buffer, data = reader.buffer, reader.options
-    caches = {
-        name: latents.Latents.open(
-            SampleStore.open(context.inputs["encode"] / name),
-            int(config.pretrain.memory_gb * 2**30),
-        )
-        for name in _cameras(policy, data)
-    }
-    train, held_out = source.split(buffer, data)
-    return joint.pretrain(
-        policy,
-        caches["main"],
-        *(
-            Windows(
-                *(buffer, mask, policy, data, seed),
-                state_key=config.pretrain.readout,
-                text=reader.text,
-                copies=_copies(config, data),
-            )
-            for mask in (train, held_out)
-        ),
-        options=options,
-        mesh=mesh,
-        seed=seed,
-        folder=context.folder / "states",
-        metrics=context.metrics,
-        wrist=caches.get("wrist"),
-        state_scale=_state_scale(config.pretrain, buffer),
-        score=score,
-        score_every=config.pretrain.score.every,
-    )
-
-
-def _vae_alone(config, dtype) -> Policy:
+def _vae_alone(options: Options) -> Policy:
     """A policy whose VAE has arrays, fresh ones, and nothing else has."""
-    wanted = model_config(section(config.pretrain.model, ModelOptions), _ANY_ACTION_DIM)
-    policy = surgery.abstract_policy(wanted, dtype=dtype)
-    policy.vae = VAE(wanted.vae, dtype=dtype, rngs=nnx.Rngs(config.seed))
+    wanted = model_config(section(options.settings.model, ModelOptions), _ANY_ACTION_DIM)
+    policy = surgery.abstract_policy(wanted, dtype=options.dtype)
+    policy.vae = VAE(wanted.vae, dtype=options.dtype, rngs=nnx.Rngs(options.seed))
     return policy
 
 
@@ -189,10 +228,10 @@ def _cameras(policy: Policy, data: source.DataOptions) -> dict[str, str]:
     return {"main": data.image_key} | ({"wrist": data.wrist_key} if policy.config.mar.wrist else {})
 
 
-def _copies(config, data: source.DataOptions) -> latents.Copies:
-    augment = config.pretrain.augment
+def _copies(options: Options, data: source.DataOptions) -> latents.Copies:
+    augment = options.settings.augment
     change = CropAndBlur(augment.crop, augment.blur)
-    return latents.Copies(bool(data.mirror), augment.views, change, config.seed)
+    return latents.Copies(bool(data.mirror), augment.views, change, options.seed)
 
 
 def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
@@ -205,21 +244,23 @@ def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
     return reader
 
 
-def _start(context: Context, open_data: OpenData, dtype) -> tuple[Policy, source.WindowReader]:
+def _start(
+    open_data: OpenData, options: Options, metrics: MetricsWriter
+) -> tuple[Policy, source.WindowReader]:
     """The policy that training begins with, but for its VAE; the reader of its data."""
-    config, settings = context.config, context.config.pretrain
+    settings = options.settings
     model = section(settings.model, ModelOptions)
     reader = _opened(open_data, surgery.abstract_policy(model_config(model, _ANY_ACTION_DIM)))
     buffer, data = reader.buffer, reader.options
     action_dim, *widths = (buffer.shape(k)[-1] for k in (data.action_key, *model.states))
     widths = dict(zip(model.states, widths, strict=True))
     wanted = model_config(model, action_dim, widths, spaced=settings.different_history_freq)
-    policy = Policy(wanted, dtype=dtype, rngs=nnx.Rngs(config.seed))
+    policy = Policy(wanted, dtype=options.dtype, rngs=nnx.Rngs(options.seed))
     policy = fit_normalizer(policy, buffer, data)
-    for path in starts(config).values():
+    for path in starts(settings).values():
         arrays, said = start_from(surgery.flatten(policy), Path(path).expanduser(), "mar")
         policy = surgery.replace(policy, arrays)
-        context.metrics.say(said)
+        metrics.say(said)
     return policy, reader
 
 
@@ -229,8 +270,8 @@ def _check_starts(settings) -> None:
         if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
             raise UserError(
                 "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
-                "policy as config.pretrain.mar, no other one as joint.vae, "
-                "pretrain.vae_training.steps=0 and joint.vae_training.decoder_steps"
+                "policy as config.pretrain.mar, no other one as pretrain.vae, "
+                "pretrain.vae_training.steps=0 and pretrain.vae_training.decoder_steps"
             )
         return
     missing = [kind for kind in ("mar", "vae") if not settings[kind]]
@@ -257,16 +298,22 @@ def _state_scale(settings, buffer: ReplayBuffer) -> StateScale | None:
     return StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
 
 
-def _train_vae(context: Context, policy: Policy, reader: source.WindowReader, mesh, dtype) -> VAE:
+def _train_vae(
+    policy: Policy,
+    reader: source.WindowReader,
+    options: Options,
+    folder: Path,
+    metrics: MetricsWriter,
+) -> VAE:
     """The policy's VAE, trained on frames of the training episodes."""
-    config, settings = context.config, context.config.pretrain
+    settings, seed = options.settings, options.seed
     buffer, data = reader.buffer, reader.options
-    options = section(settings.vae_training, vae.VAEOptions)
+    how = section(settings.vae_training, vae.VAEOptions)
     train, _ = source.split(buffer, data)
     owner = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
-    rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(train[owner]))
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(train[owner]))
     cameras = tuple(_cameras(policy, data).values())
-    rows = np.sort(rows[: options.frames // len(cameras)])
+    rows = np.sort(rows[: how.frames // len(cameras)])
     frames = np.concatenate([resized_frames(policy, buffer, key, rows) for key in cameras])
     scale = _state_scale(settings, buffer)
     states = np.tile(buffer.read(settings.readout)[rows], (len(cameras), 1)) if scale else None
@@ -280,12 +327,12 @@ def _train_vae(context: Context, policy: Policy, reader: source.WindowReader, me
         frames,
         states,
         prepare=prepare,
-        options=options,
-        mesh=mesh,
-        seed=config.seed,
-        folder=context.folder / "states",
-        metrics=context.metrics,
-        dtype=dtype,
+        options=how,
+        mesh=options.mesh,
+        seed=seed,
+        folder=folder / "states",
+        metrics=metrics,
+        dtype=options.dtype,
     )
 
 

@@ -210,6 +210,17 @@ def on_mesh(arrays: Mapping[str, jax.Array], shardings: Mapping[str, NamedShardi
     return {name: x if _is_global(x) else put(x, shardings[name]) for name, x in arrays.items()}
 
 
+def shapes_on_mesh(tree, shardings):
+    """`tree`'s shapes, as of arrays that lie as `shardings` says: one for all, or a tree."""
+
+    def place(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: place(x, shardings), tree)
+    return jax.tree.map(place, tree, shardings)
+
+
 def _is_global(x) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 

@@ -148,6 +148,32 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
     return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
 
 
+def lower_step(
+    loss: Loss, params: Flat, frozen: Flat, batch: Mapping, *, options: LoopOptions, mesh: Mesh
+) -> jax.stages.Lowered:
+    """One step as `run_loop` compiles it, from shapes alone.
+
+    Args:
+      loss, options, mesh: as for `run_loop`.
+      params, frozen: shapes with their shardings (`parallel.shapes_on_mesh`).
+      batch: shapes of a whole batch, samples first.
+    """
+    moments = jax.eval_shape(options.make_optimizer().init, params)
+    moments = parallel.shapes_on_mesh(moments, parallel.shardings_for(moments, mesh))
+    state = LoopState(params, params, moments)
+    steps = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
+    whole = parallel.replicated(mesh)
+    first = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    key = parallel.shapes_on_mesh(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    return make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state)).lower(
+        state,
+        frozen,
+        parallel.shapes_on_mesh(steps, parallel.batch_sharding(mesh, axis=1)),
+        first,
+        key,
+    )
+
+
 def start_state(
     params: Flat, options: LoopOptions, mesh: Mesh, before: LoopState | None = None
 ) -> LoopState:

@@ -1,0 +1,116 @@
+"""Stage 2 from end to end: the assembled graft and data in, the fine-tuned policy out.
+
+The training itself is in `finetune.py`; here batches are found for it. They come from the capture's
+tokens, from tokens of other windows that are captured first, or from the windows themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from uva_jax.data import source
+from uva_jax.graft import finetune, record
+from uva_jax.graft.capture import CaptureOptions
+from uva_jax.models.policy import Policy
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.site import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What Stage 2 reads. What is a function is opened only where the options need it.
+
+    Attributes:
+      policy: the assembled graft, with arrays.
+      teacher: () -> the policy that it was made from.
+      reader: () -> the reader of the policy's windows.
+      cache: the capture's cache of training windows, or None where there is none.
+      origin: the teacher's hash, kept with tokens that are captured here.
+    """
+
+    policy: Policy
+    teacher: Callable[[], Policy]
+    reader: Callable[[], source.WindowReader]
+    cache: Path | None
+    origin: str
+
+
+def fine_tune(
+    inputs: Inputs,
+    options: finetune.FinetuneOptions,
+    folder: Path,
+    metrics: MetricsWriter,
+    *,
+    capture: CaptureOptions,
+    mesh: Mesh,
+    seed: int,
+    is_primary: bool = True,
+    barrier: Callable[[str], None] = lambda name: None,
+) -> tuple[Policy, dict]:
+    """Trains the graft; every process calls it.
+
+    Args:
+      inputs: see `Inputs`.
+      options: of the training.
+      folder: holds resumable states and captured tokens.
+      metrics: a MetricsWriter.
+      capture: how tokens are captured.
+      mesh: (data, fsdp, tensor).
+      seed: of windows, order and draws.
+      is_primary, barrier: see `Site`.
+
+    Returns:
+      the policy with averaged parameters, and figures for the stage's record.
+
+    Raises:
+      UserError: cached tokens are asked for, but the trunk trains; or there are too few windows.
+    """
+    teacher = inputs.teacher() if options.teacher_weight else None
+    trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
+    if options.reuse_cache:
+        tokens = finetune.cached_tokens(inputs.cache)
+        batches = finetune.token_batches(tokens, options, seed)
+    else:
+        reader = inputs.reader()
+        strips = _windows(reader, options, metrics, capture.strip if trainer.tokens else 1, seed)
+        if trainer.tokens:
+            cache = record.capture_cache(
+                Site(folder / "tokens", metrics, is_primary, barrier),
+                inputs.teacher(),
+                strips,
+                reader,
+                dataclasses.replace(capture, num_samples=strips.current.size, blocks=False),
+                seed=seed + 2,
+                origin=inputs.origin,
+            )
+            batches = finetune.token_batches(finetune.cached_tokens(cache.folder), options, seed)
+        else:
+            batches = finetune.image_batches(reader, strips, options, seed)
+    count = sum(trainer.arrays[k].size for k in trainer.phases[0].trainable)
+    metrics.say(
+        f"{count / 1e6:.2f} M of {sum(x.size for x in trainer.arrays.values()) / 1e6:.2f} M "
+        f"parameters train, on {'cached tokens' if trainer.tokens else 'frames'}"
+    )
+    tuned = trainer.run(batches, folder=folder, metrics=metrics)
+    return tuned, {"trainable_parameters": count, "steps": options.steps}
+
+
+def _windows(reader, options, metrics, strip: int, seed: int) -> source.Strips:
+    """All windows of the episodes that `data_fraction` picks, in strips."""
+    mask = finetune.chosen_episodes(reader.buffer, reader.options, options, seed)
+    strips = source.plan_strips(
+        reader.buffer.episode_ends,
+        mask,
+        strip=strip,
+        stride=reader.stride,
+        options=reader.options,
+        seed=seed,
+    )
+    metrics.say(
+        f"{int(mask.sum())} of {reader.buffer.n_episodes} episodes, {strips.current.size} windows"
+    )
+    return strips
