@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.startup import quiet_libraries
 
 # Modules are imported by the command that needs them; only `verify CKPT` needs torch.
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(argv)
+    quiet_libraries()
     return exit_status(lambda: args.run(args))
 
 

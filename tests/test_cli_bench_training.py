@@ -9,16 +9,15 @@ from uva_jax.cli.bench_training import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 torch = pytest.importorskip("torch")
+training_step = pytest.importorskip("convert.torch.training_step")
 
 
 @pytest.mark.parametrize("source", ["frames", "latents"])
 def test_a_torch_step_moves_the_policy(source):
     config = bench_training.architecture("tiny")
-    step = bench_training._torch_step(config, Row("torch", source, "float32"), 2)
+    batch = bench_training._batch(config, Row("torch", source, "float32"), 2)
+    step, policy = training_step.make_step(config, batch, "float32")
     step()
-    moved = [cell for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)]
-    assert moved
-    policy = next(c.cell_contents for c in moved if hasattr(c.cell_contents, "vae_model"))
     before = {n: p.detach().clone() for n, p in policy.named_parameters()}
     step()
     changed = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}

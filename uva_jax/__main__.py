@@ -9,6 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from uva_jax.runtime.startup import quiet_libraries
+
 # command -> (module with `main(argv)`, what it does). A module is imported when it is called.
 COMMANDS = {
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    quiet_libraries()
     module = importlib.import_module(COMMANDS[name][0])
     # Commands that share a module find their own name before their arguments.
     shared = [other for other, (path, _) in COMMANDS.items() if path == COMMANDS[name][0]]

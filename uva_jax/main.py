@@ -6,7 +6,6 @@ the place of `--config`, the checkpoint says which configuration is its own.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.startup import quiet_libraries
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
 _CHECKPOINT = flags.DEFINE_string(
@@ -77,7 +77,7 @@ def _main(argv: list[str]) -> int:
 
 def main() -> int:
     """Entry point: bad input is one sentence on stderr and exit status 2."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_libraries()
     return exit_status(lambda: app.run(_main, flags_parser=_parse))
 
 

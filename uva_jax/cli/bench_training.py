@@ -129,54 +129,10 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
 
 def _torch_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
     """The same in torch."""
-    import torch
-    from einops import rearrange
-    from torch.nn import functional
+    from convert.torch.training_step import make_step
 
-    from convert.torch import diffusion
-    from convert.torch.reference import Policy
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    policy = Policy(config).to(device)
-    for parameter in policy.parameters():  # the tables start at zero: any values do for timing
-        torch.nn.init.normal_(parameter, std=0.02)
-    head = policy.model.diffactloss
-    trained = [p for n, p in policy.model.named_parameters() if not n.startswith("diffloss")]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
-    batch = {k: torch.from_numpy(v).to(device) for k, v in _batch(config, row, size).items()}
-    schedule, n = diffusion.Schedule(1000), config.mar.n_frames
-    kind = torch.bfloat16 if row.precision == "bfloat16" else torch.float32
-
-    def moments():
-        if row.source == "latents":
-            return (rearrange(batch[k], "b t h w c -> (b t) c h w") for k in ("mean", "logvar"))
-        frames = rearrange(batch["image"], "b t h w c -> (b t) c h w").float() / 127.5 - 1
-        frames = functional.interpolate(frames, (config.image_size,) * 2, mode="bilinear")
-        return policy.vae_model.encode(frames)
-
-    def step():
-        with torch.autocast(device, kind, enabled=kind is not torch.float32):
-            with torch.no_grad():
-                mean, logvar = moments()
-                sampled = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-                sampled = sampled * config.vae.scale_factor
-            tokens = rearrange(sampled, "(b t) c h w -> b t (h w) c", b=size)
-            mask = torch.ones(tokens[:, n:, :, 0].shape, device=device)
-            found = policy.model.stages("policy_model", tokens[:, n:], mask, tokens[:, :n], {})
-            condition, target = head.rows(found["decoder_out"]), batch["action"]
-            t = torch.randint(0, 1000, target.shape[:2], device=device)
-            noise = torch.randn_like(target)
-            x_t = schedule.diffuse(target, t, noise)
-            output = head.net.stages(x_t, t, condition)["out"].float()
-            loss = diffusion.training_losses(schedule, output, target, x_t, t, noise)
-        optimizer.zero_grad()
-        loss["loss"].mean().backward()
-        optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
+    dtype = "float32" if row.precision == "mixed" else row.precision
+    return make_step(config, _batch(config, row, size), dtype).run
 
 
 def measure(row: Row, size: str, batch: int) -> float:

@@ -31,19 +31,13 @@ from uva_jax.models.architectures import ARCHITECTURES
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import settings as settings
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.startup import do_without_tpu
 
 TOPOLOGIES = (
     "v4:2x2x1 v4:2x2x4 v5e:2x4 v5e:4x4 v5e:16x16 v5p:2x2x1 v5p:4x4x4 v6e:2x4 v6e:4x4"
 ).split()
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip
 GIB = 2**30
-# libtpu asks for these, and says so at length, on machines without a TPU.
-_QUIET = {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
 
 
 class Slice(NamedTuple):
@@ -312,9 +306,8 @@ def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: bad input is one sentence on stderr and exit status 2."""
     # No chip is used, even where there is one, and another process may be using it.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    do_without_tpu()
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(

@@ -263,7 +263,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: bad input is one sentence on stderr and exit status 2."""
     from absl import logging
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     args = _parser().parse_args(argv)
     return exit_status(lambda: args.function(args))
