@@ -99,7 +99,7 @@ def test_a_changed_setting_makes_out_of_date_what_depends_on_it(
     from uva_jax.pipeline.engine import _Engine
     from uva_jax.pipeline.stages import stages
     from uva_jax.runtime.settings import check
-    from uva_jax.storage.identity import read_json
+    from uva_jax.storage.atomic import read_json
 
     config = check(make_config(**change))
     table = {stage.name: stage for stage in stages(config)}

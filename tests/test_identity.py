@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from uva_jax.storage.identity import external_hash, read_json, write_json
+from uva_jax.storage.atomic import read_json, write_json
+from uva_jax.storage.identity import external_hash
 
 
 def test_external_hash_reads_an_unchanged_file_once(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 from uva_jax.eval import report
 from uva_jax.eval.report import ReportData, curve_series, stage_rows, write_report
 from uva_jax.eval.video import psnr, ssim, tile, write_mp4
-from uva_jax.pipeline.engine import write_json
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.atomic import write_json
 
 VOID = {"meta", "img", "source"}
 

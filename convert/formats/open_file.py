@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.atomic import new_file
 
 ALIGNMENT = 64  # where jax takes an array over without a copy
 CHUNK = 8 << 20
@@ -128,16 +129,12 @@ def written_whole(path: str | os.PathLike, total: int) -> Iterator[BinaryIO]:
     Raises UserError if the folder is missing, may not be written, or is full.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         free = shutil.disk_usage(path.parent).free
         if free < total:
             raise OSError(errno.ENOSPC, f"{free >> 20} MiB are free")
-        with open(unfinished, "wb") as file:
+        with new_file(path) as unfinished, open(unfinished, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else "the file cannot be written"
@@ -145,6 +142,3 @@ def written_whole(path: str | os.PathLike, total: int) -> Iterator[BinaryIO]:
             f"{path} was not written: {reason} ({error.strerror}), and {max(total >> 20, 1)} MiB "
             "are needed; make room or choose another folder."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()

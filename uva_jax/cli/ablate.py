@@ -38,7 +38,7 @@ from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.guards import locked
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
 from uva_jax.runtime.settings import section
-from uva_jax.storage.identity import read_json, write_json
+from uva_jax.storage.atomic import read_json, write_json
 from uva_jax.storage.site import Site
 
 _TIMED = 256  # frames whose encoding is timed

@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
     """Samples, prints, writes."""
     from uva_jax.eval import film, predict
     from uva_jax.models.losses import VIDEO_MODES
-    from uva_jax.storage.identity import write_json
+    from uva_jax.storage.atomic import write_json
 
     if (args.dataset is None) == (args.obs is None):
         raise UserError(

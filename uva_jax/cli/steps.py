@@ -166,7 +166,7 @@ def _operators(folder: Path, families: Sequence[str]) -> dict[str, str]:
 
 def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
     """The head that operators were distilled for, as settings; loading tells if they disagree."""
-    from uva_jax.storage.identity import read_json
+    from uva_jax.storage.atomic import read_json
 
     about = read_json(Path(next(iter(found.values()))) / "operator.json")
     names = (

@@ -7,7 +7,6 @@ and resumes where it was interrupted.
 
 import hashlib
 import os
-import shutil
 import warnings
 from importlib import metadata, resources
 from multiprocessing.connection import wait
@@ -21,6 +20,7 @@ from uva_jax.data.replay_writer import ReplayBufferWriter, own_attributes
 from uva_jax.envs.pusht import IMAGE_SIZE, PushT
 from uva_jax.envs.workers import WorkerProcess, usable_cores
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.atomic import remove_folder
 
 _ARRAYS = {
     "img": ((IMAGE_SIZE, IMAGE_SIZE, 3), "uint8"),
@@ -81,10 +81,7 @@ def render_demos(
     about = _about(demos)
     found = own_attributes(path)
     if found is not None and "demos" in found and any(found.get(k) != about[k] for k in about):
-        stale = path.with_name(path.name + ".stale")
-        shutil.rmtree(stale, ignore_errors=True)
-        os.rename(path, stale)  # at once, so that a killed run leaves no half-deleted buffer
-        shutil.rmtree(stale)
+        remove_folder(path)
     writer = ReplayBufferWriter.create(path, _ARRAYS, demos.episode_ends, attributes=about)
     if writer.complete:
         return ReplayBuffer.open(path)

@@ -25,6 +25,7 @@ from uva_jax.data.replay_buffer import (
     to_uint8,
 )
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.atomic import is_leftover, write_bytes
 
 FRAME_CHUNK = 32  # steps a chunk of images: a 32-step window touches two
 UNIT_STEPS = 1024  # steps that are written, and resumed, together
@@ -91,7 +92,7 @@ class ReplayBufferWriter:
             about["tasks"] = [list(tasks), episode_task.tolist()]
         found = own_attributes(path)
         path.mkdir(parents=True, exist_ok=True)
-        if found is None and any(p.suffix != ".tmp" for p in path.iterdir()):
+        if found is None and not all(map(is_leftover, path.iterdir())):
             raise UserError(
                 f"{path} exists and was not written by uva_jax: choose another path or delete it"
             )
@@ -105,12 +106,12 @@ class ReplayBufferWriter:
             (path / group).mkdir(exist_ok=True)
             for name, content in ((".zattrs", b"{}"), (".zgroup", b'{"zarr_format": 2}')):
                 if not (path / group / name).exists():
-                    write_atomically(path / group / name, content)
+                    write_bytes(path / group / name, content)
         if tasks:
             numbers = _create_array(path, "meta/episode_task", episode_task.shape, np.int64)
             numbers[...].write(episode_task).result()
             named = json.dumps({"tasks": list(tasks)}, indent=2)
-            write_atomically(path / "meta" / ".zattrs", named.encode())
+            write_bytes(path / "meta" / ".zattrs", named.encode())
         return cls(path, arrays, episode_ends)
 
     @property
@@ -219,18 +220,9 @@ def own_attributes(path: Path) -> dict | None:
     return read_json(path / ".zattrs").get(OWN_ATTRIBUTES)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _mark(path: Path, about: Mapping, *, complete: bool) -> None:
     block = {OWN_ATTRIBUTES: {**about, "complete": complete}}
-    write_atomically(path / ".zattrs", json.dumps(block, indent=2).encode())
+    write_bytes(path / ".zattrs", json.dumps(block, indent=2).encode())
 
 
 def _create_array(path: Path, name: str, shape: tuple, dtype) -> ts.TensorStore:

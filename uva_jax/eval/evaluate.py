@@ -21,7 +21,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.storage.identity import read_json, write_json
+from uva_jax.storage.atomic import read_json, write_json
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
 

@@ -10,6 +10,7 @@ import numpy as np
 from uva_jax.eval import video
 from uva_jax.eval.predict import Prediction
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.atomic import new_file
 
 SUFFIXES = (".mp4", ".gif", ".png", ".npz")
 _TILE = 192  # frames are enlarged to about this many pixels
@@ -58,7 +59,7 @@ def write(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -
             }
             if predictions[0].action is not None:
                 found["action"] = np.stack([p.action for p in predictions])
-            with video.atomic_path(path) as temporary, open(temporary, "wb") as file:
+            with new_file(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **found)
         elif suffix == ".png":  # time goes to the right, so windows go below each other
             parts = [film([p], [name]) for p, name in zip(predictions, names, strict=True)]

@@ -11,7 +11,7 @@ from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import read_metrics
 from uva_jax.runtime.settings import leaves, section
-from uva_jax.storage.identity import read_json
+from uva_jax.storage.atomic import read_json
 
 _SHOWN = (
     "teacher.checkpoint data.path capture.num_samples distill.epochs distill.lr head.memory "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -19,6 +18,7 @@ from typing import Any
 from uva_jax.eval.plots import Plot, curves_plot, paired_plot
 from uva_jax.eval.report_style import STYLE
 from uva_jax.runtime.metrics import read_metrics
+from uva_jax.storage.atomic import read_json, write_bytes
 
 MAX_VIDEO_BYTES = 20 * 2**20  # all videos of one page together
 
@@ -61,8 +61,7 @@ def stage_rows(folders: Mapping[str, str | os.PathLike]) -> list[dict[str, Any]]
     """Returns the rows of the stage table from the done.json of each stage's folder."""
     rows = []
     for name, folder in folders.items():
-        path = Path(folder) / "done.json"
-        done = json.loads(path.read_text()) if path.exists() else {}
+        done = read_json(Path(folder) / "done.json") or {}
         note = "resumed; time of the last run" if done.get("resumed") else ""
         row = {"name": name, "done": bool(done), "seconds": done.get("seconds"), "note": note}
         rows.append(row)
@@ -109,18 +108,8 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    write_bytes(path, page.encode())
+    return Path(path)
 
 
 def _headline(data: ReportData) -> str:

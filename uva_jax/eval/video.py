@@ -6,16 +6,16 @@ Frames are uint8 RGB arrays (t, h, w, 3) throughout.
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
+
+from uva_jax.storage.atomic import new_file
 
 _PAPER = 255  # the value of gaps and of label strips
 _INK = (40, 40, 40)
@@ -32,7 +32,7 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
     frames = _checked(frames)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with new_file(path) as temporary, warnings.catch_warnings():
         # jax warns of any fork; this one is followed by exec at once, so it cannot deadlock.
         warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
         with imageio.get_writer(
@@ -58,7 +58,7 @@ def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
       ValueError: no frames, or not uint8 RGB.
     """
     first, *rest = (Image.fromarray(frame) for frame in _checked(frames))
-    with atomic_path(path) as temporary:
+    with new_file(path) as temporary:
         duration = round(1000 / fps)
         first.save(temporary, save_all=True, append_images=rest, duration=duration, loop=0)
     return Path(path)
@@ -71,24 +71,9 @@ def write_strip(path: str | os.PathLike, frames: np.ndarray, gap: int = 8) -> Pa
       ValueError: no frames, or not uint8 RGB.
     """
     padded = np.pad(_checked(frames), ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=_PAPER)
-    with atomic_path(path) as temporary:
+    with new_file(path) as temporary:
         Image.fromarray(rearrange(padded, "t h w c -> h (t w) c")[:, :-gap]).save(temporary)
     return Path(path)
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` once the block has ended well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tile(

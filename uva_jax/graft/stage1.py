@@ -11,7 +11,7 @@ from uva_jax.graft import assemble, distill, judge
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.storage.identity import write_json
+from uva_jax.storage.atomic import write_json
 from uva_jax.storage.sample_store import SampleStore
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
-from uva_jax.storage import policy_arrays
+from uva_jax.storage import atomic, policy_arrays
 from uva_jax.storage.lazy_array import LazyArray
 
 FORMAT = 1
@@ -101,44 +100,22 @@ def _appearing(folder: str | os.PathLike) -> Iterator[Path]:
         raise UserError(
             f"{folder} holds files that are not a policy (it has no {_JSON}); give another folder."
         )
-    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    chief = jax.process_index() == 0
-    with contextlib.ExitStack() as undo:
-        if chief:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-            undo.callback(shutil.rmtree, partial, ignore_errors=True)
-        _wait("policy folder opened")
+    with atomic.new_folder(folder, is_primary=jax.process_index() == 0, barrier=_wait) as partial:
         yield partial
-        _wait("policy folder written")
-        if chief:
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        undo.pop_all()
-    _wait("policy folder named")
 
 
 def _write_description(
     folder: Path, config: PolicyConfig, source: Mapping, records: bytes | None
 ) -> None:
-    _write(folder / _JSON, (json.dumps(describe(config, source), indent=1) + "\n").encode())
+    text = json.dumps(describe(config, source), indent=1) + "\n"
+    atomic.write_bytes(folder / _JSON, text.encode())
     if records is not None:
-        _write(folder / _RECORDS, records)
+        atomic.write_bytes(folder / _RECORDS, records)
 
 
 def _wait(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def describe(config: PolicyConfig, source: Mapping) -> dict:

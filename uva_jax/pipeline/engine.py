@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,9 +23,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import full_disk_is_told, locked, stops_are_told
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.storage.identity import Identity, external_hash, read_json, shaping_values, write_json
-
-__all__ = ["Context", "Stage", "external_hash", "run_pipeline", "write_json"]
+from uva_jax.storage.atomic import new_folder, read_json, write_json
+from uva_jax.storage.identity import Identity, external_hash, shaping_values
 
 
 @dataclass(frozen=True)
@@ -252,9 +250,6 @@ class _Engine:
         """Leaves a folder that holds nothing but started.json; never a half-removed old one."""
         # a stage's folder may be a link to another disk: the link stays, its target is replaced
         folder, identity = self.folder(name).resolve(), self.identify(name)
-        old, new = (folder.parent / f".{folder.name}.{kind}" for kind in ("old", "new"))
-        for leftover in (old, new):  # of a run killed in here; the lock says nobody uses them
-            shutil.rmtree(leftover, ignore_errors=True)
         if done or started:
             state = "finished" if done else "cut off"
             changes = identity.changes(done or started)
@@ -267,12 +262,8 @@ class _Engine:
                     f"{folder} is where stage {name!r} writes, but it holds files that no stage "
                     "wrote: move them away, or choose another --workdir"
                 )
-        new.mkdir(parents=True)
-        write_json(new / "started.json", {"stage": name, **identity.record()})
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder) as new:  # the lock says that nobody else is at work on it
+            write_json(new / "started.json", {"stage": name, **identity.record()})
 
 
 def _check_table(stages: Sequence[Stage]) -> dict[str, Stage]:

@@ -1,21 +1,18 @@
-"""What a stage's result depends on: the configuration it reads and the content of its inputs.
-
-Also the small JSON records in which that is kept, written atomically.
-"""
+"""What a stage's result depends on: the configuration it reads and the content of its inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from uva_jax.storage.atomic import plain, read_json, write_json
 
 _REST_SECONDS = 2.0  # a file changed this recently may change again within one tick of its mtime
 _SHOWN_CHANGES = 8
@@ -85,7 +82,7 @@ def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, 
             for key in value:
                 collect(f"{name}.{key}", value[key])
         else:
-            leaves[name] = _plain(value)
+            leaves[name] = plain(value)
 
     for dotted in keys:
         value: Any = config
@@ -123,46 +120,6 @@ def _file_hash(path: Path, cache: dict[str, str]) -> str:
     if time.time() - stat.st_mtime > _REST_SECONDS:
         cache[key] = digest
     return digest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically: the file holds the old text or the new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(_plain(value), file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON object; None where there is no such file or it holds something else."""
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _plain(value: Any) -> Any:
-    """Returns what JSON can hold: arrays as lists, paths as text, non-finite numbers as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be stored as JSON")
 
 
 def _hash_json(value: Any) -> str:

@@ -27,7 +27,8 @@ import numpy as np
 import tensorstore as ts
 
 from uva_jax.runtime.errors import UserError
-from uva_jax.storage.identity import Identity, read_json, shaping_values, write_json
+from uva_jax.storage.atomic import is_leftover, read_json, write_json
+from uva_jax.storage.identity import Identity, shaping_values
 
 INDEX = "index.json"
 _FORMAT = "uva_jax activation cache 1"
@@ -96,7 +97,7 @@ class SampleStore:
         about = _describe(arrays, num_samples, chunk, meta)
         index = read_json(folder / INDEX)
         if index is None or index.get("format") != _FORMAT:
-            if folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):
+            if folder.exists() and not all(map(is_leftover, folder.iterdir())):
                 raise UserError(f"{folder} holds files that are no cache: choose another folder")
             index = None
         elif changes := _changes(index, about):
