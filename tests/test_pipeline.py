@@ -239,7 +239,7 @@ def test_a_stage_folder_that_is_a_link_keeps_its_target_in_use(tmp_path):
     assert (big_disk / "done.json").exists()
 
 
-def run_script(workdir, body, **popen):
+def run_script(workdir, body, more="", **popen):
     """Starts a process that runs the pipeline with a capture stage made of `body`."""
     body = textwrap.indent(textwrap.dedent(body).strip(), " " * 4)
     script = (
@@ -248,6 +248,7 @@ def run_script(workdir, body, **popen):
         "from uva_jax.pipeline.engine import Stage, run_pipeline\n"
         f"def run(context):\n{body}\n    return {{'ok': 1}}\n"
         "stages = [Stage('capture', run, (), ('n',), 'activations')]\n"
+        f"{more}"
         f"run_pipeline(stages, ConfigDict({{'n': 1}}), {str(workdir)!r})\n"
     )
     return subprocess.Popen(
@@ -291,21 +292,35 @@ def test_a_stop_signal_leaves_cleanly_and_says_how_to_go_on(tmp_path, name, stat
     assert err == ""
 
 
-def test_a_stop_signal_in_a_finalizer_that_swallows_it_stops_all_the_same(tmp_path):
-    body = """
+@pytest.mark.parametrize(
+    "safe_point",
+    [
+        "context.metrics.log(1, loss=1.0)",
+        "context.metrics.say('going on')",
+        "bar.update()",
+        "return {}",  # before the next stage
+    ],
+)
+def test_a_stop_signal_that_a_finalizer_swallows_counts_at_the_next_safe_point(
+    tmp_path, safe_point
+):
+    body = f"""
     class Swallows:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
             for _ in range(1000):
                 pass
-    Swallows()
-    print("still here", flush=True)
-    time.sleep(30)
+    with context.metrics.progress(9) as bar:
+        Swallows()
+        print("still here", flush=True)
+        {safe_point}
+        time.sleep(30)
     """
-    process = run_script(tmp_path, body, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 143 and err == ""
-    assert out.splitlines()[-2] == "still here"
+    more = "stages.append(Stage('distill', run, (), ('n',), 'operators'))\n"
+    process = run_script(tmp_path, body, more=more, stderr=subprocess.DEVNULL)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert out.count("still here") == 1
     assert out.splitlines()[-1].startswith("stopped by SIGTERM: the same command")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.guards import full_disk_is_told, locked, stops_are_told
+from uva_jax.runtime.guards import end_if_stopped, full_disk_is_told, locked, stops_are_told
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.atomic import new_folder, read_json, write_json
 from uva_jax.storage.identity import Identity, external_hash, shaping_values
@@ -197,6 +197,7 @@ class _Engine:
 
     def run(self, name: str) -> dict[str, Any]:
         """Runs one stage, from the look at its folder to done.json, and returns its metrics."""
+        end_if_stopped()
         stage, identity, folder = self.table[name], self.identify(name), self.folder(name)
         # every process looks before the primary changes anything, so that all decide alike
         done, started = read_json(folder / "done.json"), read_json(folder / "started.json")

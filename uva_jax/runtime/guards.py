@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,12 +104,15 @@ def _free_text(workdir: Path) -> str:
     return f"{shutil.disk_usage(workdir).free / 2**20:.0f} MB" if workdir.exists() else "nothing"
 
 
+_stops: list[int] = []  # the signal that has asked this process to stop, if any
+
+
 @contextmanager
 def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
     """Turns SIGTERM and SIGINT into SystemExit, with a line that says how to go on.
 
-    A signal may arrive inside a callback of the garbage collector or a finalizer, where Python
-    drops exceptions; it is then raised again a moment later.
+    A signal may arrive inside a finalizer or a callback of the garbage collector, where Python
+    drops exceptions; `end_if_stopped` raises it again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -118,38 +120,30 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # what nohup or a shell's background job ignores stays ignored
     signals = [n for n, handler in before.items() if handler not in (None, signal.SIG_IGN)]
-    stopped: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         for each in signals:  # a second signal ends the process at once
             signal.signal(each, signal.SIG_DFL)
-        stopped.append(number)
+        _stops.append(number)
         raise SystemExit(128 + number)
 
-    def raise_again(number: int, frame: Any) -> None:
-        raise SystemExit(128 + stopped[0])
-
-    def dropped(what: Any) -> None:
-        if not stopped or not isinstance(what.exc_value, SystemExit):
-            hook_before(what)
-            return
-        signal.signal(signal.SIGALRM, raise_again)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-
-    hook_before, sys.unraisablehook = sys.unraisablehook, dropped
-    alarm_before = signal.getsignal(signal.SIGALRM)
     for number in signals:
         signal.signal(number, stop)
     try:
         yield
     except SystemExit:
-        if stopped:
-            name = signal.Signals(stopped[0]).name
+        if _stops:
+            name = signal.Signals(_stops[0]).name
             say(f"stopped by {name}: the same command goes on where this one ended")
         raise
     finally:
-        sys.unraisablehook = hook_before
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm_before)
+        _stops.clear()
         for number in signals:
             signal.signal(number, before[number])
+
+
+def end_if_stopped() -> None:
+    """Raises SystemExit if a signal has asked for it before. Called wherever work can be ended:
+    at every line that is logged, every step of a progress bar, and between stages."""
+    if _stops and threading.current_thread() is threading.main_thread():
+        raise SystemExit(128 + _stops[0])

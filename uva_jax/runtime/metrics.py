@@ -22,6 +22,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.guards import end_if_stopped
 from uva_jax.runtime.tfevents import EventFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -89,6 +90,7 @@ class MetricsWriter:
         taken = _RESERVED & scalars.keys()
         if taken:
             raise ValueError(f"a scalar cannot be called {sorted(taken)}: metrics.jsonl uses it")
+        end_if_stopped()
         values = {name: float(value) for name, value in scalars.items()}
         self._latest.update(values)
         if not self._enabled:
@@ -103,6 +105,7 @@ class MetricsWriter:
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar when there is one."""
+        end_if_stopped()
         if not self._enabled:
             return
         line = f"{self.stage}: {text}"
@@ -226,7 +229,7 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
 
 class _Silent:
     def update(self, n: int = 1, **scalars: Any) -> None:
-        pass
+        end_if_stopped()
 
 
 class _Bar:
@@ -234,6 +237,7 @@ class _Bar:
         self._bar, self._latest = bar, latest
 
     def update(self, n: int = 1, **scalars: Any) -> None:
+        end_if_stopped()
         self._latest.update({k: float(v) for k, v in scalars.items()})
         self._bar.set_postfix_str(_scalars_text(self._latest), refresh=False)
         self._bar.update(n)
@@ -251,6 +255,7 @@ class _Lines:
         self._line_count = initial
 
     def update(self, n: int = 1, **scalars: Any) -> None:
+        end_if_stopped()
         self._latest.update({k: float(v) for k, v in scalars.items()})
         self._count += n
         now = time.monotonic()
