@@ -68,6 +68,7 @@ def on_eight():
         *FRAMES,
         "--topology=cpu:8",
         "--only=capture,finetune",
+        "--jobs=2",
         "--config.capture.strip=1",
         "--config.capture.batch=1",
         "--config.finetune.batch=8",

@@ -14,7 +14,7 @@ from convert.describe import as_text, config_file, describe
 from convert.formats import torch_file
 from convert.from_torch import state_tensors
 from convert.to_torch import export_policy
-from uva_jax.data import source
+from uva_jax.data import batch_shapes, source
 from uva_jax.data.readers import open_reader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
@@ -93,6 +93,24 @@ def test_captured_tokens_are_those_of_the_policy_on_each_window(name, settings):
     np.testing.assert_allclose(found["z"], z, atol=2e-4)
     assert found["actions"].shape == (4, 16, 10)
     np.testing.assert_allclose(found["condition"], policy.action_head.condition(z), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_plan_knows_the_shapes_of_what_a_reader_gives(name, settings):
+    reader = reader_of(make_policy(VARIANTS[name]), settings())
+    strips, states = strips_of([[3, 7], [20, 24]]), VARIANTS[name].proprio_keys
+
+    def facts(batch):
+        # Of a state's width a plan knows only the sum over all states.
+        return {k: (v.shape[: -1 if k in states else None], v.dtype) for k, v in batch.items()}
+
+    found = reader.read(strips, np.arange(2))
+    size = found["image"].shape[2:4]
+    planned = batch_shapes.strip_shapes(VARIANTS[name], 2, 2, size)
+    assert facts(planned) == facts(found)
+    assert sum(planned[k].shape[-1] for k in states) == sum(found[k].shape[-1] for k in states)
+    single = source.single_windows(reader.read(strips_of([[3], [7]]), np.arange(2)))
+    assert facts(batch_shapes.single_shapes(VARIANTS[name], 2, size)) == facts(single)
 
 
 def test_every_input_changes_the_tokens(settings):

@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from uva_jax.cli import programs
+from uva_jax.envs.workers import usable_cores
 from uva_jax.models.architectures import ARCHITECTURES
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import settings as settings
@@ -267,7 +269,41 @@ def hints(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> l
 # ---- the command ----
 
 
-def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
+class Row(NamedTuple):
+    """A program of `PROGRAMS`, its cost, and the seconds that it took to find out."""
+
+    key: str
+    program: programs.Program
+    cost: Cost
+    seconds: float
+
+
+def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
+    """Compiles programs, each as soon as it is done.
+
+    Args:
+      keys: of `PROGRAMS`.
+      jobs: how many at a time. The compiler uses about two cores for each.
+      facts: what the functions of `PROGRAMS` take.
+    """
+
+    def compile_one(key: str) -> Row:
+        start = time.monotonic()
+        program = PROGRAMS[key](*facts)
+        cost = with_loop(measure(program.lowered), program.loop)
+        return Row(key, program, cost, time.monotonic() - start)
+
+    with futures.ThreadPoolExecutor(jobs) as pool:
+        # The longest first: what runs last, beside nothing else, is short.
+        order = sorted(keys, key=["finetune", "capture", "policy", "distill"].index)
+        running = [pool.submit(compile_one, key) for key in order]
+        try:
+            yield from (done.result() for done in futures.as_completed(running))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int = 1) -> None:
     """Compiles the chosen programs of a configuration and prints what they cost."""
     config = settings.check(config)
     if unknown := [x for x in only if x not in PROGRAMS]:
@@ -284,16 +320,18 @@ def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
         f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
         f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens a window\n"
     )
-    rows = []
     # In the "residual" form there is no condition to fit.
     fitted = config.head.cross_attention == "condition"
-    for key in only or [key for key in PROGRAMS if fitted or key != "distill"]:
-        dtype = jnp.bfloat16 if choice == "bfloat16" else None
-        program = PROGRAMS[key](config, teacher, where.devices, dtype)
-        print(f"compiling {program.name} ({program.about})", end="", flush=True)
-        start = time.monotonic()
-        rows.append((program, with_loop(measure(program.lowered), program.loop)))
-        print(f": {time.monotonic() - start:.0f} s", flush=True)
+    keys = list(dict.fromkeys(only)) or [k for k in PROGRAMS if fitted or k != "distill"]
+    dtype = jnp.bfloat16 if choice == "bfloat16" else None
+    print(f"compiling {', '.join(keys)}", flush=True)
+    found = {}
+    for key, program, cost, seconds in compile_all(
+        keys, jobs, config, teacher, where.devices, dtype
+    ):
+        found[key] = (program, cost)
+        print(f"compiled {program.name} ({program.about}): {seconds:.0f} s", flush=True)
+    rows = [found[key] for key in keys]
     print(f"\n{table(rows, where.hbm)}\n")
     print(
         "FLOPs and times are the compiler's estimates, collectives' waiting and input not "
@@ -323,6 +361,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         flag_values=values,
     )
     only = flags.DEFINE_list("only", [], f"Some of {', '.join(PROGRAMS)}.", flag_values=values)
+    jobs = flags.DEFINE_integer(
+        "jobs",
+        max(1, usable_cores() // 2),
+        "Programs compiled at a time; the compiler uses about two cores for each.",
+        lower_bound=1,
+        flag_values=values,
+    )
     try:
         rest = values(["plan", *(sys.argv[1:] if argv is None else argv)])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -334,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "say what to plan and for what: --config configs/pusht.py --topology v5e:4x4"
             )
-        run(config.value, topology.value, name.value, only.value)
+        run(config.value, topology.value, name.value, only.value, jobs.value)
 
     return exit_status(command)
 
