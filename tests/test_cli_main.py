@@ -17,6 +17,7 @@ from uva_jax.main import _with_config, run
 from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import locked
+from uva_jax.storage.atomic import is_leftover
 
 STAGES = ("convert", "capture", "distill", "assemble", "finetune", "evaluate", "export")
 FOLDERS = ("teacher", "activations", "operators", "grafted", "finetune", "eval", "export")
@@ -53,7 +54,7 @@ def test_a_run_leaves_the_layout_of_the_readme(finished):
     wanted += [f"{folder}/done.json" for folder in FOLDERS]
     assert [name for name in wanted if not (finished.workdir / name).exists()] == []
     assert list((finished.workdir / "eval" / "videos").glob("*.mp4"))
-    assert not list(finished.workdir.rglob("*.tmp"))
+    assert not any(map(is_leftover, finished.workdir.rglob("*")))
 
 
 def test_the_evaluation_compares_three_policies_on_the_same_seeds(finished):

@@ -156,7 +156,7 @@ from conftest import make_policy
 from test_train_pretrain import OPTIONS
 from uva_jax.runtime import parallel
 from uva_jax.models import policy_folder, surgery
-from uva_jax.pretrain import joint as pretrain
+from uva_jax.pretrain import joint
 jax.config.update("jax_disable_most_optimizations", True)
 policy, rng = make_policy(), np.random.default_rng(0)
 shape = (8, 8, *policy.latent_shape(1)[2:])

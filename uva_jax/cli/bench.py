@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from uva_jax.cli import bench_conversion, bench_training
 from uva_jax.runtime.errors import exit_status
+from uva_jax.storage.atomic import write_json
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def _run(args: argparse.Namespace) -> int:
         text = bench_conversion.table(result)
     print(text)
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     return 0
 
 
