@@ -111,8 +111,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    args = _parser().parse_args(argv)
-    return exit_status(lambda: args.run(args))
+
+    def run() -> int:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

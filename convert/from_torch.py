@@ -263,19 +263,38 @@ def export_records(checkpoint: Checkpoint, weights: str) -> bytes:
 
 
 def from_torch(
-    path: str | os.PathLike, out: str | os.PathLike, *, weights: str = "ema"
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    weights: str = "ema",
+    to_graft: bool = False,
 ) -> tuple[PolicyConfig, dict]:
     """Converts a checkpoint into a policy folder, without ever holding the whole policy.
+
+    With several processes, all of them call this, with the same folder.
+
+    Args:
+      path: the .ckpt or .safetensors file.
+      out: the policy folder to write.
+      weights: "ema" or "model".
+      to_graft: refuse a policy whose action head cannot be grafted.
 
     Returns:
       The architecture, and the facts that `convert_checkpoint` gives.
 
     Raises:
-      UserError: as `convert_checkpoint`, or the folder holds something that is not a policy.
+      UserError: as `convert_checkpoint`; the folder holds something that is not a policy; or the
+        policy has no MLP action head although `to_graft` asks for one.
     """
     checkpoint = torch_file.read(path)
     tensors, source = state_tensors(checkpoint, weights), str(checkpoint.path)
     config = infer_policy(checkpoint, tensors)
+    if to_graft and (config.action_head is None or config.action_head.kind != "mlp"):
+        found = "no action head" if config.action_head is None else "a head that is a graft already"
+        raise UserError(
+            f"{source} has no MLP action head to graft from, but {found}; give a checkpoint that "
+            "UVA's training wrote with predict_action=True."
+        )
     info: dict = {}
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint.sha256)

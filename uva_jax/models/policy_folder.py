@@ -73,6 +73,9 @@ def save_arrays(
 ) -> None:
     """`save_policy` of arrays that are never all in memory.
 
+    With several processes, each loads every array, so that all of them refuse what one refuses;
+    the first writes.
+
     Args:
       folder: where; an older policy there is replaced.
       config: the architecture.
@@ -87,8 +90,15 @@ def save_arrays(
     if problems := surgery.mismatches(surgery.shapes(surgery.abstract_policy(config)), arrays):
         raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
     with _appearing(folder) as partial:
-        policy_arrays.write(partial / _PARAMS, arrays)
-        _write_description(partial, config, source(), records)
+        chief = jax.process_index() == 0
+        if chief:
+            policy_arrays.write(partial / _PARAMS, arrays)
+        else:
+            for array in arrays.values():
+                array.load()
+        about = source()
+        if chief:
+            _write_description(partial, config, about, records)
 
 
 @contextlib.contextmanager
