@@ -22,7 +22,7 @@ import numpy as np
 from convert import rules
 from convert.formats import safetensors_file, torch_file
 from convert.from_torch import WEIGHTS, export_records, state_tensors
-from uva_jax.models import policy_folder, surgery
+from uva_jax.models import description, policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, to_dict
 from uva_jax.runtime.errors import UserError
@@ -229,7 +229,7 @@ def export_policy(
             f"{rules.ignored(lost[0])}; give the source as --base to write them back."
         )
     if safe:
-        safetensors_file.write(out, state, policy_folder.describe(config, origin))
+        safetensors_file.write(out, state, description.describe(config, origin))
         return _facts(out, state, ["ema_model"])
     cfg = source["cfg"]
     if cfg is None:  # made here, or read from a file without one

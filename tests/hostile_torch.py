@@ -19,7 +19,7 @@ import numpy as np
 from convert.formats import torch_file
 from convert.to_torch import plain_cfg
 from uva_jax.cli import bench_conversion
-from uva_jax.models import policy_folder
+from uva_jax.models import description
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 
 Made = Iterator[tuple[str, str, Callable[[Path], object]]]
@@ -335,7 +335,7 @@ def configurations() -> Made:
     """Architectures and cfgs that make no sense, or would cost endless time."""
 
     def described(**changes: object) -> str:
-        values = policy_folder.describe(CONFIG, {})["policy"]
+        values = description.describe(CONFIG, {})["policy"]
         for path, value in changes.items():
             *parents, last = path.split("__")
             node = values

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from convert import from_torch, infer, rules, to_torch
 from convert.__main__ import main
 from convert.formats import torch_file
-from uva_jax.models import policy_folder, surgery
+from uva_jax.models import description, policy_folder, surgery
 from uva_jax.runtime.errors import UserError
 
 TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
@@ -197,7 +197,7 @@ def test_layouts_are_undone_exactly(kind, data):
 
 def test_a_policy_folder_describes_its_source(folder):
     described = json.loads((folder / "policy.json").read_text())
-    assert described["format"] == policy_folder.FORMAT
+    assert described["format"] == description.FORMAT
     assert described["source"]["checkpoint"] == TEACHER.name
     assert described["source"]["weights"] == "ema"
 

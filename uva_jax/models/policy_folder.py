@@ -21,14 +21,14 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from uva_jax.models import surgery
+from uva_jax.models.description import describe, parse_description
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
+from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage import policy_arrays
 from uva_jax.storage.lazy_array import LazyArray
 
-FORMAT = 1
 _JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
 
 
@@ -151,11 +151,6 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def describe(config: PolicyConfig, source: Mapping) -> dict:
-    """What `policy.json` says of a policy, as plain JSON values."""
-    return {"format": FORMAT, "policy": to_dict(config), "source": dict(source)}
-
-
 def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
     """The architecture and the source of a policy folder.
 
@@ -170,25 +165,6 @@ def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
         )
     config, described = parse_description(path)
     return config, described["source"]
-
-
-def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
-    """The architecture that a json file of `describe` holds, and all that it says.
-
-    Raises:
-      UserError: the file is damaged or of a newer format.
-    """
-    try:
-        described = json.loads(path.read_text())
-        version, policy, _ = (described[k] for k in ("format", "policy", "source"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
-    try:
-        return from_dict(policy), described
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def read_records(folder: str | os.PathLike) -> bytes | None:
