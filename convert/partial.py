@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from convert import rules
 from convert.formats import torch_file
 from convert.formats.torch_file import Checkpoint, LazyTensor
-from convert.from_torch import WEIGHTS, state_tensors, to_array
+from convert.from_torch import to_array
+from convert.state_dicts import WEIGHTS, plain_name, state_tensors
 from uva_jax.runtime.errors import UserError
 
 # kind -> (where the state dict lies in the file, first found; the policy's names for its tensors)
@@ -89,7 +90,11 @@ def _tensors(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, object]]
             f"{checkpoint.path} has no {' or '.join(map(repr, places))}: give a {kind.upper()} "
             "checkpoint as it was published, or one of UVA"
         )
-    return place, {f"{prefix}{name}": value for name, value in payload[place].items()}
+    return place, {
+        f"{prefix}{plain_name(name)}": value
+        for name, value in payload[place].items()
+        if isinstance(name, str)
+    }
 
 
 def _some(names: list[str]) -> str:

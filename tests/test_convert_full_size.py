@@ -17,8 +17,9 @@ from conftest import silently
 
 from configs import common
 from convert import from_torch, infer, rules
+from convert.architecture import infer_policy
 from convert.formats import torch_file
-from convert.from_torch import infer_policy, state_tensors
+from convert.state_dicts import state_tensors
 from uva_jax.__main__ import main
 from uva_jax.cli import bench_conversion
 from uva_jax.main import run

@@ -19,9 +19,11 @@ from convert import rules
 from convert.checks.compare import Check, Checks
 from convert.checks.golden import SAMPLED, SINGLE
 from convert.formats import torch_file
-from convert.from_torch import convert_open, state_tensors
+from convert.from_torch import convert_open
+from convert.state_dicts import state_tensors
 from uva_jax.models import diffusion, mar
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.models.text_tower import attention_mask
 from uva_jax.runtime.errors import UserError
 
@@ -48,6 +50,7 @@ def verify_checkpoint(
     weights: str = "ema",
     seed: int = 0,
     show: Callable[[str], None] = print,
+    architecture: PolicyConfig | None = None,
 ) -> list[Check]:
     """Compares torch and Flax part by part and shows a table.
 
@@ -63,7 +66,7 @@ def verify_checkpoint(
             "pip install 'uva_jax[torch]'."
         )
     checkpoint = torch_file.read(path)
-    policy, _ = convert_open(checkpoint, weights=weights)
+    policy, _ = convert_open(checkpoint, weights=weights, architecture=architecture)
     tensors = state_tensors(checkpoint, weights)
     show(_HEADER)
     with torch.no_grad(), jax.default_matmul_precision("highest"):

@@ -37,3 +37,23 @@ def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
         return from_dict(policy), described
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def parse_architecture(path: Path) -> PolicyConfig:
+    """The architecture in a json file: a `policy.json`, or what it says under "policy".
+
+    Raises:
+      UserError: there is no such file, or it holds no architecture.
+    """
+    try:
+        held = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a policy.json.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no json ({error}): give a policy.json.") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{path} holds no architecture: give a policy.json.")
+    try:
+        return from_dict(held.get("policy", held))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

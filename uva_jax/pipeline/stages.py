@@ -39,6 +39,8 @@ def run_convert(context: Context) -> dict:
         f"{path.name}: {config.task}, {count / 1e6:.2f} M parameters, {config.image_size} px, "
         f"{head.aggregator} head, {head.depth} x {head.width}"
     )
+    for note in info["contradictions"]:
+        context.metrics.say(f"{path.name}: {note}; the tensors are believed")
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
