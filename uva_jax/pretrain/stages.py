@@ -67,7 +67,8 @@ def run_vae(context: Context, open_data: OpenData, *, mesh, dtype) -> dict:
     if settings.steps:
         policy = _vae_alone(context.config, dtype)
         for path in vae_starts(context.config).values():
-            context.metrics.say(_fill_vae(policy, Path(path).expanduser()))
+            trained = vae.trained_arrays(settings.vae_training)
+            context.metrics.say(_fill_vae(policy, Path(path).expanduser(), trained))
     else:
         policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
     trained = policy.vae
@@ -176,10 +177,14 @@ def _vae_alone(config, dtype) -> Policy:
     return policy
 
 
-def _fill_vae(policy: Policy, path: Path) -> str:
-    """Gives the policy's VAE a file's arrays; returns what was matched."""
+def _fill_vae(policy: Policy, path: Path, trained: tuple[str, ...] = ()) -> str:
+    """Gives the policy's VAE a file's arrays; returns what was matched.
+
+    Raises:
+      UserError: arrays are missing in the file that do not begin with one of `trained`.
+    """
     arrays = {f"vae/{k}": v for k, v in surgery.flatten(policy.vae).items()}
-    arrays, said = start_from(arrays, path, "vae")
+    arrays, said = start_from(arrays, path, "vae", trained=trained)
     policy.vae = surgery.replace(policy.vae, part(arrays, "vae"))
     return said
 
