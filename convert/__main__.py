@@ -14,10 +14,16 @@ from uva_jax.runtime.startup import quiet_libraries
 # Modules are imported by the command that needs them; only `verify CKPT` needs torch.
 
 
+def _architecture(args: argparse.Namespace):
+    from convert.architecture import given_architecture
+
+    return given_architecture(args.like, args.architecture)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from convert import describe
 
-    found = describe.describe(args.checkpoint)
+    found = describe.describe(args.checkpoint, _architecture(args))
     print(describe.as_json(found) if args.json else describe.as_text(found))
     return 0
 
@@ -25,11 +31,17 @@ def _inspect(args: argparse.Namespace) -> int:
 def _from_torch(args: argparse.Namespace) -> int:
     from convert.from_torch import from_torch
 
-    _, info = from_torch(args.checkpoint, args.out, weights=args.weights)
+    config, info = from_torch(
+        args.checkpoint, args.out, weights=args.weights, architecture=_architecture(args)
+    )
     count = sum(info["dtypes"].values())
     print(f"{args.checkpoint}: {count} tensors of the {info['weights']} weights -> {args.out}")
     for name, why in info["ignored"].items():
         print(f"left out: {name} ({why})")
+    for note in info["contradictions"]:
+        print(f"note: {note}; the tensors are believed")
+    if config.action_head is None:
+        print("note: it has no action head, so there is nothing to graft; sample shows its video")
     return 0
 
 
@@ -62,7 +74,9 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         from convert.checks.verify import verify_checkpoint
 
-        checks = verify_checkpoint(args.checkpoint, weights=args.weights)
+        checks = verify_checkpoint(
+            args.checkpoint, weights=args.weights, architecture=_architecture(args)
+        )
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -72,12 +86,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("inspect", help="say what a checkpoint is")
+    unsaid = argparse.ArgumentParser(add_help=False)
+    unsaid.add_argument(
+        "--like", metavar="NAME", help="for a file without cfg: a published policy, such as pusht"
+    )
+    unsaid.add_argument(
+        "--architecture", metavar="FILE", help="for a file without cfg: what policy.json says"
+    )
+
+    command = commands.add_parser("inspect", parents=[unsaid], help="say what a checkpoint is")
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("--json", action="store_true", help="print json")
     command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("from_torch", help="turn a checkpoint into a policy folder")
+    command = commands.add_parser(
+        "from_torch", parents=[unsaid], help="turn a checkpoint into a policy folder"
+    )
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("out", metavar="OUT", help="the policy folder to write")
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -100,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_latents)
 
     command = commands.add_parser(
-        "verify", help="compare with PyTorch, or with a folder of reference outputs"
+        "verify",
+        parents=[unsaid],
+        help="compare with PyTorch, or with a folder of reference outputs",
     )
     command.add_argument("checkpoint", metavar="CKPT", nargs="?")
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -112,9 +138,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    args = _parser().parse_args(argv)
-    quiet_libraries()
-    return exit_status(lambda: args.run(args))
+
+    def run() -> int:
+        args = _parser().parse_args(argv)
+        quiet_libraries()
+        return args.run(args)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from convert.architecture import contradictions, infer_policy
 from convert.formats import torch_file
 from convert.formats.pickle_records import loads
 from convert.formats.torch_file import Checkpoint, LazyTensor
-from convert.from_torch import WEIGHTS, infer_policy, state_tensors
+from convert.state_dicts import WEIGHTS, dtype_counts, state_dicts, state_tensors
 from uva_jax.models.policy_config import PolicyConfig, to_dict
 from uva_jax.runtime.errors import UserError
 
@@ -29,48 +30,51 @@ _PARTS = (
     ("transformer", "model."),
     ("normaliser", "normalizer."),
 )
+_KINDS = {"mlp": "original", "grafted": "grafted export", None: "video-only"}
 _STATS = ("min", "max", "mean", "std")
 
 
-def describe(path: str | os.PathLike) -> dict:
+def describe(path: str | os.PathLike, architecture: PolicyConfig | None = None) -> dict:
     """What a checkpoint is, as plain JSON values.
 
+    Args:
+      path: the file.
+      architecture: for a file that does not say it.
+
     Returns:
-      "file", "megabytes", "sha256", "task", "kind" ("original" or "grafted export"), "config_file"
+      "file", "megabytes", "sha256", "task", "kind" ("original", "video-only" where there is no
+      action head, or "grafted export"), "config_file"
       (the matching file of configs/), "state_dicts" (entries and MB of each), "weights" (which
       were looked at), "dtypes", "parts" (parameters and MB of each), "normalizer" (range and
-      statistics of each field), "sampling", "progress" (what the pickles say), "architecture".
+      statistics of each field), "sampling", "progress" (what the pickles say), "contradictions"
+      (what the cfg says otherwise than the tensors), "architecture".
 
     Raises:
       UserError: the file is missing, unsound or no UVA policy.
     """
     checkpoint = torch_file.read(path)
-    held = {WEIGHTS[name]: name for name in WEIGHTS if WEIGHTS[name] in checkpoint.state_dict_names}
-    if not held:
+    states = state_dicts(checkpoint)
+    if not set(WEIGHTS.values()) & set(states):
         state_tensors(checkpoint, "ema")  # raises the sentence that says what is there
-    weights = "ema" if "ema_model" in held else "model"
+    weights = "ema" if "ema_model" in states else "model"
     tensors = state_tensors(checkpoint, weights)
-    config = infer_policy(checkpoint, tensors)
-    dtypes: dict[str, int] = {}
-    for tensor in tensors.values():
-        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    config = infer_policy(checkpoint, tensors, architecture)
+    head = config.action_head
     return {
         "file": checkpoint.path.name,
         "megabytes": _megabytes(checkpoint.path.stat().st_size),
         "sha256": checkpoint.sha256(),
         "task": config.task,
-        "kind": "grafted export" if config.action_head.kind == "grafted" else "original",
+        "kind": _KINDS[head and head.kind],
         "config_file": config_file(config),
-        "state_dicts": {
-            str(name): _state_size(checkpoint.payload["state_dicts"][name])
-            for name in checkpoint.state_dict_names
-        },
+        "state_dicts": {str(name): _state_size(state) for name, state in states.items()},
         "weights": weights,
-        "dtypes": dtypes,
+        "dtypes": dtype_counts(tensors),
         "parts": _parts(tensors),
         "normalizer": _normalizer(config, tensors),
         "sampling": _sampling(config),
         "progress": _progress(checkpoint),
+        "contradictions": contradictions(checkpoint, config),
         "architecture": to_dict(config),
     }
 
@@ -96,7 +100,7 @@ def config_file_of(path: str | os.PathLike) -> str:
       UserError: the file is missing, unsound or no UVA policy.
     """
     checkpoint = torch_file.read(path)
-    weights = "ema" if WEIGHTS["ema"] in checkpoint.state_dict_names else "model"
+    weights = "ema" if WEIGHTS["ema"] in state_dicts(checkpoint) else "model"
     return config_file(infer_policy(checkpoint, state_tensors(checkpoint, weights)))
 
 
@@ -155,7 +159,7 @@ def _sampling(config: PolicyConfig) -> dict:
         "guidance_schedule": config.cfg_schedule,
         "observations": config.n_obs_steps,
         "actions_executed": config.n_action_steps,
-        "actions_predicted": config.action_head.n_actions,
+        "actions_predicted": config.action_head.n_actions if config.action_head else 0,
     }
 
 
@@ -183,7 +187,6 @@ def as_text(found: Mapping) -> str:
     """The description for people."""
     mar, head = found["architecture"]["mar"], found["architecture"]["action_head"]
     vae, video = found["architecture"]["vae"], found["architecture"]["video_head"]
-    kind = head["aggregator"] if head["kind"] == "mlp" else f"grafted, {head['cross_attention']}"
     lines = [
         f"{found['file']}: {found['kind']} UVA policy for {found['task']}, "
         f"{found['megabytes']:.1f} MB",
@@ -195,8 +198,7 @@ def as_text(found: Mapping) -> str:
         f"{vae['z_channels']} latent channels",
         f"transformer   encoder {_tower(mar, 'encoder')}, decoder {_tower(mar, 'decoder')}",
         f"inputs        {', '.join(_inputs(mar))}",
-        f"action head   {kind}: {head['depth']} blocks x {head['width']}, {head['n_actions']} "
-        f"actions of {head['channels']}",
+        f"action head   {_action_head(head)}",
     ]
     if video is not None:
         lines.append(f"video head    {video['depth']} blocks x {video['width']}")
@@ -206,6 +208,7 @@ def as_text(found: Mapping) -> str:
     )
     if found["progress"]:
         lines.append("training      " + ", ".join(f"{k} {v}" for k, v in found["progress"].items()))
+    lines += [f"note: {note}; the tensors are believed" for note in found["contradictions"]]
     lines += ["", f"{'state dict':<22}{'tensors':>12}{'MB':>10}"]
     for name, size in found["state_dicts"].items():
         lines.append(f"{name:<22}{size['tensors']:>12,}{size['megabytes']:>10.2f}")
@@ -222,6 +225,16 @@ def as_text(found: Mapping) -> str:
     if not found["normalizer"]:
         lines.append("none")
     return "\n".join(lines)
+
+
+def _action_head(head: Mapping | None) -> str:
+    if head is None:
+        return "none: trained for video alone (python -m uva_jax sample shows what it predicts)"
+    kind = head["aggregator"] if head["kind"] == "mlp" else f"grafted, {head['cross_attention']}"
+    return (
+        f"{kind}: {head['depth']} blocks x {head['width']}, {head['n_actions']} actions of "
+        f"{head['channels']}"
+    )
 
 
 def _join(values) -> str:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from convert.cfg import AR, Cfg, check, check_horizon
 from uva_jax.models import policy_config as pc
 from uva_jax.runtime.errors import UserError
 
@@ -34,15 +35,6 @@ _UMI_STATE = (
 _TOWER = "text_model.text_model."
 _CLIP_HEAD_WIDTH = 64  # of every attention head in every CLIP: their number is width // 64
 _ROBOMIMIC_STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-
-
-def _get(cfg: Mapping, dotted: str, default=None):
-    value = cfg
-    for part in dotted.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return default
-        value = value[part]
-    return default if value is None else value
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -73,42 +65,42 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     """The architecture of a UVA checkpoint.
 
     Args:
-      shapes: tensor name (without "module.") -> shape.
+      shapes: tensor name (as `state_tensors` gives it) -> shape.
       cfg: the checkpoint's configuration, interpolations resolved.
       source: the file, for error sentences.
 
     Raises:
       UserError: tensors are missing, or cfg and shapes contradict each other.
     """
-    get = _Reader(shapes, source)
-    if not any(name.startswith("model.diffactloss.") for name in shapes):
+    get, said = _Reader(shapes, source), Cfg(cfg, source)
+    if not any(name.startswith(("model.diffactloss.", "model.diffloss.")) for name in shapes):
         raise UserError(
-            f"{source} has no action head (no tensor model.diffactloss.*): there is nothing to "
-            "graft; give a checkpoint trained with predict_action."
+            f"{source} has neither an action head nor a video head (no tensor model.diffactloss.* "
+            "or model.diffloss.*): it is no UVA policy; give a checkpoint that UVA's training "
+            "wrote."
         )
-    policy = _get(cfg, "model.policy", {})
-    ar = _get(policy, "autoregressive_model_params", {})
-    task = str(_get(cfg, "task.name", "unknown"))
-    if _get(cfg, "task.dataset.dataset_type") == "multitask":
+    task = str(said.get("task.name", "unknown"))
+    if said.get("task.dataset.dataset_type") == "multitask":
         task += "_multitask"  # PushT-M: the original tells it from PushT by its data alone
     vae = _vae(get)
-    patch = int(_get(ar, "patch_size", 1))
+    patch = said.integer(f"{AR}.patch_size", 1)
     side = math.isqrt(get["model.spatial_pos_embed"][1])
     if side * side != get["model.spatial_pos_embed"][1]:
         raise UserError(
             f"{source} has {get['model.spatial_pos_embed'][1]} tokens a frame, not a square grid."
         )
     image_size = side * patch * vae.stride
-    said = _get(ar, "img_size")
-    if said is not None and int(said) != image_size:
+    stated = said.integer(f"{AR}.img_size", None)
+    if stated is not None and stated != image_size:
         raise UserError(
-            f"{source}: its cfg says img_size {said}, but its tensors hold a {side}x{side} grid, "
+            f"{source}: its cfg says img_size {stated}, but its tensors hold a {side}x{side} grid, "
             f"which is {image_size} px; one of them is damaged."
         )
-    mar, proprio_keys = _mar(get, policy, ar, task, (side, side), cfg)
-    steps = str(_get(ar, "num_sampling_steps", "100"))
-    act_steps = str(_get(ar, "act_diff_testing_steps", "100"))
-    act_train = int(_get(ar, "act_diff_training_steps", 1000))
+    mar, proprio_keys = _mar(get, said, task, (side, side))
+    check_horizon(said, mar.n_frames)
+    steps = str(said.get(f"{AR}.num_sampling_steps", "100"))
+    act_steps = str(said.get(f"{AR}.act_diff_testing_steps", "100"))
+    act_train = said.integer(f"{AR}.act_diff_training_steps", 1000)
     common = {"n_frames": mar.n_frames, "grid": mar.grid}
     action = {**common, "train_steps": act_train}
     heads = {
@@ -117,45 +109,49 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
         "proprio_head": _head(get, "model.diffproploss", act_steps, clip=True, **action),
         "action_head": _head(get, "model.diffactloss", act_steps, clip=True, **action),
     }
-    said = _get(policy, "action_model_params.act_model_type")
+    key = "model.policy.action_model_params.act_model_type"
+    stated = said.choice(key, None, pc.AGGREGATORS)
     found = heads["action_head"] and heads["action_head"].aggregator
-    if said is not None and found is not None and said != found:
+    if stated is not None and found is not None and stated != found:
         raise UserError(
-            f"{source}: its cfg says act_model_type {said!r}, but its tensors are a {found!r} head."
+            f"{source}: its cfg says act_model_type {stated!r}, but its tensors are a {found!r} "
+            "head; one of them is damaged."
         )
-    fields = sorted(
-        (m.group(1), (tuple(shape) or (1,))[0])
-        for name, shape in shapes.items()
-        if (m := re.fullmatch(r"normalizer\.params_dict\.([^.]+)\.scale", name))
-    )
-    modes = _get(policy, "selected_training_mode")
-    if modes == "policy_model_full_dynamics_model":
-        modes = ("policy_model", "full_dynamic_model")
-    elif modes:
-        modes = (str(modes),)
-    else:
-        modes = tuple(_get(cfg, "task.task_modes") or pc.TASK_MODES)
-    return pc.PolicyConfig(
+    fields = normalizer_fields(shapes)
+    config = pc.PolicyConfig(
         task=task,
         image_size=image_size,
         patch_size=patch,
         vae=vae,
         mar=mar,
         **heads,
-        normalizer_type=str(_get(cfg, "task.dataset.normalizer_type", "all" if fields else "none")),
-        normalizer_fields=tuple(fields),
+        normalizer_type=str(said.get("task.dataset.normalizer_type", "all" if fields else "none")),
+        normalizer_fields=fields,
         proprio_keys=proprio_keys,
-        n_obs_steps=int(_get(cfg, "task.env_runner.n_obs_steps", 16)),
-        n_action_steps=int(_get(policy, "n_action_steps", 8)),
-        shift_action=bool(_get(policy, "shift_action", True)),
-        different_history_freq=bool(_get(policy, "different_history_freq", False)),
-        temperature=float(_get(ar, "temperature", 1.0)),
-        num_iter=int(_get(ar, "num_iter", 1)),
-        cfg=float(_get(ar, "cfg", 1.0)),
-        cfg_schedule=str(_get(ar, "cfg_schedule", "linear")),
-        language_model=_get(cfg, "task.dataset.language_emb_model"),
-        task_modes=modes,
-        text_tower=_text_tower(get),
+        n_obs_steps=said.integer("task.env_runner.n_obs_steps", 16),
+        n_action_steps=said.integer("model.policy.n_action_steps", 8),
+        shift_action=said.flag("model.policy.shift_action", True),
+        different_history_freq=said.flag("model.policy.different_history_freq"),
+        temperature=said.number(f"{AR}.temperature", 1.0, 0.0),
+        num_iter=said.integer(f"{AR}.num_iter", 1),
+        cfg=said.number(f"{AR}.cfg", 1.0, 0.0),
+        cfg_schedule=str(said.get(f"{AR}.cfg_schedule", "linear")),
+        language_model=said.get("task.dataset.language_emb_model"),
+        task_modes=said.modes(),
+        text_tower=text_tower(shapes, source),
+    )
+    check(config, source, inferred=True)
+    return config
+
+
+def normalizer_fields(shapes: Shapes) -> tuple[tuple[str, int], ...]:
+    """The fields of the normaliser, (name, width) each, sorted."""
+    return tuple(
+        sorted(
+            (m.group(1), (tuple(shape) or (1,))[0])
+            for name, shape in shapes.items()
+            if (m := re.fullmatch(r"normalizer\.params_dict\.([^.]+)\.scale", name))
+        )
     )
 
 
@@ -179,8 +175,13 @@ def _vae(get: _Reader) -> pc.VAEConfig:
     )
 
 
-def _text_tower(get: _Reader) -> pc.TextTowerConfig | None:
-    """CLIP's text half, or None: checkpoints of tasks without sentences hold none."""
+def text_tower(shapes: Shapes, source: str) -> pc.TextTowerConfig | None:
+    """CLIP's text half, or None: checkpoints of tasks without sentences hold none.
+
+    Raises:
+      UserError: it is another text model.
+    """
+    get = _Reader(shapes, source)
     if not any(name.startswith(_TOWER) for name in get.shapes):
         return None
     vocab_size, width = get[f"{_TOWER}embeddings.token_embedding.weight"]
@@ -201,11 +202,11 @@ def _text_tower(get: _Reader) -> pc.TextTowerConfig | None:
     )
 
 
-def _heads(get: _Reader, ar: Mapping, cfg: Mapping, side: str, width: int) -> int:
-    fixture = _get(cfg, f"fixture.{side}_num_heads")
+def _heads(get: _Reader, said: Cfg, side: str, width: int) -> int:
+    fixture = said.integer(f"fixture.{side}_num_heads", None)
     if fixture is not None:
-        return int(fixture)
-    size = str(_get(ar, "model_size", ""))
+        return fixture
+    size = str(said.get(f"{AR}.model_size", ""))
     heads, preset_width = _PRESET_HEADS.get(size, (None, None))
     if heads is None or preset_width != width:
         raise UserError(
@@ -217,7 +218,7 @@ def _heads(get: _Reader, ar: Mapping, cfg: Mapping, side: str, width: int) -> in
 
 
 def _mar(
-    get: _Reader, policy: Mapping, ar: Mapping, task: str, grid: tuple[int, int], cfg: Mapping
+    get: _Reader, said: Cfg, task: str, grid: tuple[int, int]
 ) -> tuple[pc.MARConfig, tuple[str, ...]]:
     dim, token_dim = get["model.z_proj.weight"]
     dec = get["model.decoder_embed.weight"][0]
@@ -241,10 +242,10 @@ def _mar(
     return pc.MARConfig(
         encoder_embed_dim=dim,
         encoder_depth=_count(get.shapes, r"model\.encoder_blocks\.(\d+)\."),
-        encoder_num_heads=_heads(get, ar, cfg, "encoder", dim),
+        encoder_num_heads=_heads(get, said, "encoder", dim),
         decoder_embed_dim=dec,
         decoder_depth=_count(get.shapes, r"model\.decoder_blocks\.(\d+)\."),
-        decoder_num_heads=_heads(get, ar, cfg, "decoder", dec),
+        decoder_num_heads=_heads(get, said, "decoder", dec),
         mlp_ratio=get["model.encoder_blocks.0.mlp.fc1.weight"][0] / dim,
         n_frames=get["model.temporal_pos_embed"][1],
         grid=grid,
@@ -252,18 +253,18 @@ def _mar(
         action_dim=get["model.action_proj_cond.weight"][1],
         history_action=history,
         proprio_dim=proprio_dim,
-        proprio_steps=4 if _get(policy, "different_history_freq", False) else 16,
+        proprio_steps=4 if said.flag("model.policy.different_history_freq") else 16,
         proprio_image=proprio_image,
         wrist=wrist,
         text_dim=get["model.text_proj_cond.weight"][1]
         if "model.text_proj_cond.weight" in get
         else 0,
         text_tokens=get["model.text_pos_embed"][1] if "model.text_pos_embed" in get else 64,
-        attn_dropout=float(_get(ar, "attn_dropout", 0.1)),
-        proj_dropout=float(_get(ar, "proj_dropout", 0.1)),
-        mask_ratio_min=float(_get(ar, "mask_ratio_min", 0.7)),
-        label_drop_prob=float(_get(ar, "label_drop_prob", 0.1)),
-        action_mask_ratio=float(_get(policy, "action_mask_ratio", 0.5)),
+        attn_dropout=said.number(f"{AR}.attn_dropout", 0.1, 0.0, 1.0),
+        proj_dropout=said.number(f"{AR}.proj_dropout", 0.1, 0.0, 1.0),
+        mask_ratio_min=said.number(f"{AR}.mask_ratio_min", 0.7, 0.0, 1.0),
+        label_drop_prob=said.number(f"{AR}.label_drop_prob", 0.1, 0.0, 1.0),
+        action_mask_ratio=said.number("model.policy.action_mask_ratio", 0.5, 0.0, 1.0),
     ), proprio_keys
 
 
@@ -306,8 +307,10 @@ def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
     if text is None:
         return None
     try:
-        return pc.from_dict(json.loads(text)["policy"])
+        config = pc.from_dict(json.loads(text)["policy"])
     except UserError as error:
         raise UserError(f"{source}: its 'uva_jax' entry does not fit: {error}") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r}).") from error
+    check(config, source, inferred=False)
+    return config

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from convert import rules
 from convert.formats import torch_file
 from convert.formats.torch_file import Checkpoint, LazyTensor
-from convert.from_torch import WEIGHTS, state_tensors, to_array
+from convert.from_torch import to_array
+from convert.state_dicts import WEIGHTS, plain_name, state_tensors
 from uva_jax.runtime.errors import UserError
 
 # kind -> (where the state dict lies in the file, first found; the policy's names for its tensors)
@@ -27,7 +28,11 @@ _SHOWN = 4
 
 
 def start_from(
-    arrays: Mapping[str, jax.Array], path: str | os.PathLike, kind: str
+    arrays: Mapping[str, jax.Array],
+    path: str | os.PathLike,
+    kind: str,
+    *,
+    trained: tuple[str, ...] = ("",),
 ) -> tuple[dict[str, jax.Array], str]:
     """Fills what a checkpoint fits.
 
@@ -36,12 +41,15 @@ def start_from(
       path: "mar": MAR's .pth (`model_ema`, or `model`); "vae": LDM's or MAR's KL-VAE (.ckpt);
         or, for both, a checkpoint of UVA, from which upstream too starts its second phase.
       kind: "mar" (all but the VAE) or "vae".
+      trained: what the paths of arrays begin with that are trained afterwards (by default all
+        are); of the others none may stay as it was.
 
     Returns:
       The arrays, and a sentence that says what was and what was not matched.
 
     Raises:
-      UserError: the file is missing or unsound, holds no such weights, or none of them fits.
+      UserError: the file is missing or unsound, holds no such weights, none of them fits, or it
+        leaves arrays random that nothing trains.
     """
     checkpoint = torch_file.read(path)
     place, tensors = _tensors(checkpoint, kind)
@@ -67,6 +75,13 @@ def start_from(
             "in this policy: check config.pretrain.model against the checkpoint"
         )
     fresh = sorted(k for k in wanted - set(filled) if not k.startswith("normalizer/"))
+    if random := [k for k in fresh if not k.startswith(trained)]:
+        raise UserError(
+            f"{path} ({place}) fills {len(filled)} of {len(wanted)} arrays of the {kind.upper()}, "
+            f"and nothing trains the other {len(random)}{_some(random)}, which would stay random: "
+            f"give a {kind.upper()} of this architecture (config.pretrain.model)"
+            + (", or train it (config.pretrain.vae_training.steps)" if kind == "vae" else "")
+        )
     said = (
         f"{len(filled)} tensors from {checkpoint.path.name} ({place}); "
         f"{len(left)} of its own find no place{_some(left)}, "
@@ -89,7 +104,11 @@ def _tensors(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, object]]
             f"{checkpoint.path} has no {' or '.join(map(repr, places))}: give a {kind.upper()} "
             "checkpoint as it was published, or one of UVA"
         )
-    return place, {f"{prefix}{name}": value for name, value in payload[place].items()}
+    return place, {
+        f"{prefix}{plain_name(name)}": value
+        for name, value in payload[place].items()
+        if isinstance(name, str)
+    }
 
 
 def _some(names: list[str]) -> str:

@@ -21,8 +21,9 @@ import numpy as np
 
 from convert import rules
 from convert.formats import safetensors_file, torch_file
-from convert.from_torch import WEIGHTS, export_records, state_tensors
-from uva_jax.models import policy_folder, surgery
+from convert.from_torch import export_records
+from convert.state_dicts import WEIGHTS, state_tensors
+from uva_jax.models import description, policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, to_dict
 from uva_jax.runtime.errors import UserError
@@ -118,16 +119,19 @@ def plain_cfg(config: PolicyConfig) -> dict:
         "label_drop_prob": mar.label_drop_prob,
         "attn_dropout": mar.attn_dropout,
         "proj_dropout": mar.proj_dropout,
-        "act_diff_training_steps": head.train_steps,
-        "act_diff_testing_steps": head.sampling_steps,
-        "diffloss_act_d": head.depth,
-        "diffloss_act_w": head.width,
         "num_iter": config.num_iter,
         "cfg": config.cfg,
         "cfg_schedule": config.cfg_schedule,
         "temperature": config.temperature,
         "predict_video": video is not None,
     }
+    if head is not None:
+        ar |= {
+            "act_diff_training_steps": head.train_steps,
+            "act_diff_testing_steps": head.sampling_steps,
+            "diffloss_act_d": head.depth,
+            "diffloss_act_w": head.width,
+        }
     if video is not None:
         ar |= {
             "num_sampling_steps": video.sampling_steps,
@@ -136,7 +140,10 @@ def plain_cfg(config: PolicyConfig) -> dict:
         }
     policy = {
         "autoregressive_model_params": ar,
-        "action_model_params": {"predict_action": True, "act_model_type": head.aggregator},
+        "action_model_params": {
+            "predict_action": head is not None,
+            "act_model_type": "conv_fc" if head is None else head.aggregator,
+        },
         "n_action_steps": config.n_action_steps,
         "shift_action": config.shift_action,
         "different_history_freq": config.different_history_freq,
@@ -229,7 +236,7 @@ def export_policy(
             f"{rules.ignored(lost[0])}; give the source as --base to write them back."
         )
     if safe:
-        safetensors_file.write(out, state, policy_folder.describe(config, origin))
+        safetensors_file.write(out, state, description.describe(config, origin))
         return _facts(out, state, ["ema_model"])
     cfg = source["cfg"]
     if cfg is None:  # made here, or read from a file without one

@@ -22,7 +22,7 @@ import hostile_safetensors as hs  # noqa: E402
 import hostile_torch as ht  # noqa: E402
 
 from convert.formats import safetensors_file  # noqa: E402
-from uva_jax.models import policy_folder  # noqa: E402
+from uva_jax.models import description  # noqa: E402
 
 
 class HostileFile(NamedTuple):
@@ -37,7 +37,7 @@ class HostileFile(NamedTuple):
 def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
     """How the files of each kind are made."""
     good, pair = ht.sound(folder / "good.ckpt"), folder / "good.safetensors"
-    safetensors_file.write(pair, ht.sound_state(), policy_folder.describe(ht.CONFIG, {}))
+    safetensors_file.write(pair, ht.sound_state(), description.describe(ht.CONFIG, {}))
     whole, words = good.read_bytes(), [("data/0", bytes(16))]
 
     def pickled(made: dict[str, bytes], entries: list = words) -> ht.Made:

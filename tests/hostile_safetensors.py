@@ -11,7 +11,7 @@ import numpy as np
 from hostile_torch import CONFIG, Made
 
 from convert.formats import safetensors_file
-from uva_jax.models import policy_folder
+from uva_jax.models import description
 
 
 def _pair(path: Path, header: object, data: bytes = b"", length: int | None = None) -> None:
@@ -19,7 +19,7 @@ def _pair(path: Path, header: object, data: bytes = b"", length: int | None = No
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = struct.pack("<Q", len(encoded) if length is None else length)
     path.write_bytes(size + encoded + data)
-    values = policy_folder.describe(CONFIG, {})
+    values = description.describe(CONFIG, {})
     safetensors_file.json_of(path).write_text(json.dumps(values))
 
 

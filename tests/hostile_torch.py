@@ -19,7 +19,7 @@ import numpy as np
 from convert.formats import torch_file
 from convert.to_torch import plain_cfg
 from uva_jax.cli import bench_conversion
-from uva_jax.models import policy_folder
+from uva_jax.models import description
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 
 Made = Iterator[tuple[str, str, Callable[[Path], object]]]
@@ -335,7 +335,7 @@ def configurations() -> Made:
     """Architectures and cfgs that make no sense, or would cost endless time."""
 
     def described(**changes: object) -> str:
-        values = policy_folder.describe(CONFIG, {})["policy"]
+        values = description.describe(CONFIG, {})["policy"]
         for path, value in changes.items():
             *parents, last = path.split("__")
             node = values
@@ -366,7 +366,7 @@ def configurations() -> Made:
         values["model"]["policy"]["autoregressive_model_params"].update(changes)
         return lambda path: sound(path, cfg=torch_file.records_from_dict(values))
 
-    yield "patch size is a text", "makes no sense", cfg(patch_size="evil")
+    yield "patch size is a text", "patch_size is 'evil'", cfg(patch_size="evil")
     yield "another image size", "img_size", cfg(img_size=64)
     bomb = {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)} | {"a60": "x"}
     made = torch_file.records_from_dict(bomb)
@@ -375,4 +375,4 @@ def configurations() -> Made:
     loop["again"] = loop
     yield "a cfg that holds itself", "", lambda path: archive(path, pickle.dumps({"cfg": loop}, 2))
     both = sound_state() | {f"module.{WEIGHT}": sound_state()[WEIGHT]}
-    yield "a name twice, once as module.", "with and without", lambda path: sound(path, both)
+    yield "a name twice, once as module.", "twice, as", lambda path: sound(path, both)

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import silently
 
+from configs import common
 from convert import from_torch, infer, rules
+from convert.architecture import infer_policy
 from convert.formats import torch_file
-from convert.from_torch import infer_policy, state_tensors
+from convert.state_dicts import state_tensors
 from uva_jax.__main__ import main
 from uva_jax.cli import bench_conversion
+from uva_jax.main import run
 from uva_jax.storage import policy_arrays
 
 GOLDEN = json.loads(
@@ -130,7 +134,18 @@ def test_bench_measures_both_conversions_and_leaves_nothing(tmp_path, capsys, mo
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_conversion_never_holds_the_whole_policy(tmp_path, monkeypatch):
+def _by_command(checkpoint, folder):
+    from_torch.from_torch(checkpoint, folder)
+
+
+def _by_pipeline(checkpoint, folder):
+    config = common.get_config()
+    config.teacher.checkpoint = str(checkpoint)
+    silently(run, config, str(folder), ["convert"])
+
+
+@pytest.mark.parametrize("convert", [_by_command, _by_pipeline])
+def test_a_conversion_never_holds_the_whole_policy(convert, tmp_path, monkeypatch):
     bench_conversion.make(tmp_path / "made.ckpt", "tiny")
     held, most, load = set(), [], from_torch._load
 
@@ -143,5 +158,5 @@ def test_a_conversion_never_holds_the_whole_policy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(from_torch, "_load", counted)
     monkeypatch.setattr(policy_arrays, "_IN_FLIGHT", 1 << 20)
-    from_torch.from_torch(tmp_path / "made.ckpt", tmp_path / "policy")
+    convert(tmp_path / "made.ckpt", tmp_path / "out")
     assert len(most) == 494 and max(most) < 494 / 2

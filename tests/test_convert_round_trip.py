@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from convert import from_torch, infer, rules, to_torch
 from convert.__main__ import main
 from convert.formats import torch_file
-from uva_jax.models import policy_folder, surgery
+from uva_jax.models import description, policy_folder, surgery
 from uva_jax.runtime.errors import UserError
 
 TEACHER = Path(__file__).parent.parent / "uva_jax" / "assets" / "uva_pusht_tiny.ckpt"
@@ -109,7 +109,7 @@ def test_keys_with_a_module_prefix_and_half_precision_are_read(policy, tmp_path)
 
     again, info = from_torch.convert_checkpoint(rewrite(tmp_path, change))
     assert again.config == policy.config
-    assert info["module_prefix"] and info["dtypes"]["float16"] == 308
+    assert info["wrappers"] == ["module"] and info["dtypes"]["float16"] == 308
     found, wanted = (surgery.flatten(p)["mar/z_proj/kernel"] for p in (again, policy))
     np.testing.assert_array_equal(found, wanted)
 
@@ -136,13 +136,33 @@ def test_all_problems_are_reported_together(tmp_path):
         assert part in message
 
 
-def test_a_checkpoint_without_an_action_head_is_refused(tmp_path):
+def without(prefixes):
     def change(state):
-        for name in [n for n in state if n.startswith("model.diffactloss.")]:
+        for name in [n for n in state if n.startswith(prefixes)]:
             del state[name]
 
-    with pytest.raises(UserError, match="has no action head"):
-        from_torch.convert_checkpoint(rewrite(tmp_path, change))
+    return change
+
+
+def test_a_checkpoint_of_video_alone_is_read_but_not_grafted(tmp_path, capsys):
+    path = rewrite(tmp_path, without("model.diffactloss."))
+    policy, _ = from_torch.convert_checkpoint(path)
+    assert policy.action_head is None and policy.video_head is not None
+    assert main(["inspect", str(path)]) == 0
+    assert "video-only UVA policy for pusht" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no MLP action head to graft from, but no action head"):
+        from_torch.from_torch(path, tmp_path / "policy", to_graft=True)
+    assert not (tmp_path / "policy").exists()
+    # And back: a file without the source's cfg says the same.
+    to_torch.export_policy(policy, tmp_path / "again.ckpt")
+    again, _ = from_torch.convert_checkpoint(tmp_path / "again.ckpt")
+    assert again.config == policy.config
+
+
+def test_a_checkpoint_without_any_head_is_refused(tmp_path):
+    path = rewrite(tmp_path, without(("model.diffactloss.", "model.diffloss.")))
+    with pytest.raises(UserError, match="neither an action head nor a video head"):
+        from_torch.convert_checkpoint(path)
 
 
 def test_absent_weights_are_an_error_that_says_what_is_there():
@@ -197,7 +217,7 @@ def test_layouts_are_undone_exactly(kind, data):
 
 def test_a_policy_folder_describes_its_source(folder):
     described = json.loads((folder / "policy.json").read_text())
-    assert described["format"] == policy_folder.FORMAT
+    assert described["format"] == description.FORMAT
     assert described["source"]["checkpoint"] == TEACHER.name
     assert described["source"]["weights"] == "ema"
 

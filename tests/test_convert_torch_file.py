@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.formats import torch_file
+from convert.formats import arithmetic, torch_file
 from convert.formats.omegaconf_records import to_plain
 from convert.formats.torch_file import LazyTensor, Record
 from uva_jax.runtime.errors import UserError
@@ -319,16 +319,55 @@ def test_a_plain_configuration_becomes_one_that_omegaconf_loads():
         torch_file.records_from_dict({"a": [{1}]})
 
 
+# As UVA's configurations write them, and as others do.
+EVALUATED = {
+    "a": 0.125,
+    "b": {"hz": 60, "wait": "${eval:'(${a} - 0.025) * ${b.hz}'}"},
+    "frames": '${eval:"ListConfig(list(range(-12, 17, 4)))"}',
+    "relative": "${eval:'${.a} * 8'}",
+    "text": "n${eval:1 + 1}m",
+    "power": "${eval:'2**10'}",
+    "choice": "${eval:\"3 if '${name}' == 'pusht' else 4\"}",
+    "through": "${b.wait}",
+    "name": "pusht",
+}
+
+
+def test_arithmetic_in_eval_comes_out_as_omegaconf_has_it():
+    omegaconf = pytest.importorskip("omegaconf")
+    names = {"ListConfig": omegaconf.ListConfig}
+    omegaconf.OmegaConf.register_new_resolver("eval", lambda e: eval(str(e), names), replace=True)
+    try:
+        theirs = omegaconf.OmegaConf.create(EVALUATED)
+        wanted = omegaconf.OmegaConf.to_container(theirs, resolve=True)
+    finally:
+        omegaconf.OmegaConf.clear_resolver("eval")
+    wanted["frames"] = list(wanted["frames"])
+    assert typed(to_plain(EVALUATED, "a.ckpt")) == typed(wanted)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("__import__('os').getcwd()", "(1).__class__", "lambda: 1", "[x for x in (1,)]", "nan"),
+        *("9**9**9", "'a' * 10**9", "[0] * 10**9", "range(10**9)", "1 / 0", "f'{1}'", "(" * 3000),
+    ],
+)
+def test_eval_runs_nothing_but_arithmetic(expression):
+    with pytest.raises(ValueError):
+        arithmetic.evaluate(expression)
+
+
 def test_interpolations_that_lead_nowhere_stay_as_text():
     config = {
         "missing": "???",
         "a": "${b}",
         "b": "${nothing.here}",
-        "eval": "${eval:'1 + 1'}",
+        "eval": "${eval:'print(1)'}",
         "to_missing": "${missing}",
         "circle": {"x": "${circle}"},
         "open": "${b",
-        "mixed": "${eval:1} of ${missing}",
+        "mixed": "${oc.env:HOME} of ${missing}",
     }
     resolved = to_plain(config, "a.ckpt")
     assert {k: v for k, v in resolved.items() if k not in ("a", "circle")} == {

@@ -212,7 +212,7 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path):
         "needs 32 bytes": ((2,), (1,), 0, 8),
         "needs -4 bytes": ((2,), (1,), 0, -1),
         "no bytes": ((2,), (1,), 0, 4, "FloatStorage", "../0"),
-        "not supported": ((2,), (1,), 0, 4, "QInt8Storage"),
+        "quantised": ((2,), (1,), 0, 4, "QInt8Storage"),
     }
     for says, arguments in lies.items():
         archive(path, tensor_pickle(*arguments), bytes_16)

@@ -340,6 +340,9 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     for name, value in named.items():
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
+    # What nothing trains afterwards has to be there.
+    with pytest.raises(UserError, match="nothing trains the other 1 .*which would stay random"):
+        start_from(zeros, tmp_path / "start.pth", kind, trained=("other/",))
     # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
     whole = torch_arrays(surgery.flatten(teacher))
     torch_file.write(tmp_path / "uva.ckpt", {"cfg": {}, "state_dicts": {"ema_model": whole}})
@@ -397,6 +400,11 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert "0 of the policy's start fresh" in told
     files = [folder / "vae" / "vae.ckpt" for folder in (tmp_path / "other", tmp_path)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    # Another architecture's VAE, which nothing trains on, would leave arrays random.
+    stage_config.pretrain.model.update(image_size=32, vae_multipliers=(1, 1, 1, 1))
+    with pytest.raises(UserError, match=r"vae\.ckpt .* nothing trains the other .* stay random"):
+        silently(run, stage_config, str(tmp_path / "third"), ["vae"])
+    assert not (tmp_path / "third" / "vae" / "vae.ckpt").exists()
 
 
 def test_a_policy_with_every_input_trains_from_nothing(

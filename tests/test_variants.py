@@ -12,7 +12,7 @@ from variants import TASKS, VARIANTS, write_recording
 from convert.checks.verify import verify_checkpoint
 from convert.describe import as_text, config_file, describe
 from convert.formats import torch_file
-from convert.from_torch import state_tensors
+from convert.state_dicts import state_tensors
 from convert.to_torch import export_policy
 from uva_jax.data import batch_shapes, source
 from uva_jax.data.readers import open_reader

@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from uva_jax.runtime.errors import exit_status
 from uva_jax.runtime.startup import quiet_libraries
 
 # command -> (module with `main(argv)`, what it does). A module is imported when it is called.
@@ -43,6 +44,10 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 where there is no such command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2

@@ -15,14 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from convert import rules
 from convert.checks.compare import Check, Checks
 from convert.checks.golden import SAMPLED, SINGLE
 from convert.formats import torch_file
-from convert.from_torch import convert_open, state_tensors
+from convert.from_torch import convert_open
+from convert.state_dicts import state_tensors
 from uva_jax.models import diffusion, mar
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.models.text_tower import attention_mask
 from uva_jax.runtime.errors import UserError
+
+try:
+    import torch
+except ImportError:  # an extra, which verify_checkpoint asks for
+    torch = None
+else:
+    from convert.torch.reference import Policy as TorchPolicy
 
 _BATCH = 2
 _HEADS = {
@@ -40,6 +50,7 @@ def verify_checkpoint(
     weights: str = "ema",
     seed: int = 0,
     show: Callable[[str], None] = print,
+    architecture: PolicyConfig | None = None,
 ) -> list[Check]:
     """Compares torch and Flax part by part and shows a table.
 
@@ -49,15 +60,13 @@ def verify_checkpoint(
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be converted.
     """
-    try:
-        import torch
-    except ImportError:
+    if torch is None:
         raise UserError(
             "verify runs the checkpoint in PyTorch too, which is not installed; install it with "
             "pip install 'uva_jax[torch]'."
-        ) from None
+        )
     checkpoint = torch_file.read(path)
-    policy, _ = convert_open(checkpoint, weights=weights)
+    policy, _ = convert_open(checkpoint, weights=weights, architecture=architecture)
     tensors = state_tensors(checkpoint, weights)
     show(_HEADER)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
@@ -75,11 +84,6 @@ def verify_checkpoint(
 
 def _reference(policy: Policy, tensors):
     """The torch policy with the checkpoint's tensors, loaded strictly."""
-    import torch
-
-    from convert import rules
-    from convert.torch.reference import Policy as TorchPolicy
-
     model = TorchPolicy(policy.config).eval()
     state = {
         name: torch.from_numpy(tensor.numpy().astype(np.float32))
@@ -288,8 +292,6 @@ class _Comparison:
 
 
 def _torch(array):
-    import torch
-
     return (
         array if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array, order="C"))
     )

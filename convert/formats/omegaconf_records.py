@@ -2,12 +2,14 @@
 
 UVA pickles its configuration as an OmegaConf DictConfig with interpolations (`${task.name}`) left
 in. The rules for resolving them are OmegaConf's (2.1 to 2.4): an absolute path starts at the root,
-each leading dot goes one container up, starting with the one that holds the value.
+each leading dot goes one container up, starting with the one that holds the value. Of resolvers,
+`${eval:...}` is worked out where it is arithmetic (`arithmetic.py`); UVA's configurations use it.
 """
 
 import re
 from collections.abc import Mapping
 
+from convert.formats import arithmetic
 from convert.formats.pickle_records import Global, Record
 from uva_jax.runtime.errors import UserError
 
@@ -16,6 +18,7 @@ MAX_VALUES = 200_000
 MAX_CHARACTERS = 20_000_000
 _KEY = r"[^.\[\]:${}\s'\"]+"
 _PATH = re.compile(rf"(\.*)((?:{_KEY}|\[{_KEY}\])(?:\.{_KEY}|\[{_KEY}\])*)")
+_EVAL = re.compile(r"\$\{\s*eval\s*:\s*(['\"]?)(.*)\1\s*\}", re.DOTALL)
 _DICT = Global("omegaconf.dictconfig", "DictConfig")
 _LIST = Global("omegaconf.listconfig", "ListConfig")
 _LEAF = Global("omegaconf.nodes", "AnyNode")
@@ -25,9 +28,10 @@ _ANY = Global("typing", "Any")
 def to_plain(config: object, name: str) -> dict:
     """The configuration in `config` (a DictConfig record, or plain values) as plain values.
 
-    Interpolations become the value they point to, with its type. What points nowhere, in a circle,
-    or to a resolver (`${eval:...}`) stays as text, and so does a missing value (`???`). Raises
-    UserError, naming `name`, if this is no configuration.
+    Interpolations become the value they point to, with its type, and arithmetic in `${eval:...}`
+    its result. What points nowhere, in a circle, or to another resolver (`${oc.env:...}`) stays as
+    text, and so does a missing value (`???`). Raises UserError, naming `name`, if this is no
+    configuration.
     """
     budget = _Budget()
     try:
@@ -92,8 +96,7 @@ def _interpolate(text: str, chain: tuple, active: frozenset, budget: _Budget) ->
     pieces = _split(text)
     out = []
     for piece, is_reference in pieces:
-        target = _target(piece, chain, active, budget) if is_reference else None
-        value = piece if target is None else _expand(*target, active, budget)
+        value = _resolved(piece, chain, active, budget) if is_reference else piece
         if len(pieces) == 1:
             return value
         # Inside a longer text only a scalar has a place.
@@ -119,6 +122,23 @@ def _split(text: str) -> list[tuple[str, bool]]:
         pieces += [(text[literal:start], False), (text[start:end], True)]
         literal = end
     return [piece for piece in (*pieces, (text[literal:], False)) if piece[0]]
+
+
+def _resolved(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> object:
+    """The value of `${...}`, or the text itself if there is none."""
+    if called := _EVAL.fullmatch(piece):
+        expression = (
+            _interpolate(called[2], chain, active, budget) if "${" in piece[2:] else called[2]
+        )
+        try:
+            value = arithmetic.evaluate(expression)
+        except ValueError:
+            return piece
+        for part in value if isinstance(value, list) else ():
+            budget.spend(part)
+        return value
+    target = _target(piece, chain, active, budget)
+    return piece if target is None else _expand(*target, active, budget)
 
 
 def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tuple | None:

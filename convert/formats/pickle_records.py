@@ -172,6 +172,8 @@ def loads(
     machine = _Machine(data, {**_SAFE_CALLS, **(rebuild or {})}, persistent)
     try:
         return machine.run()
+    except UserError:  # of `persistent` or `rebuild`, which say it better
+        raise
     except _DAMAGE as error:
         text = str(error) if not isinstance(error, KeyError) else "a value that was never stored"
         detail = "".join(c if c.isprintable() else " " for c in text)[:200] or type(error).__name__

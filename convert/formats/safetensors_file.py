@@ -2,8 +2,8 @@
 
 The names, shapes and dtypes are those of the PyTorch state dict, so whatever reads safetensors
 gets the tensors; the json is a policy folder's `policy.json` with the hash of the tensors' file.
-The container is 8 bytes of length, a json header and the bytes: both ways are done here, a tensor
-at a time, because the safetensors library wants all of a file's tensors in memory to write it.
+Both ways are done a tensor at a time, because the safetensors library wants all of a file's tensors
+in memory to write it; what a file's header says is checked by `storage/safetensors.py`.
 """
 
 import hashlib
@@ -12,30 +12,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from convert.formats.open_file import OpenFile, written_whole
 from convert.formats.torch_tensors import LazyTensor, Storage, stored_bytes
+from uva_jax.models.description import parse_description
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage import safetensors
 from uva_jax.storage.lazy_array import LazyArray, ahead
 
 ENDING = ".safetensors"
-MAX_HEADER = 100_000_000  # bytes; the library's own limit
 MAX_JSON = 16 << 20
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def json_of(path: str | os.PathLike) -> Path:
@@ -70,12 +57,11 @@ def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
     Raises:
       UserError: a file is missing, or anything in it contradicts the format.
     """
-    from uva_jax.models import policy_folder  # jax is not needed to read a checkpoint
-
     file = SafetensorsFile(path)
     try:
-        tensors = _tensors(file)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        entries = safetensors.entries(file.size, lambda *place: file.read_at(*place).tobytes())
+        tensors = {name: _tensor(file, name, entry) for name, entry in entries.items()}
+    except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -89,7 +75,7 @@ def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
         )
     if beside.stat().st_size > MAX_JSON:
         raise UserError(f"{beside} has more than {MAX_JSON >> 20} MiB, which no policy needs.")
-    _, described = policy_folder.parse_description(beside)
+    _, described = parse_description(beside)
     file.expected = described.get("sha256")
     payload = {
         "state_dicts": {"ema_model": tensors},
@@ -99,49 +85,13 @@ def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
     return file, payload
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("its header holds a name twice")
-    return found
-
-
-def _tensors(file: OpenFile) -> dict[str, LazyTensor]:
-    if file.size < 8:
-        raise ValueError(f"it has {file.size} bytes")
-    length = int.from_bytes(file.read_at(0, 8).tobytes(), "little")
-    if length > min(MAX_HEADER, file.size - 8):
-        raise ValueError(f"its header would have {length} bytes, and the file has {file.size}")
-    text = file.read_at(8, length).tobytes()
-    if not text.startswith(b"{"):
-        raise ValueError("its header is no json object")
-    header = json.loads(text.decode(), object_pairs_hook=_unique)
-    header.pop("__metadata__", None)
-    start, total = 8 + length, file.size - 8 - length
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        dtype, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-        if dtype not in DTYPES:
-            raise ValueError(f"{name!r} has the dtype {dtype!r}, which is not known here")
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or end > total:
-            raise ValueError(f"the shape or place of {name!r} is impossible")
-        storage = Storage(file, name, DTYPES[dtype], start + begin, max(end - begin, 0))
-        strides = [1]
-        for extent in shape[:0:-1]:
-            strides.insert(0, strides[0] * max(extent, 1))
-        strides = tuple(strides[: len(shape)])
-        tensors[name] = LazyTensor(storage, DTYPES[dtype], tuple(shape), strides)
-        if tensors[name].nbytes != end - begin:
-            raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")
-        spans.append((begin, end))
-    reached = 0
-    for begin, end in sorted(spans):
-        if begin != reached:
-            raise ValueError("its tensors overlap or leave gaps")
-        reached = end
-    if reached != total:
-        raise ValueError(f"its tensors have {reached} bytes, and the file has {total} for them")
-    return tensors
+def _tensor(file: OpenFile, name: str, entry: safetensors.Entry) -> LazyTensor:
+    storage = Storage(file, name, entry.dtype, entry.offset, entry.nbytes)
+    strides, step = [], 1
+    for extent in reversed(entry.shape):
+        strides.insert(0, step)
+        step *= max(extent, 1)
+    return LazyTensor(storage, entry.dtype, entry.shape, tuple(strides))
 
 
 def write(
@@ -149,15 +99,13 @@ def write(
     tensors: Mapping[str, np.ndarray | LazyTensor | LazyArray],
     described: Mapping,
 ) -> None:
-    """Writes tensors and `policy_folder.describe`'s values as a pair; each file appears whole.
+    """Writes tensors and `description.describe`'s values as a pair; each file appears whole.
 
     Raises UserError for what cannot be written, and leaves nothing behind then.
     """
-    from uva_jax.models import policy_folder
-
     if json_of(path).exists():
         try:
-            policy_folder.parse_description(json_of(path))
+            parse_description(json_of(path))
         except UserError:
             raise UserError(
                 f"{json_of(path)} is not a policy's json, and would be replaced: give {path} "
@@ -171,10 +119,14 @@ def write(
         reached = places[name][1]
     for name, value in tensors.items():
         dtype = value.dtype.newbyteorder("=")
-        if dtype not in _NAMES:
+        if dtype not in safetensors.NAMES:
             raise UserError(f"{path} cannot be written: safetensors has no dtype {dtype}.")
         shape = list(value.shape)
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": places[name]}
+        header[name] = {
+            "dtype": safetensors.NAMES[dtype],
+            "shape": shape,
+            "data_offsets": places[name],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

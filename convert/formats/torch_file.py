@@ -21,6 +21,7 @@ from convert.formats.open_file import OpenFile
 from convert.formats.pickle_records import Global, Persistent, Record, loads
 from convert.formats.pickle_writer import dumps
 from convert.formats.torch_tensors import (
+    QUANTISED_STORAGES,
     REBUILD,
     REBUILD_PARAMETER,
     REBUILD_SIZE,
@@ -89,8 +90,11 @@ class Checkpoint:
         cfg = self.payload.get("cfg") if isinstance(self.payload, dict) else None
         if cfg is None:
             raise UserError(
-                f"{self.path} holds no configuration (cfg): give a checkpoint that UVA's training "
-                "saved, or state the architecture in the config."
+                f"{self.path} holds no configuration (cfg), without which attention heads and "
+                "sampling steps are not known: name the published policy that it is like "
+                "('python -m convert from_torch CKPT OUT --like pusht'), or give its architecture "
+                "(--architecture FILE, with what policy.json says); 'to_torch' then writes a "
+                "checkpoint with both."
             )
         return omegaconf_records.to_plain(cfg, str(self.path))
 
@@ -125,6 +129,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
         known = kind == UNTYPED_STORAGE or (
             kind.module in ("torch", "torch.cuda") and kind.name in STORAGES
         )
+        if kind.module.startswith("torch") and kind.name in QUANTISED_STORAGES:
+            raise UserError(
+                f"{archive.path} holds quantised tensors ({kind}), whose values lie apart from "
+                "their scales: dequantise them (tensor.dequantize()) and save the checkpoint again."
+            )
         if not known:
             raise ValueError(f"the storage class {kind} is not supported")
         dtype = STORAGES.get(kind.name)

@@ -33,6 +33,9 @@ STORAGES: dict[str, np.dtype] = {
     "ComplexFloatStorage": np.dtype(np.complex64),
     "ComplexDoubleStorage": np.dtype(np.complex128),
 }
+QUANTISED_STORAGES = (
+    "QInt8Storage QUInt8Storage QInt32Storage QUInt4x2Storage QUInt2x4Storage".split()
+)
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 # Types without a storage class: torch keeps them as bytes and names the type with each tensor.
 _UNTYPED = {
@@ -47,6 +50,8 @@ _DTYPES = _UNTYPED | {dtype.name: dtype for dtype in STORAGES.values()}
 REBUILD_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+REBUILD_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
+REBUILD_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
 
 
@@ -193,6 +198,24 @@ def _rebuild_tensor(args: tuple) -> object:
     if dtype is None:
         return NotImplemented
     return LazyTensor(storage, dtype, tuple(shape), strides, offset, grad)
+
+
+def described_tensor(value: object) -> LazyTensor | None:
+    """The tensor that a value is, or describes together with attributes that Python set on it."""
+    match value:
+        case LazyTensor():
+            return value
+        case Record(
+            function=Global() as function, args=(LazyTensor() as tensor, bool(), _, dict())
+        ):
+            return tensor if function == REBUILD_WITH_STATE else None
+        case Record(
+            function=Global() as function, args=(Global() as made_by, _, tuple() as args, _)
+        ):
+            if function == REBUILD_FROM_TYPE and made_by in (REBUILD_V2, REBUILD_V3):
+                tensor = _rebuild_tensor(args)
+                return tensor if isinstance(tensor, LazyTensor) else None
+    return None
 
 
 def _rebuild_parameter(args: tuple) -> object:

@@ -38,7 +38,8 @@ WARM_RUNS = 3
 def architecture(size: str) -> PolicyConfig:
     """That of the published PushT policy, or of the small one that ships with this project."""
     if size == "tiny":
-        from convert.from_torch import infer_policy, state_tensors
+        from convert.architecture import infer_policy
+        from convert.state_dicts import state_tensors
 
         checkpoint = torch_file.read(assets.POLICY)
         return infer_policy(checkpoint, state_tensors(checkpoint, "ema"))

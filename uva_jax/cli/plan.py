@@ -93,12 +93,15 @@ def architecture(config, name: str | None) -> PolicyConfig:
         return ARCHITECTURES[name]
     if name is not None:
         raise UserError(f"--architecture is {name!r}; it can be {', '.join(ARCHITECTURES)}")
-    from convert import from_torch
+    from convert.architecture import check_graftable, infer_policy
     from convert.formats import torch_file
+    from convert.state_dicts import state_tensors
     from uva_jax.pipeline.inputs import teacher_checkpoint
 
     found = torch_file.read(teacher_checkpoint(config))
-    return from_torch.infer_policy(found, from_torch.state_tensors(found, config.teacher.weights))
+    policy = infer_policy(found, state_tensors(found, config.teacher.weights))
+    check_graftable(policy, str(found.path))
+    return policy
 
 
 PROGRAMS = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -11,15 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from uva_jax.data.clip_tokenizer import LENGTH, ClipTokenizer
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage import safetensors
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 12  # names of a file that an error lists
 
 
@@ -115,7 +113,7 @@ def read_latents(path: str) -> dict[str, np.ndarray]:
     try:
         return {name: value.astype(np.float32) for name, value in readers[file.suffix](file)}
     except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, struct.error),
+        *(zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError),
         *(ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RecursionError),
     ) as error:
         raise UserError(
@@ -133,13 +131,7 @@ def _read_npz(file: Path):
 
 
 def _read_safetensors(file: Path):
-    data = file.read_bytes()
-    (size,) = struct.unpack_from("<Q", data)
-    for name, entry in json.loads(data[8 : 8 + size]).items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _FLOATS:
-            raise ValueError(f"{name} holds {entry['dtype']}, no real numbers")
-        first, last = entry["data_offsets"]
-        values = np.frombuffer(data[8 + size + first : 8 + size + last], _FLOATS[entry["dtype"]])
-        yield name, values.reshape(entry["shape"])
+    for name, value in safetensors.load(file).items():
+        if value.dtype.name not in _FLOATS:
+            raise ValueError(f"{name} holds {value.dtype}, no real numbers")
+        yield name, value

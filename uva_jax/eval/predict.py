@@ -56,8 +56,11 @@ class Sampling:
             raise UserError(f"mode {self.mode!r} is unknown; known are {', '.join(TASK_MODES)}.")
         if self.mode in VIDEO_MODES and policy.video_head is None:
             raise UserError(f"{self.mode} predicts video, but this policy has no video head.")
-        if policy.action_head is None:
-            raise UserError("this policy has no action head to sample from.")
+        if policy.action_head is None and self.mode not in VIDEO_MODES:
+            raise UserError(
+                f"{self.mode} predicts actions, but this policy was trained for video alone and "
+                f"has no action head; choose one of {', '.join(VIDEO_MODES)}."
+            )
         masked_counts(policy.config.mar.tokens_per_frame, self.num_iter)
         if self.schedule not in SCHEDULES:
             raise UserError(
@@ -179,7 +182,8 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
     """
     sampling.check(policy)
     graph, variables = nnx.split(policy)
-    with_video, with_actions = sampling.mode in VIDEO_MODES, sampling.mode in ACTION_MODES
+    with_video = sampling.mode in VIDEO_MODES
+    with_actions = sampling.mode in ACTION_MODES and policy.action_head is not None
     cameras = CAMERAS if policy.config.mar.wrist else {"main": ""}
 
     @jax.jit

@@ -20,14 +20,14 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from uva_jax.models import surgery
+from uva_jax.models.description import describe, parse_description
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import PolicyConfig, from_dict, to_dict
+from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage import atomic, policy_arrays
 from uva_jax.storage.lazy_array import LazyArray
 
-FORMAT = 1
 _JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
 
 
@@ -72,6 +72,9 @@ def save_arrays(
 ) -> None:
     """`save_policy` of arrays that are never all in memory.
 
+    With several processes, each loads every array, so that all of them refuse what one refuses;
+    the first writes.
+
     Args:
       folder: where; an older policy there is replaced.
       config: the architecture.
@@ -86,8 +89,15 @@ def save_arrays(
     if problems := surgery.mismatches(surgery.shapes(surgery.abstract_policy(config)), arrays):
         raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
     with _appearing(folder) as partial:
-        policy_arrays.write(partial / _PARAMS, arrays)
-        _write_description(partial, config, source(), records)
+        chief = jax.process_index() == 0
+        if chief:
+            policy_arrays.write(partial / _PARAMS, arrays)
+        else:
+            for array in arrays.values():
+                array.load()
+        about = source()
+        if chief:
+            _write_description(partial, config, about, records)
 
 
 @contextlib.contextmanager
@@ -118,11 +128,6 @@ def _wait(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def describe(config: PolicyConfig, source: Mapping) -> dict:
-    """What `policy.json` says of a policy, as plain JSON values."""
-    return {"format": FORMAT, "policy": to_dict(config), "source": dict(source)}
-
-
 def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
     """The architecture and the source of a policy folder.
 
@@ -137,25 +142,6 @@ def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
         )
     config, described = parse_description(path)
     return config, described["source"]
-
-
-def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
-    """The architecture that a json file of `describe` holds, and all that it says.
-
-    Raises:
-      UserError: the file is damaged or of a newer format.
-    """
-    try:
-        described = json.loads(path.read_text())
-        version, policy, _ = (described[k] for k in ("format", "policy", "source"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
-    try:
-        return from_dict(policy), described
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def read_records(folder: str | os.PathLike) -> bytes | None:

@@ -88,7 +88,8 @@ def sample_tokens(
 
     Returns:
       "actions" (b, n_actions, action_dim) in [-1, 1], of the last round; with video also "latents"
-      (b, t, h', w', z), and "wrist_latents" where the policy predicts them.
+      (b, t, h', w', z), and "wrist_latents" where the policy predicts them. Of a policy without an
+      action head (UVA's first phase of training) "actions" is None.
 
     Raises:
       UserError: unknown settings, or an input that the mode needs is not there.
@@ -128,6 +129,8 @@ def sample_tokens(
     def act(z):
         return policy.action_head.sample(z, **loop, **draw())
 
+    if policy.action_head is None and task_mode in _ONE_PASS:
+        raise UserError(f"{task_mode} predicts actions, but this policy has no action head.")
     if task_mode in _ONE_PASS:
         values = {}
         if task_mode == "inverse_model":
@@ -150,7 +153,7 @@ def sample_tokens(
         mask = jnp.zeros((batch, tokens_per_frame)).at[rows, orders[:, :masked]].set(1.0)
         mask = jnp.repeat(mask[:, None], config.n_frames, axis=1)
         z = decoder(values, mask, False)
-        actions = act(z)
+        actions = act(z) if policy.action_head is not None else None
         # Filled in every frame alike, in the order of the grid.
         filled = jnp.sort(orders[:, left:masked], axis=-1)
         frames = jnp.arange(config.n_frames) * tokens_per_frame

@@ -12,20 +12,18 @@ import dataclasses
 import jax
 from flax import nnx
 
-from convert.formats import torch_file
-from convert.from_torch import convert_open, export_records
+from convert.from_torch import from_torch
 from convert.to_torch import export_policy
 from uva_jax.data import source
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
 from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2
 from uva_jax.graft.capture import CaptureOptions
-from uva_jax.models import policy_folder
+from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import data_files, load_policy, mesh_of, open_data, teacher_checkpoint
 from uva_jax.pipeline.training_stages import TRAINING_STAGES
-from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
 from uva_jax.storage.identity import external_hash
@@ -34,18 +32,15 @@ from uva_jax.storage.identity import external_hash
 def run_convert(context: Context) -> dict:
     """torch checkpoint -> teacher/policy."""
     path, weights = teacher_checkpoint(context.config), context.config.teacher.weights
-    checkpoint = torch_file.read(path)
-    policy, info = convert_open(checkpoint, weights=weights)
-    head = policy.config.action_head
-    if head is None or head.kind != "mlp":
-        raise UserError(f"{path} has no MLP action head to graft from")
-    records = export_records(checkpoint, weights)
-    policy_folder.save_policy(context.folder / "policy", policy, source=info, records=records)
-    count = sum(x.size for x in jax.tree.leaves(nnx.state(policy, nnx.Param)))
+    config, info = from_torch(path, context.folder / "policy", weights=weights, to_graft=True)
+    parameters = nnx.state(surgery.abstract_policy(config), nnx.Param)
+    count, head = sum(x.size for x in jax.tree.leaves(parameters)), config.action_head
     context.metrics.say(
-        f"{path.name}: {policy.config.task}, {count / 1e6:.2f} M parameters, "
-        f"{policy.config.image_size} px, {head.aggregator} head, {head.depth} x {head.width}"
+        f"{path.name}: {config.task}, {count / 1e6:.2f} M parameters, {config.image_size} px, "
+        f"{head.aggregator} head, {head.depth} x {head.width}"
     )
+    for note in info["contradictions"]:
+        context.metrics.say(f"{path.name}: {note}; the tensors are believed")
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 

@@ -93,7 +93,8 @@ def run_vae(
     if settings.steps:
         policy = _vae_alone(options)
         for path in vae_starts(settings).values():
-            metrics.say(_fill_vae(policy, Path(path).expanduser()))
+            trained = vae.trained_arrays(settings.vae_training)
+            metrics.say(_fill_vae(policy, Path(path).expanduser(), trained))
     else:
         policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
     trained = policy.vae
@@ -215,10 +216,14 @@ def _vae_alone(options: Options) -> Policy:
     return policy
 
 
-def _fill_vae(policy: Policy, path: Path) -> str:
-    """Gives the policy's VAE a file's arrays; returns what was matched."""
+def _fill_vae(policy: Policy, path: Path, trained: tuple[str, ...] = ()) -> str:
+    """Gives the policy's VAE a file's arrays; returns what was matched.
+
+    Raises:
+      UserError: arrays are missing in the file that do not begin with one of `trained`.
+    """
     arrays = {f"vae/{k}": v for k, v in surgery.flatten(policy.vae).items()}
-    arrays, said = start_from(arrays, path, "vae")
+    arrays, said = start_from(arrays, path, "vae", trained=trained)
     policy.vae = surgery.replace(policy.vae, part(arrays, "vae"))
     return said
 

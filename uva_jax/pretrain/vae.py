@@ -193,6 +193,11 @@ def vae_loss(
     return loss
 
 
+def trained_arrays(options) -> tuple[str, ...]:
+    """What the paths of the arrays begin with that training by these `VAEOptions` changes."""
+    return ("vae/",) if options.steps else _DECODER if options.decoder_steps else ()
+
+
 def train_vae(
     vae: VAE,
     frames: np.ndarray,
