@@ -324,7 +324,7 @@ def settings(config) -> list[str]:
     """What makes a command as small as the tests' runs."""
     names = (
         "data.max_episodes data.cache head.num_heads head.self_attn_heads capture.held_out "
-        "capture.batch distill.warmup evaluate.sampling_steps finetune.freeze"
+        "capture.batch distill.warmup distill.sampling_steps finetune.freeze"
     ).split()
     found = []
     for name in names:

@@ -23,6 +23,7 @@ from uva_jax.pretrain.windows import StateScale, Windows, past_choices
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.sections import EMAOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage.site import Site
 from uva_jax.train import loop
@@ -33,7 +34,7 @@ OPTIONS = dataclasses.replace(
     batch=8,
     lr=3e-3,
     warmup=1,
-    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
+    ema=EMAOptions(max_value=0.9),
     steps_per_call=2,
     checkpoint_every=12,
     log_every=2,
@@ -42,11 +43,7 @@ OPTIONS = dataclasses.replace(
     readout_weight=0.1,
     judge_windows=8,
 )
-DATA = source.DataOptions(
-    **{f.name: "" for f in dataclasses.fields(source.DataOptions)}
-    | {"horizon": 32, "pad_after": 7, "val_ratio": 0.3, "split_seed": 0, "mirror": "pusht"}
-    | {"image_key": "img", "action_key": "action", "path": "embedded", "max_episodes": 3}
-)
+DATA = source.DataOptions(val_ratio=0.3, split_seed=0, mirror="pusht", max_episodes=3)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -220,7 +220,8 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
         warmup=min(options.warmup, steps // 4),
         checkpoint_every=steps,
         log_every=max(options.steps_per_call, steps // 10),
-        ema=dict(options.ema) | {"max_value": min(options.ema["max_value"], 1 - 10 / steps)},
+        ema=dataclasses.replace(options.ema, max_value=min(options.ema.max_value, 1 - 10 / steps)),
+        score=dataclasses.replace(options.score, every=0),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir, print), MetricsWriter(workdir, "ablate") as metrics:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import config_flags
@@ -275,17 +274,18 @@ def hints(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> l
 
 def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
     """Compiles the chosen programs of a configuration and prints what they cost."""
+    from uva_jax.pipeline import inputs
+
     config = settings.check(config)
     if unknown := [x for x in only if x not in PROGRAMS]:
         raise UserError(f"--only names {unknown[0]!r}; it can name {', '.join(PROGRAMS)}")
     where, teacher = open_slice(topology), architecture(config, name)
     on_cpu = where.hbm is None
-    choice = config.precision
-    if choice == "auto":
-        choice = "float32" if on_cpu else "bfloat16"
+    dtype = inputs.compute_dtype(config, where.devices[0].platform)
+    products = "float32" if dtype is None else "bfloat16"
     hosts = len({d.process_index for d in where.devices})
     memory = "" if on_cpu else f", {where.hbm} GiB each"
-    print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {choice} products")
+    print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {products} products")
     print(
         f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
         f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens a window\n"
@@ -294,7 +294,6 @@ def run(config, topology: str, name: str | None, only: Sequence[str]) -> None:
     # In the "residual" form there is no condition to fit.
     fitted = config.head.cross_attention == "condition"
     for key in only or [key for key in PROGRAMS if fitted or key != "distill"]:
-        dtype = jnp.bfloat16 if choice == "bfloat16" else None
         program = PROGRAMS[key](config, teacher, where.devices, dtype)
         print(f"compiling {program.name} ({program.about})", end="", flush=True)
         start = time.monotonic()

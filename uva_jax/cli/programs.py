@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.source import WindowSpec
+from uva_jax.data.source import DataOptions, WindowSpec
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.graft import assemble, distill, finetune
 from uva_jax.graft.capture import CaptureOptions, make_capture
@@ -30,7 +30,7 @@ from uva_jax.runtime import parallel
 from uva_jax.runtime import settings as settings
 from uva_jax.runtime.errors import UserError
 from uva_jax.train import loop
-from uva_jax.train.optim import OptimOptions, make_optimizer
+from uva_jax.train.optim import OptimOptions, loop_optimizer, make_optimizer
 
 Devices = Sequence[jax.Device]
 
@@ -74,7 +74,7 @@ def _key(sharding) -> jax.ShapeDtypeStruct:
 def _frame_size(config) -> tuple[int, int]:
     """Height and width of the data's frames; PushT's where the data is not here yet."""
     path = Path(config.data.path).expanduser()
-    if config.data.path == "embedded" or not path.exists():
+    if settings.section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
     return ReplayBuffer.open(path).shape(config.data.image_key)[1:3]
 
@@ -171,7 +171,7 @@ def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
             warmup_steps=0,
             total_steps=total,
             weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
+            clip_norm=options.clip_norm or None,
         )
     )
     moments = _place(jax.eval_shape(optimizer.init, params), one)
@@ -225,7 +225,7 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     finetune.check_reuse(phases, options)
     arrays = _place(arrays, parallel.shardings_for(arrays, mesh))
     params = {k: arrays[k] for k in max((p.trainable for p in phases), key=len)}
-    moments = jax.eval_shape(options.make_optimizer().init, params)
+    moments = jax.eval_shape(loop_optimizer(options).init, params)
     moments = _place(moments, parallel.shardings_for(moments, mesh))
     state = loop.LoopState(params, params, moments)
     rows, whole = parallel.batch_sharding(mesh, axis=1), parallel.replicated(mesh)

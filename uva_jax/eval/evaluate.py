@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +18,11 @@ from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.runtime.settings import leaves, section
 from uva_jax.storage.identity import read_json, write_json
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """`config.evaluate`; see `configs/common.py` for each field."""
-
-    simulator: str
-    windows: int
-    draws: int
-    num_seeds: int
-    start_seed: int
-    max_steps: int
-    sampling_steps: str
-    noise_seed: int
-    videos: int
-    workers: int
 
 
 class Actor:

@@ -164,7 +164,6 @@ def _train_policy(context: Context, policy: Policy, reader, options, mesh, score
         wrist=caches.get("wrist"),
         state_scale=_state_scale(config.pretrain, buffer),
         score=score,
-        score_every=config.pretrain.score.every,
     )
 
 
