@@ -21,12 +21,11 @@ from flax import nnx, traverse_util
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
-from uva_jax.models.operators import FAMILIES
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.sections import HeadOptions
+from uva_jax.runtime.sections import FAMILIES, HeadOptions
 from uva_jax.storage.identity import read_json, write_json
 
 
