@@ -87,6 +87,7 @@ def test_the_second_run_skips_everything(finished, make_config, tmp_path):
     [
         ({"export__filename": "other.ckpt"}, {"export"}),
         ({"evaluate__noise_seed": 1}, {"evaluate"}),
+        ({"evaluate__sampling_steps": "3"}, {"evaluate"}),
         ({"finetune__lr": 2e-4}, {"finetune", "evaluate", "export"}),
         ({"distill__lr": 2e-3}, {"distill", "finetune", "evaluate", "export"}),
         ({"capture__num_samples": 32}, set(STAGES) - {"convert"}),
@@ -121,15 +122,6 @@ def test_a_changed_setting_reruns_its_stage_and_says_what_changed(finished, make
     assert [path.name for path in (workdir / "export").glob("*.ckpt")] == ["other.ckpt"]
 
 
-@pytest.mark.parametrize(
-    "setting", [{"pretrain__batch": 0}, {"pretrain__steps": -1}, {"distill__lr": 0.0}]
-)
-def test_a_number_out_of_range_is_named(make_config, tmp_path, setting):
-    ((name, value),) = setting.items()
-    with pytest.raises(UserError, match=rf"config.{name.replace('__', '.')} is {value}, but"):
-        run(make_config(**setting), str(tmp_path), ["convert"])
-
-
 def test_only_the_named_stages_run(make_config, tmp_path):
     _, printed = silently(run, make_config(), str(tmp_path), ["convert"])
     assert outcome(printed) == {"convert": "ran"}
@@ -161,6 +153,8 @@ def command(*args: object) -> subprocess.CompletedProcess:
         (["--config", "configs/nope.py"], "configs/nope.py"),
         (["--config", "configs/pusht_tiny.py", "--config.finetune.stepz=9"], "finetune.steps?"),
         (["--config", "configs/pusht_tiny.py", "--config.finetune.steps=abc"], "abc"),
+        (["--config", "configs/pusht_tiny.py", "--config.finetune.lr=nan"], "at most 1"),
+        (["--config", "configs/pusht_tiny.py", "--config.finetune.betas=0.9"], "of 2 numbers"),
         (["--config", "configs/pusht_tiny.py", "--config.head.memory=tape"], "'video+aggregate'"),
         (["--config", "configs/pusht_tiny.py", "extra"], "extra"),
         (["--config", "configs/quick_test.py:no/where"], "no/where holds no operators"),
