@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             values(["ablate", *(sys.argv[1:] if argv is None else argv)])
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{error} (see configs/common.py for every setting)") from error
+            raise UserError(f"{error} (python -m uva_jax settings lists every setting)") from error
         if config.value is None or values.workdir is None:
             raise UserError("say what to train and where: --config FILE --workdir DIR")
         run(config.value, Path(values.workdir), values.policy, values.steps)

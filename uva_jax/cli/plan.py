@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest = values(["plan", *(sys.argv[1:] if argv is None else argv)])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {error} (see configs/common.py for every setting)", file=sys.stderr)
+        print(f"error: {error} (python -m uva_jax settings lists every setting)", file=sys.stderr)
         return 2
 
     def command() -> None:

@@ -228,8 +228,8 @@ def _check_starts(settings) -> None:
         if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
             raise UserError(
                 "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
-                "policy as config.pretrain.mar, no other one as joint.vae, "
-                "pretrain.vae_training.steps=0 and joint.vae_training.decoder_steps"
+                "policy as config.pretrain.mar, no other one as config.pretrain.vae, "
+                "vae_training.steps=0 and vae_training.decoder_steps"
             )
         return
     missing = [kind for kind in ("mar", "vae") if not settings[kind]]
