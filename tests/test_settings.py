@@ -132,6 +132,14 @@ def test_an_unknown_key_anywhere_is_refused(name):
     assert f"config.{name} is not a setting" in refusal(config)
 
 
+def test_a_mapping_of_free_keys_is_set_as_a_whole():
+    settings.check_name("finetune.unfreeze_at.500")
+    with pytest.raises(UserError, match="give all of config.finetune.unfreeze_at as one mapping"):
+        settings.check_name("finetune.unfreeze_at.500", inside=False)
+    with pytest.raises(UserError, match="config.finetune.ema is a section"):
+        settings.check_name("finetune.ema")
+
+
 def test_a_missing_setting_is_named():
     config = common.get_config()
     with config.unlocked():

@@ -76,7 +76,7 @@ def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with a sentence in place of a traceback."""
     for argument in argv[1:]:
         if argument.startswith("--config."):
-            check_name(argument.removeprefix("--config.").partition("=")[0])
+            check_name(argument.removeprefix("--config.").partition("=")[0], inside=False)
     argv = _with_config(argv)
     try:
         return flags.FLAGS(argv)

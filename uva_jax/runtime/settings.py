@@ -83,12 +83,26 @@ def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_name(name: str) -> None:
-    """Raises UserError unless that is a setting, or below one whose keys are the user's own."""
+def check_name(name: str, *, inside: bool = True) -> None:
+    """Raises UserError unless that is a setting.
+
+    Args:
+      name: with dots.
+      inside: it may also be a key of the user's own in a section that takes any.
+    """
     known = specs()
-    free = any(_is_free(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1))
-    if name in known or free:
+    if name in known:
         return
+    above = (name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1))
+    if free := next(filter(_is_free, above), None):
+        if inside:
+            return
+        raise UserError(
+            f"config.{name} cannot be set alone: give all of config.{free} as one mapping, "
+            f'--config.{free}="{{...}}"'
+        )
+    if any(other.startswith(f"{name}.") for other in known):
+        raise UserError(f"config.{name} is a section, not a setting ({_WHERE})")
     close = difflib.get_close_matches(name, known, n=1)
     close = close or [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f"; did you mean config.{close[0]}?" if close else ""
