@@ -1,8 +1,8 @@
 """The defaults, which the other files in this folder change.
 
 Each setting stands once, with type, default, comment and range: `python -m uva_jax settings` lists
-them (they are declared in `uva_jax/runtime/sections.py` and `sections_training.py`). Override any
-on the command line: `--config.finetune.steps=1000`.
+them (they are declared in `uva_jax/runtime/sections*.py`). Override any on the command line:
+`--config.finetune.steps=1000`.
 """
 
 from ml_collections import ConfigDict

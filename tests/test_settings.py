@@ -16,7 +16,8 @@ from uva_jax.__main__ import main
 from uva_jax.pipeline.stages import stages
 from uva_jax.runtime import settings
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.sections import DataOptions, EMAOptions, FinetuneOptions, LoopOptions
+from uva_jax.runtime.sections import DataOptions, EMAOptions, LoopOptions
+from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.runtime.settings import assign, check, leaves, section, specs
 from uva_jax.storage.identity import Identity, shaping_values
 

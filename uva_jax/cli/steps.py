@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from uva_jax.runtime import settings
 from uva_jax.runtime.errors import UserError, exit_status
-from uva_jax.runtime.sections import FAMILIES
+from uva_jax.runtime.sections_graft import FAMILIES
 
 # option -> setting, which gives its type, default and help; "{layer}" is the target layer
 _SOURCE = {"checkpoint": "teacher.checkpoint", "dataset": "data.path"}

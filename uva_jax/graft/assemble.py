@@ -25,7 +25,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.sections import FAMILIES, HeadOptions
+from uva_jax.runtime.sections_graft import FAMILIES, HeadOptions
 from uva_jax.storage.identity import read_json, write_json
 
 

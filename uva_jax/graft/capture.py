@@ -21,7 +21,7 @@ from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.parallel import sharded_map
-from uva_jax.runtime.sections import CaptureOptions
+from uva_jax.runtime.sections_graft import CaptureOptions
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:

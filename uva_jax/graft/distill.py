@@ -23,7 +23,7 @@ from uva_jax.graft.capture import head_activations
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
-from uva_jax.runtime.sections import DistillOptions
+from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows

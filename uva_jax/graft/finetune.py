@@ -24,7 +24,7 @@ from uva_jax.models.lora import PREFIX, init_lora, merge_lora
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.sections import FinetuneOptions
+from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.train.loop import Flat, Loss, part, run_loop, start_state
 from uva_jax.train.order import epoch_rows

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from uva_jax.runtime import fields, sections
+from uva_jax.runtime import fields, sections, sections_graft
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.fields import Spec, setting
 from uva_jax.runtime.sections_training import PretrainOptions
@@ -46,10 +46,10 @@ class Settings(sections.Section):
     data: sections.DataOptions = field(default_factory=sections.DataOptions)
     mesh: sections.MeshOptions = field(default_factory=sections.MeshOptions)
     distributed: sections.DistributedOptions = field(default_factory=sections.DistributedOptions)
-    head: sections.HeadOptions = field(default_factory=sections.HeadOptions)
-    capture: sections.CaptureOptions = field(default_factory=sections.CaptureOptions)
-    distill: sections.DistillOptions = field(default_factory=sections.DistillOptions)
-    finetune: sections.FinetuneOptions = field(default_factory=sections.FinetuneOptions)
+    head: sections_graft.HeadOptions = field(default_factory=sections_graft.HeadOptions)
+    capture: sections_graft.CaptureOptions = field(default_factory=sections_graft.CaptureOptions)
+    distill: sections_graft.DistillOptions = field(default_factory=sections_graft.DistillOptions)
+    finetune: sections_graft.FinetuneOptions = field(default_factory=sections_graft.FinetuneOptions)
     pretrain: PretrainOptions = field(default_factory=PretrainOptions)
     evaluate: sections.EvaluateOptions = field(default_factory=sections.EvaluateOptions)
     export: sections.ExportOptions = field(default_factory=sections.ExportOptions)
