@@ -1,4 +1,4 @@
-"""Full size: graft the published `pusht.ckpt` with the schedule of `configs/common.py`.
+"""Full size: graft the published `pusht.ckpt` with the published schedule.
 
     python -m convert inspect pretrained_models/pusht.ckpt
     python -m uva_jax plan --config configs/pusht.py --topology v5e:4x4

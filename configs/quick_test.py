@@ -1,6 +1,7 @@
 """A quick test: Stage 2 alone from given operators, in under a minute on two CPU cores.
 
-python -m uva_jax.main --config configs/quick_test.py:runs/tiny/operators --workdir runs/quick
+python -m uva_jax.main --config configs/quick_test.py:runs/tiny/operators \\
+    --workdir runs/quick --stage convert,finetune
 
 The operators are those of `configs/pusht_tiny.py` (another folder of operators for the same head
 will do), the data a few of its demonstrations. It shows that weights load and that the loss falls;
@@ -26,7 +27,6 @@ def get_config(operators: str = "runs/tiny/operators"):
         )
     for family in families:
         config.head.init_paths[family] = str(Path(operators) / family)
-    config.stages = ("convert", "finetune")
     config.data.max_episodes = 12
     # Its own data, not another run's cache.
     config.finetune.reuse_cache = False

@@ -150,6 +150,7 @@ def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
         config.head.num_heads = config.head.self_attn_heads = 4
         config.capture.update(num_samples=36, held_out=8, strip=2, batch=2)
         config.distill.update(epochs=2, batch=8, lr=1e-3, warmup=2, log_every=4)
+        config.distill.sampling_steps = "4"
         config.finetune.update(steps=4, batch=8, warmup=1, log_every=2, reuse_cache=True)
         config.finetune.freeze = ("mar",)
         config.evaluate.update(num_seeds=2, max_steps=16, sampling_steps="4", videos=1, workers=1)

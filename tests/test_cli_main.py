@@ -88,6 +88,7 @@ def test_the_second_run_skips_everything(finished, make_config, tmp_path):
     [
         ({"export__filename": "other.ckpt"}, {"export"}),
         ({"evaluate__noise_seed": 1}, {"evaluate"}),
+        ({"evaluate__sampling_steps": "3"}, {"evaluate"}),
         ({"finetune__lr": 2e-4}, {"finetune", "evaluate", "export"}),
         ({"distill__lr": 2e-3}, {"distill", "assemble", "finetune", "evaluate", "export"}),
         ({"capture__num_samples": 32}, set(STAGES) - {"convert"}),
@@ -175,6 +176,8 @@ def command(*args: object) -> subprocess.CompletedProcess:
         (["--config", "configs/nope.py"], "configs/nope.py"),
         (["--config", "configs/pusht_tiny.py", "--config.finetune.stepz=9"], "finetune.steps?"),
         (["--config", "configs/pusht_tiny.py", "--config.finetune.steps=abc"], "abc"),
+        (["--config", "configs/pusht_tiny.py", "--config.finetune.lr=nan"], "at most 1"),
+        (["--config", "configs/pusht_tiny.py", "--config.finetune.betas=0.9"], "of 2 numbers"),
         (["--config", "configs/pusht_tiny.py", "--config.head.memory=tape"], "'video+aggregate'"),
         (["--config", "configs/pusht_tiny.py", "extra"], "extra"),
         (["--config", "configs/quick_test.py:no/where"], "no/where holds no operators"),
@@ -338,7 +341,7 @@ def settings(config) -> list[str]:
     """What makes a command as small as the tests' runs."""
     names = (
         "data.max_episodes data.cache head.num_heads head.self_attn_heads capture.held_out "
-        "capture.batch distill.warmup evaluate.sampling_steps finetune.freeze"
+        "capture.batch distill.warmup distill.sampling_steps finetune.freeze"
     ).split()
     found = []
     for name in names:

@@ -214,9 +214,9 @@ def test_wandb_gets_the_same_scalars(tmp_path, monkeypatch):
             logged.append("finished")
 
     fake = types.ModuleType("wandb")
-    fake.init = lambda **given: logged.append(given["project"]) or Run()
+    fake.init = lambda **given: logged.append((given["project"], given["group"])) or Run()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = ConfigDict({"wandb": {"project": "grafts"}})
+    config = ConfigDict({"wandb": {"project": "grafts", "name": "wide heads"}})
     with MetricsWriter(tmp_path, "distill", config=config) as writer:
         writer.log(7, loss=0.5)
-    assert logged == ["grafts", (7, {"loss": 0.5}), "finished"]
+    assert logged == [("grafts", "wide heads"), (7, {"loss": 0.5}), "finished"]

@@ -14,6 +14,7 @@ from uva_jax.models.lora import init_lora, merge_lora
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.sections import EMAOptions
 from uva_jax.train import loop
 
 OPTIONS = finetune.FinetuneOptions(
@@ -38,7 +39,7 @@ OPTIONS = finetune.FinetuneOptions(
     lora_rank=2,
     lora_targets=("mar/decoder_blocks/*/attn/*",),
     gradient_checkpointing=False,
-    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9999},
+    ema=EMAOptions(),
     steps_per_call=1,
     checkpoint_every=2,
     log_every=2,

@@ -14,6 +14,7 @@ from uva_jax.models.vae import VAE
 from uva_jax.pretrain import vae as training
 from uva_jax.runtime import parallel
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.sections import EMAOptions
 from uva_jax.runtime.settings import section
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,7 +24,7 @@ OPTIONS = dataclasses.replace(
     batch=8,
     lr=2e-3,
     warmup=2,
-    ema={"inv_gamma": 1.0, "power": 0.75, "max_value": 0.9},
+    ema=EMAOptions(max_value=0.9),
     checkpoint_every=12,
     log_every=4,
     frames=64,

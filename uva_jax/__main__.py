@@ -14,6 +14,7 @@ from uva_jax.runtime.startup import quiet_libraries
 
 # command -> (module with `main(argv)`, what it does). A module is imported when it is called.
 COMMANDS = {
+    "settings": ("uva_jax.cli.settings", "every setting with its default, range and comment"),
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
     "sample": ("uva_jax.cli.sample", "predicted video and actions beside the real ones"),
     "ablate": ("uva_jax.cli.ablate", "what each part of a policy's training costs and gives"),

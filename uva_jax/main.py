@@ -13,6 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.sections import DistributedOptions
+from uva_jax.runtime.settings import check, check_name, section
 from uva_jax.runtime.startup import quiet_libraries
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file (see configs/).")
@@ -27,29 +29,18 @@ _STAGE = flags.DEFINE_list(
 
 def run(config, workdir: str, only: list[str] | None) -> dict:
     """Checks the configuration and runs its stages; see `pipeline.run_pipeline`."""
-    from uva_jax.runtime.settings import check
-
     config = check(config)
     # After the check, because importing jax and its company takes seconds.
     from uva_jax.pipeline import stages
     from uva_jax.pipeline.engine import run_pipeline
     from uva_jax.runtime import parallel
 
-    d = config.distributed
-    parallel.initialize_distributed(
-        parallel.DistributedOptions(
-            enabled=d.enabled or None,
-            coordinator_address=d.coordinator_address or None,
-            num_processes=d.num_processes or None,
-            process_id=None if d.process_id < 0 else d.process_id,
-        )
-    )
-    only = only or list(config.stages) or None
+    parallel.initialize_distributed(section(config.distributed, DistributedOptions))
     return run_pipeline(
         stages.stages(config),
         config,
         workdir,
-        only,
+        only or None,
         is_primary=parallel.is_primary(),
         barrier=parallel.barrier,
     )
@@ -83,11 +74,9 @@ def main() -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with a sentence in place of a traceback."""
-    from uva_jax.runtime.settings import check_name
-
     for argument in argv[1:]:
         if argument.startswith("--config."):
-            check_name(argument.removeprefix("--config.").partition("=")[0])
+            check_name(argument.removeprefix("--config.").partition("=")[0], inside=False)
     argv = _with_config(argv)
     try:
         return flags.FLAGS(argv)

@@ -220,7 +220,8 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
         warmup=min(options.warmup, steps // 4),
         checkpoint_every=steps,
         log_every=max(options.steps_per_call, steps // 10),
-        ema=dict(options.ema) | {"max_value": min(options.ema["max_value"], 1 - 10 / steps)},
+        ema=dataclasses.replace(options.ema, max_value=min(options.ema.max_value, 1 - 10 / steps)),
+        score=dataclasses.replace(options.score, every=0),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir, print), MetricsWriter(workdir, "ablate") as metrics:
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             values(["ablate", *(sys.argv[1:] if argv is None else argv)])
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{error} (see configs/common.py for every setting)") from error
+            raise UserError(f"{error} (python -m uva_jax settings lists every setting)") from error
         if config.value is None or values.workdir is None:
             raise UserError("say what to train and where: --config FILE --workdir DIR")
         run(config.value, Path(values.workdir), values.policy, values.steps)

@@ -8,7 +8,6 @@ process of its own, because the thread pools of two frameworks disturb each othe
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -70,13 +69,12 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     import jax.numpy as jnp
     from flax import nnx
 
-    from configs import common
     from uva_jax.models import losses, surgery
     from uva_jax.models.layers import sub_key
     from uva_jax.models.policy import Policy
     from uva_jax.pretrain import latents
     from uva_jax.runtime import parallel
-    from uva_jax.runtime.settings import section
+    from uva_jax.runtime.sections_training import PretrainOptions
     from uva_jax.train import loop
 
     dtype = jnp.bfloat16 if row.precision == "bfloat16" else None
@@ -85,8 +83,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     arrays = surgery.flatten(policy)
     params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/"))}
     frozen = {k: v for k, v in arrays.items() if k not in params}
-    defaults = section(common.get_config().pretrain, loop.LoopOptions)
-    options = dataclasses.replace(defaults, batch=size, steps_per_call=1)
+    options = PretrainOptions(batch=size, steps_per_call=1)
 
     def loss(params, frozen, batch, key, step):
         model = surgery.replace(abstract, params | frozen)

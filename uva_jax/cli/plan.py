@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import config_flags
@@ -308,17 +307,18 @@ def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
 
 def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int = 1) -> None:
     """Compiles the chosen programs of a configuration and prints what they cost."""
+    from uva_jax.pipeline import inputs
+
     config = settings.check(config)
     if unknown := [x for x in only if x not in PROGRAMS]:
         raise UserError(f"--only names {unknown[0]!r}; it can name {', '.join(PROGRAMS)}")
     where, teacher = open_slice(topology), architecture(config, name)
     on_cpu = where.hbm is None
-    choice = config.precision
-    if choice == "auto":
-        choice = "float32" if on_cpu else "bfloat16"
+    dtype = inputs.compute_dtype(config, where.devices[0].platform)
+    products = "float32" if dtype is None else "bfloat16"
     hosts = len({d.process_index for d in where.devices})
     memory = "" if on_cpu else f", {where.hbm} GiB each"
-    print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {choice} products")
+    print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {products} products")
     print(
         f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
         f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens a window\n"
@@ -326,7 +326,6 @@ def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int 
     # In the "residual" form there is no condition to fit.
     fitted = config.head.cross_attention == "condition"
     keys = list(dict.fromkeys(only)) or [k for k in PROGRAMS if fitted or k != "distill"]
-    dtype = jnp.bfloat16 if choice == "bfloat16" else None
     print(f"compiling {', '.join(keys)}", flush=True)
     found = {}
     for key, program, cost, seconds in compile_all(
@@ -374,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest = values(["plan", *(sys.argv[1:] if argv is None else argv)])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {error} (see configs/common.py for every setting)", file=sys.stderr)
+        print(f"error: {error} (python -m uva_jax settings lists every setting)", file=sys.stderr)
         return 2
 
     def command() -> None:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from uva_jax.data import batch_shapes
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.source import WindowSpec
+from uva_jax.data.source import DataOptions, WindowSpec
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.eval.evaluate import Actor
 from uva_jax.graft import assemble, distill, finetune
@@ -57,7 +57,7 @@ class Program(NamedTuple):
 def _frame_size(config) -> tuple[int, int]:
     """Height and width of the data's frames; PushT's where the data is not here yet."""
     path = Path(config.data.path).expanduser()
-    if config.data.path == "embedded" or not path.exists():
+    if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
     return ReplayBuffer.open(path).shape(config.data.image_key)[1:3]
 

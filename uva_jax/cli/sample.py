@@ -24,21 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.settings import section, specs
 
 # Everything that takes seconds to import is imported by the function that needs it.
 
 _WIDE = 3.0  # a spread of latents that no working video head gives
 # Options that stand for settings of `config.data`; their defaults are those of the file in configs/
 # that fits the policy.
-_DATA = {
-    "max_episodes": (int, "embedded demonstrations to render"),
-    "layout": (str, "'umi' for UMI's recordings"),
-    "image_key": (str, "array of the main camera"),
-    "wrist_key": (str, "array of the wrist camera"),
-    "action_key": (str, "array of the actions"),
-    "language": (str, "file of language latents by task"),
-    "vocabulary": (str, "folder with CLIP's vocabulary"),
-}
+_DATA = "max_episodes layout image_key wrist_key action_key language vocabulary".split()
 Window = Mapping[str, np.ndarray]
 
 
@@ -49,12 +42,10 @@ def load(name: str, weights: str):
       UserError: nothing is there, or it is no policy.
     """
     from convert.from_torch import convert_checkpoint
-    from uva_jax import assets
     from uva_jax.models import policy_folder
+    from uva_jax.pipeline import inputs
 
-    path = Path(name).expanduser()
-    if name == "embedded":
-        path = assets.POLICY
+    path = inputs.policy_path(name)
     if not path.exists():
         raise UserError(
             f"--policy is {name}, but there is no such file or folder: give a policy folder, a "
@@ -74,7 +65,6 @@ def open_reader(policy, path: str, options: Mapping[str, object]):
     from convert.describe import config_file
     from uva_jax.data import source
     from uva_jax.data.readers import open_reader as open_data
-    from uva_jax.runtime.settings import section
 
     module = config_file(policy.config).removesuffix(".py").replace("/", ".")
     config = importlib.import_module(module).get_config()
@@ -335,8 +325,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add("--out", metavar="FILE", help="what to write: .mp4, .gif, .png (a strip) or .npz")
     add("--json", metavar="FILE", help="write the table and the settings there")
-    for name, (kind, text) in _DATA.items():
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: as in configs/)")
+    for name in _DATA:
+        spec = specs()[f"data.{name}"]
+        text = f"{spec.rule.comment} (default: as in configs/)"
+        add(f"--{name.replace('_', '-')}", type=spec.kind, help=text)
     return parser
 
 

@@ -9,7 +9,8 @@ Run them with `python -m uva_jax COMMAND`:
 
 Each runs stages of the pipeline, so each skips what is done, resumes what was cut off, and keeps
 the layout of a workdir: a workdir serves as `--cache`, its operators/ as `--operators`. Every
-option is a setting of `configs/common.py`, whose default counts; `--set` reaches all others.
+option is a setting (`python -m uva_jax settings`), whose default counts; `--set` reaches all
+others.
 """
 
 from __future__ import annotations
@@ -24,35 +25,25 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from uva_jax.runtime import settings
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.sections_graft import FAMILIES
 
-_LAYERS = ("cross_attn", "self_attn", "mlp")
-# option -> (setting, what it is); "{layer}" is the target layer
-_SOURCE = {
-    "checkpoint": ("teacher.checkpoint", "a UVA .ckpt, or 'embedded'"),
-    "dataset": ("data.path", "a diffusion-policy zarr (folder or .zip), or 'embedded'"),
+# option -> setting, which gives its type, default and help; "{layer}" is the target layer
+_SOURCE = {"checkpoint": "teacher.checkpoint", "dataset": "data.path"}
+_CACHE = _SOURCE | {name: f"capture.{name}" for name in ("num_samples", "strip", "batch")}
+_DISTILL = {"loss": "distill.loss.{layer}"} | {
+    name: f"distill.{name}" for name in ("epochs", "lr", "batch")
 }
-_CACHE = _SOURCE | {
-    "num_samples": ("capture.num_samples", "windows to cache"),
-    "strip": ("capture.strip", "neighbouring windows that share encoded frames"),
-    "batch": ("capture.batch", "strips a step, over all devices"),
-}
-_DISTILL = {
-    "loss": ("distill.loss.{layer}", "l1, l2 or huber"),
-    "epochs": ("distill.epochs", "passes over the cache"),
-    "lr": ("distill.lr", "learning rate"),
-    "batch": ("distill.batch", "samples a step"),
-}
-_FINETUNE = _SOURCE | {
-    "steps": ("finetune.steps", "training steps"),
-    "warmup": ("finetune.warmup", "steps of warm-up"),
-    "batch": ("finetune.batch", "windows a step"),
-    "data_fraction": ("finetune.data_fraction", "share of the training episodes"),
-    "learning_rate": ("finetune.lr", "learning rate"),
-    "freeze_encoder": ("finetune.freeze_encoder", "keep VAE and MAR encoder as they are"),
-    "gradient_checkpointing": ("finetune.gradient_checkpointing", "less memory, more time"),
-    "use_lora": ("finetune.use_lora", "train adapters in place of the decoder's kernels"),
-}
+_FINETUNE = (
+    _SOURCE
+    | {name: f"finetune.{name}" for name in ("steps", "warmup", "batch", "data_fraction")}
+    | {"learning_rate": "finetune.lr"}
+    | {
+        name: f"finetune.{name}"
+        for name in ("freeze_encoder", "gradient_checkpointing", "use_lora")
+    }
+)
 
 
 def cache_activations(args: argparse.Namespace) -> None:
@@ -70,13 +61,12 @@ def distill_operator(args: argparse.Namespace) -> None:
     cross-attention predicts, so that has to be there.
     """
     from uva_jax.pipeline import engine
-    from uva_jax.runtime.settings import check
 
     cache, layer = Path(args.cache), args.target_layer
     given = Path(args.operators or args.out)
-    config = _config(args, {k: (v.format(layer=layer), text) for k, (v, text) in _DISTILL.items()})
+    config = _config(args, {k: v.format(layer=layer) for k, v in _DISTILL.items()})
     config.distill.operators = (layer,)
-    beside = _LAYERS if args.operators else _LAYERS[: _LAYERS.index(layer)]
+    beside = FAMILIES if args.operators else FAMILIES[: FAMILIES.index(layer)]
     found = _operators(given, [family for family in beside if family != layer])
     config.head.init_paths.update(found)
     form = config.head.cross_attention
@@ -90,7 +80,7 @@ def distill_operator(args: argparse.Namespace) -> None:
         f"distill-{layer}",
         lambda context: _distill_stage(context, cache, layer),
         needs=(),
-        config_keys=("seed", "distill", "head", "evaluate.sampling_steps"),
+        config_keys=("seed", "distill", "head"),
         folder=layer,
         describe=f"{layer} operators learn the teacher's activations",
         fingerprint=lambda config: {
@@ -105,13 +95,12 @@ def distill_operator(args: argparse.Namespace) -> None:
                 f"--cache {cache} has no finished {name}/: give a folder that cache-activations "
                 "has filled, or a workdir whose capture has finished"
             )
-    engine.run_pipeline([stage], check(config), args.out)
+    engine.run_pipeline([stage], settings.check(config), args.out)
 
 
 def _distill_stage(context, cache: Path, layer: str) -> dict:
     from uva_jax.graft import assemble, distill, stage1
     from uva_jax.models import policy_folder
-    from uva_jax.runtime.settings import section
     from uva_jax.storage import sample_store
 
     config = context.config
@@ -119,9 +108,8 @@ def _distill_stage(context, cache: Path, layer: str) -> dict:
         policy_folder.load_policy(cache / "teacher" / "policy"),
         sample_store.SampleStore.open(cache / "activations" / "train"),
         sample_store.SampleStore.open(cache / "activations" / "held_out"),
-        head_options=section(config.head, assemble.HeadOptions),
-        options=section(config.distill, distill.DistillOptions),
-        sampling_steps=config.evaluate.sampling_steps or None,
+        head_options=settings.section(config.head, assemble.HeadOptions),
+        options=settings.section(config.distill, distill.DistillOptions),
         seed=config.seed,
         folder=context.folder,
         metrics=context.metrics,
@@ -139,11 +127,11 @@ def fine_tune(args: argparse.Namespace) -> None:
     """Converts, puts the operators in, and fine-tunes: OUT/grafted and OUT/finetune."""
     from uva_jax.main import run
 
-    found = _operators(Path(args.operators), _LAYERS)
+    found = _operators(Path(args.operators), FAMILIES)
     if not found:
         raise UserError(
             f"--operators {args.operators} holds no operators: give a folder with "
-            f"{', '.join(_LAYERS)} (any may be left out) that distillation wrote"
+            f"{', '.join(FAMILIES)} (any may be left out) that distillation wrote"
         )
     config = _config(args, _FINETUNE, _head_settings(found))
     config.head.init_paths.update(found)
@@ -152,10 +140,11 @@ def fine_tune(args: argparse.Namespace) -> None:
 
 def quick_test(args: argparse.Namespace) -> None:
     """Stage 2 alone from given operators, in under a minute: configs/quick_test.py."""
-    from configs import quick_test as settings
+    from configs import quick_test
     from uva_jax.main import run
 
-    run(_config(args, {}, start=settings.get_config(args.operators)), args.out, None)
+    start = quick_test.get_config(args.operators)
+    run(_config(args, {}, start=start), args.out, ["convert", "finetune"])
 
 
 def _operators(folder: Path, families: Sequence[str]) -> dict[str, str]:
@@ -172,22 +161,20 @@ def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
     names = (
         "cross_attention memory adapter num_heads self_attn_heads cross_mlp_ratio mlp_ratio depth"
     ).split()
-    settings = {f"head.{name}": about["head"][name] for name in names}
-    return settings | {"head.operators": tuple(",".join(t) for t in about["head"]["operators"])}
+    found = {f"head.{name}": about["head"][name] for name in names}
+    return found | {"head.operators": tuple(",".join(t) for t in about["head"]["operators"])}
 
 
 def _config(
     args: argparse.Namespace,
-    table: Mapping[str, tuple[str, str]],
-    settings: Mapping[str, object] | None = None,
+    table: Mapping[str, str],
+    given: Mapping[str, object] | None = None,
     start: ConfigDict | None = None,
 ) -> ConfigDict:
     """The defaults with what the options say; `--set` comes last."""
-    from configs import common
-
-    config = common.get_config() if start is None else start
-    given = dict(settings or {})
-    for option, (name, _) in table.items():
+    config = settings.defaults() if start is None else start
+    given = dict(given or {})
+    for option, name in table.items():
         if (value := getattr(args, option)) is not None:
             given[name] = value
     for text in args.set:
@@ -196,14 +183,7 @@ def _config(
             raise UserError(f"--set {text} should be name=value, such as --set data.max_episodes=9")
         given[name] = _literal(value)
     for name, value in given.items():
-        *parents, last = name.split(".")
-        node = config
-        for key in parents:
-            node = node.get(key) if isinstance(node, ConfigDict) else None
-        if not isinstance(node, ConfigDict) or last not in node:
-            raise UserError(f"{name} is not a setting (see configs/common.py)")
-        with node.ignore_type():  # `config.check` says what is wrong with a value
-            node[last] = value
+        settings.assign(config, name, value)
     return config
 
 
@@ -214,21 +194,19 @@ def _literal(text: str):
         return text
 
 
-def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, tuple[str, str]]) -> None:
-    from configs import common
-
-    for option, (name, text) in table.items():
-        *parents, last = name.split(".")
-        node = common.get_config()
-        for key in parents:
-            node = node[key]
-        value = shown = node.get(last)
-        if value is None:  # one setting a layer
-            value, shown = "", ", ".join(f"{kind} for {layer}" for layer, kind in node.items())
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {}
-        if not kind:
-            kind = {"type": type(value), "metavar": option.upper()}
-        parser.add_argument(f"--{option}", default=None, help=f"{text} (default: {shown})", **kind)
+def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, str]) -> None:
+    specs = settings.specs()
+    for option, name in table.items():
+        # One setting a layer: all have one type and one comment.
+        named = {layer: specs[name.format(layer=layer)] for layer in FAMILIES}
+        spec, shown = named[FAMILIES[0]], f"{named[FAMILIES[0]].default}"
+        if "{layer}" in name:
+            shown = ", ".join(f"{s.default} for {layer}" for layer, s in named.items())
+        kind = {"action": argparse.BooleanOptionalAction}
+        if spec.kind is not bool:
+            kind = {"type": spec.kind, "metavar": option.upper()}
+        text = f"{spec.rule.comment} (default: {shown})".replace("%", "%%")
+        parser.add_argument(f"--{option}", default=None, help=text, **kind)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         if function is distill_operator:
             command.add_argument("--cache", required=True, help="what cache-activations wrote")
-            command.add_argument("--target_layer", required=True, choices=_LAYERS)
+            command.add_argument("--target_layer", required=True, choices=FAMILIES)
             command.add_argument("--operators", help="operators distilled before (default: OUT)")
         elif function is not cache_activations:
             command.add_argument("--operators", required=True, help="what distill-operator wrote")

@@ -23,26 +23,7 @@ from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """`config.data`; see `configs/common.py` for each field."""
-
-    path: str
-    max_episodes: int
-    cache: str
-    layout: str
-    image_key: str
-    wrist_key: str
-    action_key: str
-    language: str
-    vocabulary: str
-    horizon: int
-    pad_after: int
-    val_ratio: float
-    split_seed: int
-    mirror: str
+from uva_jax.runtime.sections import DataOptions
 
 
 def cache_folder(options: DataOptions) -> Path:
@@ -65,7 +46,7 @@ def open_buffer(options: DataOptions, required: Sequence[str], progress=None) ->
     Raises:
       UserError: the buffer is missing, damaged, or lacks an array.
     """
-    if options.path == "embedded":
+    if options.embedded:
         if extra := sorted(set(required) - {"img", "action"}):
             raise UserError(
                 f"this policy reads {', '.join(extra)}, which the embedded demonstrations do not "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,25 +20,10 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_json
 
 ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """`config.evaluate`; see `configs/common.py` for each field."""
-
-    simulator: str
-    windows: int
-    draws: int
-    num_seeds: int
-    start_seed: int
-    max_steps: int
-    sampling_steps: str
-    noise_seed: int
-    videos: int
-    workers: int
 
 
 class Actor:

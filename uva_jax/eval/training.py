@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.sections_training import ScoreOptions
 from uva_jax.runtime.settings import leaves
 
 # averaged policy -> scalars
@@ -27,25 +27,6 @@ _SHOWN = (
     "pretrain.readout seed"
 ).split()
 _VAE_LOSSES = ("l1", "l2", "edge", "readout")
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """`config.pretrain.score`; see `configs/common.py` for each field."""
-
-    every: int
-    num_seeds: int
-    start_seed: int
-    max_steps: int
-    sampling_steps: str
-    noise_seed: int
-
-    def __post_init__(self):
-        if self.every < 0 or (self.every and self.num_seeds < 1):
-            raise UserError(
-                f"config.pretrain.score asks for {self.num_seeds} seeds every {self.every} steps; "
-                "every=0 means no rollouts while training"
-            )
 
 
 @contextmanager

@@ -21,29 +21,12 @@ from flax import nnx, traverse_util
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
-from uva_jax.models.operators import FAMILIES
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections_graft import FAMILIES, HeadOptions
 from uva_jax.storage.atomic import read_json, write_json
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadOptions:
-    """`config.head`; see `configs/common.py` for each field."""
-
-    cross_attention: str
-    memory: str
-    adapter: str
-    num_heads: int
-    self_attn_heads: int
-    cross_mlp_ratio: int
-    mlp_ratio: int
-    depth: int
-    start: str
-    operators: tuple
-    init_paths: Mapping[str, str]
 
 
 def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:

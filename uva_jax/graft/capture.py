@@ -8,7 +8,6 @@ is the same to the bit on any number of devices.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +21,7 @@ from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
-
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """`config.capture`; see `configs/common.py` for each field."""
-
-    num_samples: int
-    held_out: int
-    strip: int
-    batch: int
-    blocks: bool
-    dtype: str
-    encode_frames: int
+from uva_jax.runtime.sections_graft import CaptureOptions
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,30 +26,12 @@ from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
 from uva_jax.runtime import parallel
+from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows
 
 Arrays = Mapping[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """`config.distill`; see `configs/common.py` for each field."""
-
-    operators: tuple[str, ...]
-    epochs: int
-    lr: float
-    batch: int
-    warmup: int
-    weight_decay: float
-    clip_norm: float
-    loss: Mapping[str, str]
-    fresh_noise: bool
-    block_epochs: int
-    block_lr: float
-    checkpoint_every: int
-    log_every: int
 
 
 def distance(kind: str, error: jax.Array) -> jax.Array:
@@ -115,7 +96,7 @@ def make_fit(
             warmup_steps=min(options.warmup, total // 10),
             total_steps=total,
             weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
+            clip_norm=options.clip_norm or None,
         ),
         stacked_axes=stacked_axes,
     )

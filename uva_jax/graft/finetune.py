@@ -9,7 +9,6 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -25,31 +24,14 @@ from uva_jax.models.lora import PREFIX, init_lora, merge_lora
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.train import loop
-from uva_jax.train.loop import Flat, LoopOptions, Loss, part
+from uva_jax.train.loop import Flat, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
 
 _TEACHER = "teacher"  # prefix of the teacher's own parameters among the frozen ones
-
-
-@dataclass(frozen=True)
-class FinetuneOptions(LoopOptions):
-    """`config.finetune`; see `configs/common.py` for each field."""
-
-    data_fraction: float
-    reuse_cache: bool
-    freeze_encoder: bool
-    freeze: tuple[str, ...]
-    unfreeze_at: Mapping[str, tuple[str, ...]]
-    dropout: bool
-    noise_draws: int
-    teacher_weight: float
-    use_lora: bool
-    lora_rank: int
-    lora_targets: tuple[str, ...]
-    gradient_checkpointing: bool
 
 
 def loss_on_tokens(

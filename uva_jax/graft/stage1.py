@@ -22,7 +22,6 @@ def distill_operators(
     *,
     head_options: assemble.HeadOptions,
     options: distill.DistillOptions,
-    sampling_steps: str | None,
     seed: int,
     folder: Path,
     metrics: MetricsWriter,
@@ -34,7 +33,6 @@ def distill_operators(
       train, held_out: caches of its activations.
       head_options: the head's form; `init_paths` are loaded before training.
       options: `config.distill`.
-      sampling_steps: diffusion steps when heads are compared by their samples (None: its own).
       seed: of fresh weights, sample order and noise.
       folder: gets <family>/ and head.json; resumable states while training.
       metrics: a MetricsWriter.
@@ -95,7 +93,7 @@ def distill_operators(
         jnp.asarray(held["z"]),
         jnp.asarray(held["actions"]),
         temperature=teacher.config.temperature,
-        sampling_steps=sampling_steps,
+        sampling_steps=options.sampling_steps or None,
         key=key,
     )
     for family in options.operators:

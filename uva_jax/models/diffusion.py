@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.respacing import space_timesteps
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -82,40 +82,6 @@ def cosine_betas(num_steps: int) -> np.ndarray:
             for i in range(num_steps)
         ]
     )
-
-
-def space_timesteps(num_steps: int, respacing: str) -> list[int]:
-    """The original timesteps that a respaced process keeps.
-
-    Args:
-      num_steps: length of the original process.
-      respacing: "" (all), "N" or "N1,N2,..." evenly spaced steps a section, or "ddimN".
-
-    Raises:
-      UserError: the process cannot be divided that way.
-    """
-    if respacing == "":
-        return list(range(num_steps))
-    if respacing.startswith("ddim"):
-        count = int(respacing[len("ddim") :])
-        for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == count:
-                return list(range(0, num_steps, stride))
-        raise UserError(f"no integer stride gives {count} DDIM steps out of {num_steps}.")
-    counts = [int(part) for part in respacing.split(",")]
-    size, extra = divmod(num_steps, len(counts))
-    kept, start = set(), 0
-    for i, count in enumerate(counts):
-        section = size + (i < extra)
-        if section < count:
-            raise UserError(f"a section of {section} diffusion steps cannot give {count} steps.")
-        stride = (section - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):  # accumulated, not multiplied: rounding as the original's
-            kept.add(start + round(position))
-            position += stride
-        start += section
-    return sorted(kept)
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,8 +16,9 @@ from flax import nnx
 
 from uva_jax.models.layers import conv, layer_norm, linear
 from uva_jax.models.mlp_head import DiffusionHead, FinalLayer, TimestepEmbedder, make_aggregator
-from uva_jax.models.operators import FAMILIES, make_operator
+from uva_jax.models.operators import make_operator
 from uva_jax.models.policy_config import GraftedHeadConfig
+from uva_jax.runtime.sections_graft import FAMILIES
 
 _NORMAL = nnx.initializers.normal(0.02)
 

@@ -139,7 +139,6 @@ class Mlp(nnx.Module):
         return gate * self.fc2(jax.nn.silu(self.fc1(x)))
 
 
-FAMILIES = ("cross_attn", "self_attn", "mlp")
 _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
     "cross_attn": {"cross_attn": CrossAttention},
     "self_attn": {"self_attn": SelfAttention},

@@ -12,14 +12,8 @@ import types
 import typing
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections_training import TASK_MODES
 
-TASK_MODES = (
-    "video_model",
-    "dynamic_model",
-    "policy_model",
-    "inverse_model",
-    "full_dynamic_model",
-)
 AGGREGATORS = ("conv_fc", "conv_ori", "conv2", "fc2")
 
 

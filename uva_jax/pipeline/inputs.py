@@ -16,15 +16,22 @@ from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import EMBEDDED, DataOptions
 from uva_jax.runtime.settings import section
 
 
-def compute_dtype(config):
-    """The dtype of matrix products, or None for float32."""
+def compute_dtype(config, platform: str | None = None):
+    """The dtype of matrix products, or None for float32; `platform`: that of JAX's devices here."""
     choice = config.precision
     if choice == "auto":
-        choice = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        on_cpu = (platform or jax.default_backend()) == "cpu"
+        choice = "float32" if on_cpu else "bfloat16"
     return jnp.bfloat16 if choice == "bfloat16" else None
+
+
+def policy_path(name: str) -> Path:
+    """A policy's file or folder as a user names it; "embedded" is the one in the package."""
+    return assets.POLICY if name == EMBEDDED else Path(name).expanduser()
 
 
 def teacher_checkpoint(config) -> Path:
@@ -33,8 +40,7 @@ def teacher_checkpoint(config) -> Path:
     Raises:
       UserError: there is no such file.
     """
-    name = config.teacher.checkpoint
-    path = assets.POLICY if name == "embedded" else Path(name).expanduser()
+    path = policy_path(config.teacher.checkpoint)
     if not path.is_file():
         raise UserError(
             f"config.teacher.checkpoint is {path}, but there is no such file: give a UVA "
@@ -55,14 +61,15 @@ def load_policy(folder: Path, config) -> Policy:
 
 def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
     """The data as the policy reads it; `changes` are those to `config.data`."""
-    options = section(context.config.data, source.DataOptions)
+    options = section(context.config.data, DataOptions)
     with context.metrics.late_progress("frames", desc="rendering") as progress:
         return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
 
 
 def recording(config) -> dict:
     """The recording that a stage reads, by label."""
-    return {} if config.data.path == "embedded" else {"data": config.data.path}
+    data = section(config.data, DataOptions)
+    return {} if data.embedded else {"data": data.path}
 
 
 def data_files(config) -> dict:

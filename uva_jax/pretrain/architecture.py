@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,35 +15,7 @@ from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import MARConfig, MLPHeadConfig, PolicyConfig, VAEConfig
 from uva_jax.runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """`config.pretrain.model`; see `configs/common.py` for each field."""
-
-    task: str
-    image_size: int
-    vae_width: int
-    vae_multipliers: tuple[int, ...]
-    width: int
-    depth: int
-    heads: int
-    dropout: float
-    video_head: tuple[int, int]
-    action_head: tuple[int, int]
-    n_action_steps: int
-    text_dim: int
-    past_actions: bool
-    states: tuple[str, ...]
-    predict_states: bool
-    wrist: bool
-
-    def __post_init__(self):
-        if self.wrist and not self.states:
-            raise UserError(
-                "config.pretrain.model.wrist needs states beside it (config.pretrain.model.states):"
-                " the original reads a wrist camera together with the robot's state"
-            )
+from uva_jax.runtime.sections_training import ModelOptions
 
 
 def model_config(

@@ -7,7 +7,6 @@ its action head sees several diffusion draws. What a step sees depends on (seed,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,62 +19,18 @@ from uva_jax.models import surgery
 from uva_jax.models.layers import linear, sub_key
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES, latent_loss
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import TASK_MODES
 from uva_jax.pretrain import latents
 from uva_jax.pretrain.windows import Windows, past_choices
 from uva_jax.runtime import parallel
-from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.train.loop import Flat, LoopOptions, part, run_loop, start_state
+from uva_jax.runtime.sections_training import PretrainOptions
+from uva_jax.train.loop import Flat, part, run_loop, start_state
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import training_phases
 
 _READOUT = "readout"  # parameters that are dropped after training
 _JUDGE_BATCH = 64
 _LOSSES = ("video_loss", "act_loss")
-
-
-@dataclass(frozen=True)
-class PretrainOptions(LoopOptions):
-    """`config.pretrain`; see `configs/common.py` for each field."""
-
-    modes: Mapping[str, float]
-    video_steps: int
-    noise_draws: int
-    readout_weight: float
-    gradient_checkpointing: bool
-    different_history_freq: bool
-    judge_windows: int
-    matmul_precision: str
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.matmul_precision not in ("default", "bfloat16"):
-            raise UserError(
-                f"config.pretrain.matmul_precision is {self.matmul_precision!r}; it is default or "
-                "bfloat16"
-            )
-        if unknown := [m for m in self.modes if m not in TASK_MODES]:
-            raise UserError(
-                f"config.pretrain.modes names {unknown[0]!r}, which is no task mode; there are "
-                f"{', '.join(TASK_MODES)}"
-            )
-        if any(share < 0 for share in self.modes.values()):
-            raise UserError("the shares in config.pretrain.modes are at least 0")
-
-    def shares(self, policy_modes: Sequence[str]) -> dict[str, float]:
-        """The probability of every mode that training draws from; upstream's is uniform.
-
-        Raises:
-          UserError: all shares are 0.
-        """
-        given = {m: s for m, s in self.modes.items() if s > 0} if self.modes else None
-        if given is None:
-            given = dict.fromkeys(policy_modes, 1.0)
-        if not given:
-            raise UserError("config.pretrain.modes gives no mode a share above 0")
-        total = sum(given.values())
-        return {m: s / total for m, s in given.items()}
 
 
 def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int):
@@ -209,7 +164,6 @@ def pretrain(
     wrist: latents.Latents | None = None,
     state_scale: Callable[[np.ndarray], np.ndarray] | None = None,
     score: Callable[[Policy], Mapping[str, float]] | None = None,
-    score_every: int = 0,
 ) -> Policy:
     """Trains everything but the VAE; returns the policy with averaged parameters.
 
@@ -219,15 +173,10 @@ def pretrain(
       windows, held_out: what to train on and to judge by.
       options: of modes, losses and the loop.
       state_scale: raw states (b, k) -> what is read out; None: no read-out.
-      score: a policy with averaged parameters -> scalars to log; called every `score_every` steps,
-        a multiple of `options.checkpoint_every`, and at the end.
+      score: a policy with averaged parameters -> scalars to log; called every
+        `options.score.every` steps and at the end.
       mesh, seed, folder, metrics: see `run_loop`.
     """
-    if score is not None and score_every % options.checkpoint_every:
-        raise UserError(
-            f"config.pretrain.score.every is {score_every}, but scores come with the resumable "
-            f"states: make it a multiple of checkpoint_every ({options.checkpoint_every})"
-        )
     batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
     shares = options.shares(policy.config.task_modes)
     modes, mode_at = task_modes(shares, options, seed)
@@ -280,7 +229,7 @@ def pretrain(
 
     def judge(average: Flat, step: int) -> dict[str, float]:
         found = losses(average)
-        if score is not None and (step % score_every == 0 or step == options.steps):
+        if score is not None and (step % options.score.every == 0 or step == options.steps):
             found |= score(whole(parallel.on_host(average)))
         return found
 

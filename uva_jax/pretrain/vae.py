@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -27,36 +26,14 @@ from uva_jax.models.vae import VAE
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.train.loop import LoopOptions, part, run_loop, start_state
+from uva_jax.runtime.sections_training import VAEOptions
+from uva_jax.train.loop import part, run_loop, start_state
 
 _LEVELS = 9  # of a channel's difference from the median frame
 _SAMPLE = 512  # frames that medians and frequencies are taken from
 _BLOCK = 1024  # frames looked at at a time
 _DECODER = ("vae/decoder/", "vae/post_quant_conv/")
 _READOUT = "readout"  # prefix of parameters that are dropped after training
-
-
-@dataclass(frozen=True)
-class VAEOptions(LoopOptions):
-    """`config.pretrain.vae_training`; see `configs/common.py` for each field."""
-
-    frames: int
-    kl_weight: float
-    edge_weight: float
-    focus: float
-    readout_weight: float
-    decode_every: int
-    rarity: float
-    decoder_steps: int
-    decoder_rarity: float
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.decode_every < 1 or self.batch % self.decode_every:
-            raise UserError(
-                f"config.pretrain.vae_training.decode_every is {self.decode_every}, but it has to "
-                f"divide the batch of {self.batch}"
-            )
 
 
 class PixelWeights:

@@ -44,7 +44,7 @@ class MetricsWriter:
     Args:
       workdir: holds metrics.jsonl and tensorboard/<stage>/.
       stage: name under which lines and events are filed.
-      config: the run's configuration; only `config.wandb.project` is read (unset: no wandb).
+      config: the run's configuration; only `config.wandb` is read (no project: no wandb).
       fresh: the stage starts from nothing. What an earlier run of it logged is hidden from
         `read_metrics` and removed from TensorBoard; otherwise new lines add to the old ones.
       enabled: False on the processes of a multi-host run that stay silent.
@@ -189,7 +189,7 @@ class MetricsWriter:
         if self._wandb_run is None:
             self._wandb_run = self._wandb.init(
                 project=self._config.wandb.project,
-                group=self._workdir.resolve().name,
+                group=self._config.wandb.get("name") or self._workdir.resolve().name,
                 name=self.stage,
                 dir=str(self._workdir),
                 config=self._config.to_dict(),

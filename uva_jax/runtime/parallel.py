@@ -8,7 +8,6 @@ shapes, so that parameters, averages and optimizer states are all placed by the 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DistributedOptions
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # the leading axis over every device that has samples of its own
@@ -39,42 +39,21 @@ MIN_SHARDED_SIZE = 2**16  # smaller leaves cost less to keep everywhere than to 
 # ---- processes ----
 
 
-@dataclasses.dataclass(frozen=True)
-class DistributedOptions:
-    """How processes find each other.
-
-    Under SLURM, Open MPI and where TPU_WORKER_HOSTNAMES names several hosts, nothing has to be
-    said. On other TPU pods `enabled=True` is enough. Elsewhere the three other fields are needed.
-    """
-
-    enabled: bool | None = None  # None: by the environment and the fields below
-    coordinator_address: str | None = None  # "host:port" of process 0
-    num_processes: int | None = None
-    process_id: int | None = None
-
-
 def initialize_distributed(options: DistributedOptions) -> bool:
     """Joins this process to the others where asked; call it before anything touches a device.
 
     A second call does nothing. Returns whether the process is part of a distributed run.
 
     Raises:
-      UserError: an address without the number of processes or this process's own, or they were
-        asked for but nothing says where the others are.
+      UserError: other processes were asked for, but nothing says where they are.
     """
     if jax.distributed.is_initialized():
         return True
     given = (options.coordinator_address, options.num_processes, options.process_id)
-    if any(value is not None for value in given) and None in given:
-        raise UserError(
-            "coordinator_address, num_processes and process_id belong together, but are "
-            f"{', '.join(map(repr, given))}: give all three or none"
-        )
-    asked = options.enabled
-    if asked is None:
-        asked = None not in given or _environment_has_others(os.environ)
-    if not asked:
-        return False
+    if not options.coordinator_address:
+        if not options.enabled and not _environment_has_others(os.environ):
+            return False
+        given = ()  # jax finds the others
     try:
         jax.distributed.initialize(*given)
     except ValueError as error:  # jax says what it could not find out

@@ -1,138 +1,162 @@
-"""Settings: a ConfigDict comes in, checked against the defaults; frozen dataclasses go out.
+"""Settings: a ConfigDict comes in, checked against the sections; frozen dataclasses go out.
 
-`configs/common.py` holds every key with its default. A key it does not have, a value of another
-type or an impossible combination is an error that names the key.
+`Settings` nests the sections, whose fields hold every setting's type, default, comment and range.
+The ConfigDict that configuration files change is made from them. Nothing here imports jax, so that
+a wrong configuration is refused at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from uva_jax.runtime import fields, sections, sections_graft
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.fields import Spec, setting
+from uva_jax.runtime.sections_training import PretrainOptions
 
 T = TypeVar("T")
+_WHERE = "python -m uva_jax settings lists them"
+_MAPPINGS = (Mapping, ConfigDict, FrozenConfigDict)
 
-_CHOICES = {
-    "precision": ("auto", "float32", "bfloat16"),
-    "teacher.weights": ("ema", "model"),
-    "data.layout": ("", "umi"),
-    "data.mirror": ("", "pusht"),
-    "evaluate.simulator": ("", "pusht", "pusht_multitask"),
-    "head.cross_attention": ("condition", "residual"),
-    "head.memory": ("video", "video+aggregate"),
-    "head.adapter": ("conv", "linear"),
-    "head.start": ("preserve", "random"),
-    "finetune.optimizer": ("adamw", "muon"),
-    "pretrain.optimizer": ("adamw", "muon"),
-    "pretrain.vae_training.optimizer": ("adamw", "muon"),
-    "pretrain.save_dtype": ("float32", "bfloat16"),
-    "capture.dtype": ("bfloat16", "float16", "float32"),
-    "distill.loss.cross_attn": ("l1", "l2", "huber"),
-    "distill.loss.self_attn": ("l1", "l2", "huber"),
-    "distill.loss.mlp": ("l1", "l2", "huber"),
-}
-_POSITIVE = (
-    "capture.num_samples capture.held_out capture.strip capture.batch distill.epochs "
-    "distill.batch distill.lr finetune.steps finetune.batch finetune.lr finetune.accumulate "
-    "finetune.noise_draws pretrain.batch pretrain.accumulate pretrain.noise_draws "
-    "pretrain.steps_per_call pretrain.checkpoint_every pretrain.vae_training.batch "
-    "pretrain.vae_training.accumulate pretrain.vae_training.steps_per_call "
-    "pretrain.vae_training.checkpoint_every finetune.steps_per_call finetune.checkpoint_every "
-    "finetune.log_every evaluate.num_seeds "
-    "evaluate.max_steps evaluate.draws data.horizon"
-).split()
-_NOT_NEGATIVE = (
-    "pretrain.steps pretrain.video_steps pretrain.vae_training.steps pretrain.vae_training.rarity "
-    "pretrain.vae_training.decoder_steps pretrain.vae_training.decoder_rarity "
-    "finetune.teacher_weight"
-).split()
-_FREE = ("finetune.unfreeze_at", "pretrain.modes")  # keys of these sections are the user's own
+
+@dataclass(frozen=True)
+class Settings(sections.Section):
+    """Everything that can be set. Defaults are the published schedule.
+
+    8k samples and 200 epochs of Stage 1; 10% of the data and 50k steps of Stage 2.
+    """
+
+    seed: int = setting(
+        0, "seed of fresh weights, sample order and noise", least=0, most=sections.LARGEST_SEED
+    )
+    precision: str = setting(
+        "auto",
+        "dtype of matrix products: float32, bfloat16, or auto (bfloat16 on GPU and TPU)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    teacher: sections.TeacherOptions = field(default_factory=sections.TeacherOptions)
+    data: sections.DataOptions = field(default_factory=sections.DataOptions)
+    mesh: sections.MeshOptions = field(default_factory=sections.MeshOptions)
+    distributed: sections.DistributedOptions = field(default_factory=sections.DistributedOptions)
+    head: sections_graft.HeadOptions = field(default_factory=sections_graft.HeadOptions)
+    capture: sections_graft.CaptureOptions = field(default_factory=sections_graft.CaptureOptions)
+    distill: sections_graft.DistillOptions = field(default_factory=sections_graft.DistillOptions)
+    finetune: sections_graft.FinetuneOptions = field(default_factory=sections_graft.FinetuneOptions)
+    pretrain: PretrainOptions = field(default_factory=PretrainOptions)
+    evaluate: sections.EvaluateOptions = field(default_factory=sections.EvaluateOptions)
+    export: sections.ExportOptions = field(default_factory=sections.ExportOptions)
+    wandb: sections.WandbOptions = field(default_factory=sections.WandbOptions)
+
+
+@functools.cache
+def specs() -> Mapping[str, Spec]:
+    """Every setting by dotted name."""
+    return fields.specs(Settings())
+
+
+def defaults() -> ConfigDict:
+    """The defaults, as configuration files and command lines change them."""
+    return ConfigDict(dataclasses.asdict(Settings()))
+
+
+def _is_free(name: str) -> bool:
+    return name in specs() and specs()[name].rule.free
 
 
 def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Every setting by dotted name."""
+    """Every setting by dotted name; a section whose keys are the user's own is one of them."""
     found = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping | ConfigDict | FrozenConfigDict) and name not in _FREE:
+        if isinstance(value, _MAPPINGS) and len(value) and not _is_free(name):
             found.update(leaves(value, f"{name}."))
         else:
             found[name] = value
     return found
 
 
-def check_name(name: str) -> None:
-    """Raises UserError unless that is a setting, or below one whose keys are the user's own."""
-    from configs import common
+def check_name(name: str, *, inside: bool = True) -> None:
+    """Raises UserError unless that is a setting.
 
-    known = leaves(common.get_config())
-    if name not in known and not name.startswith(tuple(f"{free}." for free in _FREE)):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean config.{close[0]}?" if close else ""
-        raise UserError(f"config.{name} is not a setting (see configs/common.py){hint}")
+    Args:
+      name: with dots.
+      inside: it may also be a key of the user's own in a section that takes any.
+    """
+    known = specs()
+    if name in known:
+        return
+    above = (name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1))
+    if free := next(filter(_is_free, above), None):
+        if inside:
+            return
+        raise UserError(
+            f"config.{name} cannot be set alone: give all of config.{free} as one mapping, "
+            f'--config.{free}="{{...}}"'
+        )
+    if any(other.startswith(f"{name}.") for other in known):
+        raise UserError(f"config.{name} is a section, not a setting ({_WHERE})")
+    close = difflib.get_close_matches(name, known, n=1)
+    close = close or [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f"; did you mean config.{close[0]}?" if close else ""
+    raise UserError(f"config.{name} is not a setting ({_WHERE}){hint}")
+
+
+def assign(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets one setting by its dotted name; `check` says what is wrong with the value.
+
+    Raises:
+      UserError: there is no such setting.
+    """
+    check_name(name)
+    *parents, last = name.split(".")
+    for key in parents:
+        config = config[key]
+    with config.unlocked(), config.ignore_type():
+        config[last] = value
 
 
 def check(config: ConfigDict) -> FrozenConfigDict:
-    """Checks a configuration against the defaults and each key against the others.
+    """Checks names, types, ranges and choices of all settings, and each against the others.
 
     Raises:
-      UserError: naming the key, what was found and what would do.
+      UserError: naming the setting, its value and what would do.
     """
-    from configs import common
-
-    known, given = leaves(common.get_config()), leaves(config)
+    given = leaves(config)
     for name in given:
         check_name(name)
-    missing = [name for name in known if name not in given]
-    if missing:
-        raise UserError(
-            f"config.{missing[0]} is missing: start a configuration from configs/common.py"
-        )
-    for name, default in known.items():
-        value = given[name]
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if isinstance(default, tuple) and isinstance(value, list | tuple):
-            continue
-        if name in _FREE and isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
-            continue
-        if type(value) is not type(default):
-            raise UserError(f"config.{name} should be {type(default).__name__}, but is {value!r}")
-    for name, choices in _CHOICES.items():
-        if given[name] not in choices:
+    for name, spec in specs().items():
+        if name not in given:
             raise UserError(
-                f"config.{name} is {given[name]!r}; it can be {', '.join(map(repr, choices))}"
+                f"config.{name} is missing: start a configuration from configs/common.py"
             )
-    for name in _POSITIVE:
-        if given[name] <= 0:
-            raise UserError(f"config.{name} is {given[name]}, but must be above 0")
-    for name in _NOT_NEGATIVE:
-        if given[name] < 0:
-            raise UserError(f"config.{name} is {given[name]}, but must be 0 or more")
-    if not 0 < given["finetune.data_fraction"] <= 1:
-        raise UserError(
-            f"config.finetune.data_fraction is {given['finetune.data_fraction']}; "
-            "it is a share of the episodes, above 0 and at most 1"
-        )
-    if given["finetune.warmup"] >= given["finetune.steps"]:
-        raise UserError(
-            f"config.finetune.warmup is {given['finetune.warmup']}, which leaves nothing of "
-            f"config.finetune.steps={given['finetune.steps']}: set it below the number of steps"
-        )
+        value = given[name]
+        plain = value.to_dict() if isinstance(value, ConfigDict | FrozenConfigDict) else value
+        if wrong := spec.refusal(plain):
+            raise UserError(wrong)
+    section(config, Settings)  # rules between settings
     return FrozenConfigDict(config)
 
 
 def section(config: Mapping, cls: type[T]) -> T:
-    """A section of the configuration as a frozen dataclass whose fields it fills one to one."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values = {
-        key: value.to_dict() if isinstance(value, ConfigDict | FrozenConfigDict) else value
-        for key, value in config.items()
-        if key in fields
-    }
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """A section of the configuration as its frozen dataclass; keys that it lacks are left out.
+
+    Raises:
+      UserError: settings of the section contradict each other.
+    """
+    kinds, values = typing.get_type_hints(cls), {}
+    for name in (f.name for f in dataclasses.fields(cls) if f.name in config):
+        value = config[name]
+        if dataclasses.is_dataclass(kinds[name]):
+            value = section(value, kinds[name])
+        elif isinstance(value, ConfigDict | FrozenConfigDict):
+            value = value.to_dict()
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,55 +22,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uva_jax.runtime import parallel
-from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.runtime.sections import LoopOptions
 from uva_jax.storage.checkpoint import Checkpoints
-from uva_jax.train.optim import OptimOptions, carry_optimizer_state, ema_update, make_optimizer
+from uva_jax.train.optim import carry_optimizer_state, ema_update, loop_optimizer
 
 Flat = dict[str, jax.Array]
 # (trained, frozen, batch, key, step) -> loss, scalars to log
 Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mapping]]
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """How a loop trains; steps are the optimiser's."""
-
-    steps: int
-    batch: int
-    optimizer: str
-    lr: float
-    warmup: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_norm: float  # 0: no clipping
-    accumulate: int  # parts that a batch is cut into, one after the other
-    ema: Mapping[str, float]
-    steps_per_call: int
-    checkpoint_every: int
-    log_every: int
-
-    def __post_init__(self):
-        if self.batch % self.accumulate:
-            raise UserError(
-                f"a batch of {self.batch} cannot be cut into {self.accumulate} equal parts: make "
-                "batch a multiple of accumulate"
-            )
-
-    def make_optimizer(self):
-        """The optimiser these options describe."""
-        return make_optimizer(
-            OptimOptions(
-                lr=self.lr,
-                warmup_steps=self.warmup,
-                total_steps=self.steps,
-                b1=self.betas[0],
-                b2=self.betas[1],
-                weight_decay=self.weight_decay,
-                clip_norm=self.clip_norm or None,
-                optimizer=self.optimizer,
-            )
-        )
 
 
 class LoopState(NamedTuple):
@@ -100,7 +59,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
     `batches` has the steps on the first axis and samples on the second; `first` is the first
     step's number.
     """
-    optimizer, parts = options.make_optimizer(), options.accumulate
+    optimizer, parts, ema = loop_optimizer(options), options.accumulate, asdict(options.ema)
 
     def gradients(params, frozen, batch, key, step):
         def one(batch, key):
@@ -135,7 +94,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             )
             updates, moments = optimizer.update(grads, state.moments, state.params)
             params = jax.tree.map(jnp.add, state.params, updates)
-            average = ema_update(state.ema, params, step, **options.ema)
+            average = ema_update(state.ema, params, step, **ema)
             return LoopState(params, average, moments), scalars
 
         count = jax.tree.leaves(batches)[0].shape[0]
@@ -158,7 +117,7 @@ def lower_step(
       params, frozen: shapes with their shardings (`parallel.shapes_on_mesh`).
       batch: shapes of a whole batch, samples first.
     """
-    moments = jax.eval_shape(options.make_optimizer().init, params)
+    moments = jax.eval_shape(loop_optimizer(options).init, params)
     moments = parallel.shapes_on_mesh(moments, parallel.shardings_for(moments, mesh))
     state = LoopState(params, params, moments)
     steps = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
@@ -192,7 +151,7 @@ def start_state(
     # Copies, because the steps donate their state.
     placed = {k: jnp.array(v, copy=True) for k, v in parallel.on_mesh(params, shardings).items()}
     average = {k: jnp.array(v, copy=True) for k, v in placed.items()}
-    optimizer = options.make_optimizer()
+    optimizer = loop_optimizer(options)
     moments = jax.eval_shape(optimizer.init, placed)
     moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
     if before is not None:

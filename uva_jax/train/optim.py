@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import LoopOptions
 from uva_jax.train.trainable import path_name
 
 _ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are scaled to
@@ -119,6 +120,22 @@ def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.Gra
     if options.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(options.clip_norm))
     return optax.chain(*parts)
+
+
+def loop_optimizer(options: LoopOptions) -> optax.GradientTransformation:
+    """The optimizer of a training loop."""
+    return make_optimizer(
+        OptimOptions(
+            lr=options.lr,
+            warmup_steps=options.warmup,
+            total_steps=options.steps,
+            b1=options.betas[0],
+            b2=options.betas[1],
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm or None,
+            optimizer=options.optimizer,
+        )
+    )
 
 
 def carry_optimizer_state(old_state, new_state):

@@ -1,0 +1,244 @@
+"""The sections of the configuration that training a policy reads; see `sections`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.fields import setting
+from uva_jax.runtime.sections import LARGEST_SEED, EMAOptions, LoopOptions, Section, no_schedule
+
+# What a batch trains: which of past, future and actions are given, and which predicted.
+TASK_MODES = (
+    "video_model",
+    "dynamic_model",
+    "policy_model",
+    "inverse_model",
+    "full_dynamic_model",
+)
+
+
+def _no_modes(modes: Mapping) -> str | None:
+    if unknown := [m for m in modes if m not in TASK_MODES]:
+        return f"{unknown[0]!r} is no task mode; there are {', '.join(TASK_MODES)}"
+    if modes and not any(modes.values()):
+        return "at least one mode needs a share above 0"
+    return None
+
+
+def _no_levels(multipliers: Sequence) -> str | None:
+    return None if multipliers else "the VAE needs at least one level"
+
+
+@dataclass(frozen=True)
+class ModelOptions(Section):
+    """Sizes and inputs of a policy that is trained from nothing; upstream's sizes for PushT."""
+
+    at: ClassVar[str] = "pretrain.model"
+
+    task: str = setting("pusht", "a label that the checkpoint carries")
+    image_size: int = setting(256, "side of the frames in pixels", above=0)
+    vae_width: int = setting(128, "channels of the VAE's first level", above=0)
+    vae_multipliers: tuple[int, ...] = setting(
+        (1, 1, 2, 2, 4), "channels of the VAE's levels over the width", above=0, refuses=_no_levels
+    )
+    width: int = setting(768, "width of the transformer", above=0)
+    depth: int = setting(12, "blocks of the encoder, and of the decoder", above=0)
+    heads: int = setting(12, "attention heads of the transformer", above=0)
+    dropout: float = setting(0.1, "of the transformer while training", least=0, below=1)
+    video_head: tuple[int, int] = setting(
+        (1024, 6), "width and blocks of the video head", length=2, above=0
+    )
+    action_head: tuple[int, int] = setting(
+        (1024, 6), "width and blocks of the action head", length=2, above=0
+    )
+    n_action_steps: int = setting(8, "how many of the predicted actions are executed", above=0)
+    text_dim: int = setting(
+        0,
+        "width of the vectors that tell the task in language (CLIP's: 512; 0: none), which come "
+        "from config.data.language",
+        least=0,
+    )
+    past_actions: bool = setting(False, "the past actions are an input too")
+    states: tuple[str, ...] = setting(
+        (), "arrays of the robot's state that are an input, joined in this order"
+    )
+    predict_states: bool = setting(True, "the states' future is predicted while training")
+    wrist: bool = setting(False, "a second camera (data.wrist_key) is seen and predicted")
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(
+                f"{self.key('heads')} is {self.heads}, which does not divide "
+                f"{self.key('width')}={self.width}"
+            )
+        if self.wrist and not self.states:
+            raise UserError(
+                f"{self.key('wrist')} needs states beside it ({self.key('states')}): the original "
+                "reads a wrist camera together with the robot's state"
+            )
+
+
+@dataclass(frozen=True)
+class VAEOptions(LoopOptions):
+    """Training of the VAE on a recording's frames."""
+
+    at: ClassVar[str] = "pretrain.vae_training"
+
+    steps: int = setting(0, "optimiser steps (0: the VAE stays as it was given)", least=0)
+    batch: int = setting(48, "frames a step", above=0)
+    lr: float = setting(8e-4, "learning rate", above=0, most=1)
+    warmup: int = setting(100, "steps of warm-up", least=0)
+    weight_decay: float = setting(
+        0.01, "of AdamW; not on biases, norms and other 1-d tensors", least=0, most=1
+    )
+    ema: EMAOptions = field(default_factory=lambda: EMAOptions(max_value=0.999))
+    frames: int = setting(40_000, "random frames that it trains on", above=0)
+    kl_weight: float = setting(2e-6, "weight of the KL divergence of the latents", least=0)
+    edge_weight: float = setting(0.5, "weight of differences between neighbouring pixels", least=0)
+    focus: float = setting(40.0, "what rare pixels may count over the background", least=1)
+    readout_weight: float = setting(1.0, "weight of the read-out's loss", least=0)
+    decode_every: int = setting(
+        3, "of the frames that are read out, one in so many is decoded", above=0
+    )
+    rarity: float = setting(
+        0.0, "frames are drawn with odds of their rarity to this power (0: alike)", least=0
+    )
+    decoder_steps: int = setting(
+        0,
+        "further steps of the decoder alone, every frame decoded; with steps=0 the only ones",
+        least=0,
+    )
+    decoder_rarity: float = setting(0.0, "as rarity, in the decoder's steps", least=0)
+    checkpoint_every: int = setting(500, "steps between resumable states", above=0)
+    log_every: int = setting(20, "steps between logged lines", above=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch % self.decode_every:
+            raise UserError(
+                f"{self.key('decode_every')} is {self.decode_every}, but it has to divide the "
+                f"batch of {self.batch}"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentOptions(Section):
+    """Upstream's augmentation, on views that are encoded once.
+
+    Each view takes as much time and room as the plain frames do.
+    """
+
+    at: ClassVar[str] = "pretrain.augment"
+
+    views: int = setting(0, "augmented copies of every episode beside the plain one", least=0)
+    crop: float = setting(
+        0.95, "side of the random crop over the frame's, in half of the copies", above=0, most=1
+    )
+    blur: float = setting(
+        2.0, "largest deviation of the blur in pixels, in half of the copies", least=0.1
+    )
+
+
+@dataclass(frozen=True)
+class ScoreOptions(Section):
+    """Rollouts in gym-pusht while training, on seeds that no test uses."""
+
+    at: ClassVar[str] = "pretrain.score"
+
+    every: int = setting(
+        0, "steps between rollouts, a multiple of checkpoint_every (0: none)", least=0
+    )
+    num_seeds: int = setting(50, "seeds that are rolled out", above=0)
+    start_seed: int = setting(300_000, "the first of the seeds", least=0, most=LARGEST_SEED)
+    max_steps: int = setting(300, "steps of a rollout", above=0)
+    sampling_steps: str = setting(
+        "10", "diffusion steps of the action head ('': the policy's own)", refuses=no_schedule
+    )
+    noise_seed: int = setting(0, "seed of the samplers' noise", least=0, most=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class PretrainOptions(LoopOptions):
+    """Training a policy: `--stage pretrain`, which brings the stages vae and encode along."""
+
+    at: ClassVar[str] = "pretrain"
+
+    mar: str = setting(
+        "", "weights to start from: MAR's .pth as published, or a UVA checkpoint ('': none)"
+    )
+    vae: str = setting(
+        "", "VAE to start from: a KL-VAE's .ckpt as published, or a UVA checkpoint ('': none)"
+    )
+    from_scratch: bool = setting(
+        False, "may start from random weights where none are given to start from"
+    )
+    model: ModelOptions = field(default_factory=ModelOptions)
+    vae_training: VAEOptions = field(default_factory=VAEOptions)
+    readout: str = setting(
+        "", "an array of the data that is read out while training, as a further loss ('': none)"
+    )
+    readout_angles: tuple[int, ...] = setting(
+        (), "columns of the read-out array that are angles in radians", least=0
+    )
+    readout_weight: float = setting(
+        1.0, "weight of the read-out's loss, which falls to a tenth of it", least=0
+    )
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    different_history_freq: bool = setting(
+        False, "random spacing of the past frames, one choice a batch (upstream's name)"
+    )
+    modes: Mapping[str, float] = setting(
+        {},
+        "task modes with their shares of the batches; {}: upstream's five, uniformly",
+        free=True,
+        least=0,
+        refuses=_no_modes,
+    )
+    video_steps: int = setting(0, "first phase: so many steps of video_model alone", least=0)
+    noise_draws: int = setting(
+        4, "diffusion draws of the heads for each window (upstream: 1)", above=0
+    )
+    matmul_precision: str = setting(
+        "default",
+        "how float32 matrices are multiplied: 'default', or 'bfloat16', which rounds linear "
+        "layers' factors and sums in float32: faster on newer CPUs",
+        choices=("default", "bfloat16"),
+    )
+    steps: int = setting(
+        100_000,
+        "optimiser steps (0: the policy of pretrain.mar stays, its decoder alone trains on)",
+        least=0,
+    )
+    batch: int = setting(64, "windows a step", above=0)
+    gradient_checkpointing: bool = setting(
+        False, "compute the transformer's activations twice: less memory, more time"
+    )
+    steps_per_call: int = setting(4, "steps in one call of the compiled program", above=0)
+    judge_windows: int = setting(512, "held-out windows that losses are judged by", above=0)
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+    memory_gb: float = setting(
+        4.0, "GiB of latents that stay in memory; more are read from the disk", least=0
+    )
+    save_dtype: str = setting(
+        "float32",
+        "'float32', or 'bfloat16': the policy rounded, its file half as large",
+        choices=("float32", "bfloat16"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.score.every % self.checkpoint_every:
+            raise UserError(
+                f"{self.score.key('every')} is {self.score.every}, but scores come with the "
+                f"resumable states: make it a multiple of {self.key('checkpoint_every')}="
+                f"{self.checkpoint_every}"
+            )
+
+    def shares(self, policy_modes: Sequence[str]) -> dict[str, float]:
+        """The probability of every mode that training draws from; upstream's is uniform."""
+        given = {m: s for m, s in self.modes.items() if s > 0} or dict.fromkeys(policy_modes, 1.0)
+        total = sum(given.values())
+        return {m: s / total for m, s in given.items()}
