@@ -134,9 +134,9 @@ def check_normalizer(config: PolicyConfig, tensors: Mapping[str, LazyTensor], so
             f"{config.mar.proprio_dim} numbers that the policy reads; {again}."
         )
     for field in ("action", *states):
-        scale = tensors[f"normalizer.params_dict.{field}.scale"].numpy()
-        if not scale.all():
-            columns = ", ".join(map(str, np.flatnonzero(scale == 0)))
+        scale = tensors.get(f"normalizer.params_dict.{field}.scale")
+        if scale is not None and not (values := scale.numpy()).all():
+            columns = ", ".join(map(str, np.flatnonzero(values == 0)))
             raise UserError(
                 f"{source}: its normaliser of {field!r} has scale 0 (column {columns}), so that "
                 "every value would come back as infinite: fit it again on data that vary, or set "

@@ -223,13 +223,6 @@ _RULES: tuple[_Rule, ...] = (
             ("action_mask_ratio", "model.policy.action_mask_ratio", False),
         )
     ),
-    (
-        "patch_size",
-        f"{AR}.patch_size",
-        "such that {config.vae.z_channels} latent channels of a patch make "
-        "{config.mar.token_dim} numbers, as the tensors do",
-        lambda c: c.vae.z_channels * c.patch_size**2 == c.mar.token_dim,
-    ),
 )
 
 

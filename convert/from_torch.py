@@ -35,6 +35,7 @@ from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.lazy_array import LazyArray
 
+_SHOWN = 20  # problems that are told one by one
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
@@ -122,8 +123,10 @@ def _refuse(source: str, arrays: Mapping[str, LazyArray], problems: list[str]) -
     if problems:
         for array in arrays.values():
             array.load()
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise UserError(
-            f"{source} cannot be converted, {len(problems)} problem(s): {'; '.join(problems)}."
+            f"{source} cannot be converted, {len(problems)} problem(s): "
+            f"{'; '.join(problems[:_SHOWN])}{more}."
         )
 
 
@@ -168,8 +171,8 @@ def _open(
         check_graftable(config, source)
     empty = empty_policy(config, tensors, source)
     arrays, ignored, problems = plan(surgery.shapes(empty), tensors)
-    _refuse(source, arrays, problems)
     check_normalizer(config, tensors, source)
+    _refuse(source, arrays, problems)
     notes = contradictions(checkpoint, config)
     return _Opened(checkpoint, weights, tensors, config, empty, arrays, ignored, problems, notes)
 

@@ -83,7 +83,10 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     if said.get("task.dataset.dataset_type") == "multitask":
         task += "_multitask"  # PushT-M: the original tells it from PushT by its data alone
     vae = _vae(get)
-    patch = said.integer(f"{AR}.patch_size", 1)
+    patch, token_dim = said.integer(f"{AR}.patch_size", 1), get["model.z_proj.weight"][1]
+    if vae.z_channels * patch**2 != token_dim or patch < 1:
+        wanted = f"such that patches of {vae.z_channels} latent channels make {token_dim} numbers"
+        said.refuse(f"{AR}.patch_size", patch, wanted)
     side = math.isqrt(get["model.spatial_pos_embed"][1])
     if side * side != get["model.spatial_pos_embed"][1]:
         raise UserError(

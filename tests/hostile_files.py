@@ -56,6 +56,8 @@ def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
         "zip tricks": lambda: ht.zip_tricks(whole),
         "other formats": ht.other_formats,
         "configurations": ht.configurations,
+        "settings": ht.settings,
+        "normalisers": ht.normalisers,
         "safetensors headers": hs.headers,
         "safetensors pairs": lambda: hs.damaged_pairs(pair),
     }
@@ -63,7 +65,7 @@ def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
 
 KINDS = (
     *("pickle gadgets", "pickle bombs", "tensors that lie", "cut short", "flipped bytes", "shapes"),
-    *("weights", "zip tricks", "other formats", "configurations"),
+    *("weights", "zip tricks", "other formats", "configurations", "settings", "normalisers"),
     *("safetensors headers", "safetensors pairs"),
 )
 

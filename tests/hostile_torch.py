@@ -331,6 +331,105 @@ def other_formats() -> Made:
         yield name, "", lambda path, content=content: path.write_bytes(content)
 
 
+def with_cfg(changes: dict[str, object]) -> Callable[[Path], object]:
+    """A checkpoint whose cfg says other values of some keys ("a.b.c")."""
+    values = plain_cfg(CONFIG)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return lambda path: sound(path, cfg=torch_file.records_from_dict(values))
+
+
+_PARAMS = "model.policy.autoregressive_model_params"
+SENSELESS = {  # key of the cfg -> values that make no sense
+    "model.policy.n_action_steps": (0, 32, -1, 8.5, "eight", True),
+    "model.policy.shift_action": ("None", 2),
+    "model.policy.different_history_freq": ("false",),
+    "model.policy.action_mask_ratio": (-0.1, 1.5),
+    "model.policy.selected_training_mode": ("policy",),
+    "model.policy.action_model_params.act_model_type": ("conv3",),
+    f"{_PARAMS}.act_diff_testing_steps": ("0", "2000", "-5", "ten", "ddim400", 0),
+    f"{_PARAMS}.num_sampling_steps": ("0", "2000", [100]),
+    f"{_PARAMS}.act_diff_training_steps": (0, -1000, 10**9, "many"),
+    f"{_PARAMS}.num_iter": (0, -1, 5, 1.5),
+    f"{_PARAMS}.temperature": (-1.0, float("nan"), float("inf"), "hot"),
+    f"{_PARAMS}.cfg": (-1.0, float("nan")),
+    f"{_PARAMS}.cfg_schedule": ("cosine",),
+    f"{_PARAMS}.patch_size": (0, 2, -1),
+    f"{_PARAMS}.attn_dropout": (1.0, -0.5),
+    f"{_PARAMS}.mask_ratio_min": (1.0, 7),
+    f"{_PARAMS}.label_drop_prob": (2,),
+    "task.env_runner.n_obs_steps": (0, -16, 2, 15, "all"),
+    "task.dataset.horizon": (0, -1, 16, 31, 2.5),
+    "task.dataset.normalizer_type": ("range",),
+    "task.task_modes": (["policy"], "policy_model"),
+}
+UNRESOLVED = {  # key of the cfg -> what leads nowhere
+    "model.policy.n_action_steps": "${eval:'__import__(\"os\").getpid()'}",
+    f"{_PARAMS}.num_iter": "${oc.env:ROUNDS}",
+    f"{_PARAMS}.temperature": "${nowhere.temperature}",
+    "task.dataset.normalizer_type": "???",
+    "task.name": "${now:%Y}_pusht",
+}
+
+
+def settings() -> Made:
+    """Values of the cfg with which no policy could act or be trained on."""
+    for key, values in SENSELESS.items():
+        for value in values:
+            yield f"{key} = {value!r}", f"cfg says {key} is ", with_cfg({key: value})
+    for key, value in UNRESOLVED.items():
+        said = f"holds an unresolved {value} at {key}"
+        yield f"{key} unresolved", said, with_cfg({key: value})
+
+
+def normalisers() -> Made:
+    """Normalisers with which no action could be told."""
+    prefix = "normalizer.params_dict.action."
+    scale = f"{prefix}scale"
+
+    def wide(width: int) -> Callable[[dict], None]:
+        return lambda s: s.update(
+            {n: np.ones(width, np.float32) for n in list(s) if n.startswith(prefix)}
+        )
+
+    def remove(start: str) -> Callable[[dict], None]:
+        return lambda s: [s.pop(n) for n in list(s) if n.startswith(start)]
+
+    none = f"no normaliser of 'action' ({prefix}*)"
+    yield "missing", none, _changed(remove("normalizer."))
+    yield (
+        "of another field",
+        none,
+        _changed(
+            lambda s: s.update(
+                {n.replace("action", "image"): s.pop(n) for n in list(s) if "er.pa" in n}
+            )
+        ),
+    )
+    for width in (1, 3, 0):
+        said = f"normaliser of 'action' is {width} numbers wide" if width else "has shape (0,)"
+        yield f"width {width}", said, _changed(wide(width))
+    yield "no scale", none, _changed(remove(scale))
+    yield "no offset", f"{prefix}offset is missing", _changed(remove(f"{prefix}offset"))
+    for value, said in (
+        (0.0, "'action' has scale 0 (column 1)"),
+        (-0.0, "has scale 0"),
+        (np.inf, ""),
+    ):
+
+        def change(state: dict, value: float = value) -> None:
+            state[scale][1] = value
+
+        yield f"scale {value}", said or f"{scale} has 1 of 2 values that are not", _changed(change)
+    offset = f"{prefix}offset"
+    bad = {offset: np.array([0, np.nan], np.float32)}
+    yield "offset NaN", f"{offset} has 1 of 2 values", _changed(lambda s: s.update(bad))
+
+
 def configurations() -> Made:
     """Architectures and cfgs that make no sense, or would cost endless time."""
 
@@ -361,13 +460,9 @@ def configurations() -> Made:
     for name, value in stored.items():
         yield name, "", lambda path, value=value: sound(path, uva_jax=value)
 
-    def cfg(**changes: object) -> Callable[[Path], object]:
-        values = plain_cfg(CONFIG)
-        values["model"]["policy"]["autoregressive_model_params"].update(changes)
-        return lambda path: sound(path, cfg=torch_file.records_from_dict(values))
-
-    yield "patch size is a text", "patch_size is 'evil'", cfg(patch_size="evil")
-    yield "another image size", "img_size", cfg(img_size=64)
+    params = "model.policy.autoregressive_model_params"
+    yield "patch size is a text", "patch_size is 'evil'", with_cfg({f"{params}.patch_size": "evil"})
+    yield "another image size", "img_size", with_cfg({f"{params}.img_size": 64})
     bomb = {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)} | {"a60": "x"}
     made = torch_file.records_from_dict(bomb)
     yield "doubling interpolations", "", lambda path: sound(path, cfg=made)

@@ -23,6 +23,7 @@ from convert.state_dicts import state_tensors
 from uva_jax.__main__ import main
 from uva_jax.cli import bench_conversion
 from uva_jax.main import run
+from uva_jax.models.architectures import ARCHITECTURES
 from uva_jax.storage import policy_arrays
 
 GOLDEN = json.loads(
@@ -96,6 +97,51 @@ def test_other_tasks_are_inferred_with_the_originals_names_and_shapes(task):
     assert not problems and bench_conversion.torch_shapes(config) == wanted
     mar = sum(math.prod(s) for n, s in tensors.items() if n.startswith("model."))
     assert mar == GOLDEN["other_tasks"][task]["n_params"]
+
+
+# What upstream's configurations and training scripts of the published policies say.
+PUBLISHED = {
+    "pusht": ("pusht", {}, {"normalizer_type": "all"}, {}),
+    "pusht_multitask": (
+        "pusht",
+        {},
+        {"normalizer_type": "all", "dataset_type": "multitask"},
+        {},
+    ),
+    "libero10": ("libero10", {}, {"normalizer_type": "all", "language_emb_model": "clip"}, {}),
+    "umi_multitask": (
+        "umi",
+        {
+            "use_proprioception": True,
+            "predict_proprioception": True,
+            "shift_action": False,
+            "different_history_freq": True,
+        },
+        {"normalizer_type": "none", "language_emb_model": "clip"},
+        {"task_modes": ["policy_model", "full_dynamic_model"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_architecture_is_what_the_originals_state_dict_and_cfg_say(name):
+    config = ARCHITECTURES[name]
+    task, switches, dataset, rest = PUBLISHED[name]
+    task_tensors = {"libero10": "libero10", "umi_multitask": "umi_multi"}.get(name)
+    tensors = other_task(task_tensors) if task_tensors else PUSHT
+    _, left_out, _ = rules.plan(tensors)
+    known = bench_conversion.torch_shapes(config)
+    apart = ("normalizer.", "text_model.")
+    assert {n: s for n, s in known.items() if not n.startswith(apart)} == {
+        n: s for n, s in tensors.items() if n not in left_out and not n.startswith(apart)
+    }
+    params = {"autoregressive_model_params": {"model_size": "mar_base", "temperature": 0.95}}
+    cfg = {
+        "task": {"name": task, "dataset": dataset} | rest,
+        "model": {"policy": params | switches},
+    }
+    fields = {n: s for n, s in known.items() if n.startswith(apart)}
+    assert infer.infer_config(tensors | fields, cfg, name) == config
 
 
 def test_a_random_checkpoint_is_read_like_an_original_one(tmp_path):

@@ -13,6 +13,7 @@ from conftest import CONFIG, silently
 from PIL import Image
 from variants import VARIANTS, write_recording
 
+from convert.to_torch import export_policy
 from uva_jax.cli.sample import main
 from uva_jax.eval import predict
 from uva_jax.eval.predict import Camera, Prediction, Sampling
@@ -300,6 +301,24 @@ def test_a_policy_without_a_video_head_cannot_predict_video():
     config = dataclasses.replace(CONFIGS["plain"], video_head=None)
     with pytest.raises(UserError, match="this policy has no video head"):
         FULL.check(surgery.abstract_policy(config))
+
+
+def test_a_checkpoint_of_video_alone_predicts_video_and_no_actions(folder, tmp_path, capsys):
+    config = dataclasses.replace(CONFIGS["plain"], action_head=None, task_modes=("video_model",))
+    arrays = {
+        k: v for k, v in surgery.flatten(policy_of("plain")).items() if "action_head" not in k
+    }
+    policy = surgery.replace(surgery.abstract_policy(config), arrays)
+    export_policy(policy, tmp_path / "video.ckpt")  # as UVA's first phase leaves it
+    arguments = ("--policy", tmp_path / "video.ckpt", "--obs", folder / "plain.npz")
+    arguments += ("--sampling-steps", 2)
+    for mode in ("video_model", "full_dynamic_model"):
+        out = tmp_path / f"{mode}.npz"
+        printed = sample(*arguments, "--mode", mode, "--out", out)
+        assert "PSNR" in printed and "action MSE" not in printed
+        assert np.load(out).files == ["main_frames"]
+    assert main([str(a) for a in (*arguments, "--mode", "policy_model")]) == 2
+    assert "trained for video alone" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_npz_is_refused(folder, tmp_path, capsys):
