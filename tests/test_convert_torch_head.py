@@ -1,7 +1,6 @@
 """The torch side: the grafted head's twin, the reference policy, and `verify` on both."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -203,6 +202,6 @@ def test_verify_names_the_parts_that_differ(monkeypatch):
 
 
 def test_verify_without_torch_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("convert.checks.verify.torch", None)
     assert main(["verify", str(TEACHER)]) == 2
     assert "pip install 'uva_jax[torch]'" in capsys.readouterr().err

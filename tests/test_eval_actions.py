@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from uva_jax.data import source
+from uva_jax.data.windows import plan_strips
 from uva_jax.eval.actions import action_figures, average_precision, sample_actions
 from uva_jax.runtime.settings import section
 
@@ -40,7 +41,7 @@ def test_a_policy_that_knows_where_it_is_wrong_ranks_higher():
 def test_samples_do_not_depend_on_the_batch_and_repeat(teacher, buffer, make_config):
     options = section(make_config().data, source.DataOptions)
     reader = source.WindowReader(buffer, options, teacher)
-    strips = source.plan_strips(
+    strips = plan_strips(
         buffer.episode_ends, np.ones(3, bool), strip=1, stride=4, options=options, seed=0, count=5
     )
     found = [

@@ -12,6 +12,7 @@ from conftest import HEAD, make_policy, python
 from configs import common
 from uva_jax.data import source
 from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft import assemble, distill, judge
 from uva_jax.graft.capture import capture_strips, head_activations
 from uva_jax.models import surgery
@@ -233,10 +234,10 @@ def _read(buffer, strips, rows, data):
 def test_strips_give_the_windows_that_single_reads_give(buffer):
     data, mask = _data(), np.ones(buffer.n_episodes, bool)
     plan = dict(stride=4, options=data, seed=0)
-    strips = source.plan_strips(buffer.episode_ends, mask, strip=5, count=3, **plan)
+    strips = plan_strips(buffer.episode_ends, mask, strip=5, count=3, **plan)
     found = _read(buffer, strips, [0, 1, 2], data)
     for row, k in itertools.product(range(3), range(5)):
-        single = source.Strips(
+        single = Strips(
             strips.episode[row : row + 1], strips.current[row, k].reshape(1, 1), np.zeros(1, bool)
         )
         alone = _read(buffer, single, [0], data)
@@ -246,7 +247,7 @@ def test_strips_give_the_windows_that_single_reads_give(buffer):
 
 def test_windows_repeat_the_first_frame_and_the_last_action(buffer):
     last = int(buffer.episode_ends[0]) - 10
-    strips = source.Strips(np.array([0, 0]), np.array([[0], [last]]), np.zeros(2, bool))
+    strips = Strips(np.array([0, 0]), np.array([[0], [last]]), np.zeros(2, bool))
     found = _read(buffer, strips, [0, 1], _data())
     np.testing.assert_array_equal(found["image"][0], np.repeat(found["image"][0, -1:], 4, axis=0))
     np.testing.assert_array_equal(
@@ -256,8 +257,8 @@ def test_windows_repeat_the_first_frame_and_the_last_action(buffer):
 
 def test_mirrored_strips_are_the_mirror_of_the_plain_ones(buffer):
     episode, current = np.array([1, 2]), np.array([[0, 4], [8, 12]])
-    plain = source.Strips(episode, current, np.zeros(2, bool))
-    mixed = source.Strips(episode, current, np.array([False, True]))
+    plain = Strips(episode, current, np.zeros(2, bool))
+    mixed = Strips(episode, current, np.array([False, True]))
     want, found = (_read(buffer, s, [1, 0], _data(mirror="pusht")) for s in (plain, mixed))
     for name, image in mirror_pusht(want).items():
         np.testing.assert_array_equal(found[name][0], image[0])
@@ -267,7 +268,7 @@ def test_mirrored_strips_are_the_mirror_of_the_plain_ones(buffer):
 @pytest.mark.parametrize("strip", [1, 5, 13])
 def test_every_window_is_in_a_strip(buffer, strip):
     lengths = np.diff(buffer.episode_ends, prepend=0)
-    strips = source.plan_strips(
+    strips = plan_strips(
         buffer.episode_ends, np.ones(3, bool), strip=strip, stride=4, options=_data(), seed=0
     )
     for episode, length in enumerate(lengths):
@@ -278,9 +279,7 @@ def test_every_window_is_in_a_strip(buffer, strip):
 
 def test_an_episode_shorter_than_a_window_is_refused_with_a_sentence():
     with pytest.raises(UserError, match="no episode has the 10 steps"):
-        source.plan_strips(
-            np.array([9]), np.ones(1, bool), strip=1, stride=4, options=_data(), seed=0
-        )
+        plan_strips(np.array([9]), np.ones(1, bool), strip=1, stride=4, options=_data(), seed=0)
 
 
 def test_captured_samples_do_not_depend_on_their_neighbours(teacher):
@@ -311,7 +310,7 @@ from test_grafting import _data
 folder, buffer = sys.argv[1:]
 buffer = ReplayBuffer.open(buffer)
 options = CaptureOptions(21, 1, 2, 1, True, "bfloat16", 0)
-strips = source.plan_strips(
+strips = plan_strips(
     buffer.episode_ends, np.ones(3, bool), strip=2, stride=4, options=_data(), seed=0, count=11
 )
 with MetricsWriter(folder, "capture") as metrics:

@@ -16,7 +16,7 @@ from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import torch_arrays
 from uva_jax.data import source
-from uva_jax.data.source import WindowSpec
+from uva_jax.data.windows import WindowSpec, plan_strips
 from uva_jax.models import policy_folder, surgery
 from uva_jax.pretrain import joint, latents, stages
 from uva_jax.pretrain.windows import StateScale, Windows, past_choices
@@ -212,7 +212,7 @@ def test_modes_come_with_their_shares_after_the_video_phase():
 def test_windows_are_those_of_the_policy_and_go_on_into_the_future(teacher, buffer):
     train_windows, _ = windows(buffer, teacher)
     mask, _ = source.split(buffer, DATA)
-    strips = source.plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=DATA, seed=0)
+    strips = plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=DATA, seed=0)
     rows = np.arange(len(train_windows))[:64]
     assert len(train_windows) == len(strips)
     found = train_windows.read(rows)
@@ -453,7 +453,7 @@ def test_windows_of_more_than_images_are_those_that_the_policy_acts_on(buffer):
     mask, _ = source.split(buffer, data)
     rows = np.arange(32)
     found = Windows(buffer, mask, policy, data, 0).read(rows)
-    strips = source.plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=data, seed=0)
+    strips = plan_strips(buffer.episode_ends, mask, strip=1, stride=4, options=data, seed=0)
     wanted = source.single_windows(source.WindowReader(buffer, data, policy).read(strips, rows))
     for name in ("past_action", "action", "state"):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)

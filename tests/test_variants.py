@@ -19,6 +19,7 @@ from uva_jax.data.readers import open_reader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
 from uva_jax.data.umi import absolute_poses
+from uva_jax.data.windows import Strips
 from uva_jax.graft.capture import capture_strips
 from uva_jax.main import run
 from uva_jax.models import policy_folder, surgery
@@ -66,7 +67,7 @@ def reader_of(policy, config):
 def strips_of(current, episode=0):
     current = np.atleast_2d(current)
     n = len(current)
-    return source.Strips(np.full(n, episode), current, np.zeros(n, bool))
+    return Strips(np.full(n, episode), current, np.zeros(n, bool))
 
 
 @pytest.mark.parametrize("name", ["libero10", "umi", "toolhang"])
@@ -116,7 +117,7 @@ def test_a_plan_knows_the_shapes_of_what_a_reader_gives(name, settings):
 def test_every_input_changes_the_tokens(settings):
     policy = make_policy(VARIANTS["everything"])
     reader = reader_of(policy, settings())
-    strips = source.Strips(np.array([0, 1]), np.array([[20], [9]]), np.zeros(2, bool))
+    strips = Strips(np.array([0, 1]), np.array([[20], [9]]), np.zeros(2, bool))
     obs = source.single_windows(reader.read(strips, np.arange(2)))
     run_policy = jax.jit(
         lambda obs: policy.video_tokens(*policy.condition(obs, key=jax.random.key(0)))

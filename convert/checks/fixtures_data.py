@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import random
 import re
 import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from einops import rearrange
 
 from convert.checks.compare import Checks
 from convert.checks.golden import SINGLE, Golden
-from uva_jax.data import normalizer, observations, sequences
+from uva_jax.data import normalizer, windows
+from uva_jax.data.episodes import validation_mask
+from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy, resize_bilinear
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DataOptions
 from uva_jax.train.optim import OptimOptions, ema_decay, ema_update, make_optimizer, warmup_cosine
 
 _FLOAT32 = 2e-6  # relative, for a handful of float32 operations
@@ -46,56 +50,127 @@ def _frames(golden: Golden, checks: Checks) -> None:
     for name, want in golden.facts["select_frames"].items():
         length, kind = re.fullmatch(r"T(\d+)_(\w+)", name).groups()
         try:
-            got = sequences.select_frames(int(length), train=kind == "train")
+            got = np.array(frame_indices(int(length), train=kind == "train"))
         except UserError:
             got = np.zeros(0)
         # A length for which the original fails must fail here too.
         expected = np.zeros(0) if isinstance(want, str) else np.array(want)
         checks.compare(f"select_frames/{name}", got, expected, 0.0)
+        if kind == "train" and len(expected) and int(length) % 2 == 0:
+            rows = whole_window(int(length))
+            got = np.concatenate([rows["frames"], rows["future_frames"]])
+            checks.compare(f"select_frames/{name}/window", got, expected, 0.0)
     table = golden.facts["history_combinations"]["all"]
-    checks.compare("history_combinations", sequences.history_combinations(), np.array(table), 0.0)
+    checks.compare("history_combinations", windows.history_combinations(), np.array(table), 0.0)
+
+
+def whole_window(
+    n_steps: int, *, train: bool = True, history: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The positions that a policy reads of a recorded window, as every run finds them.
+
+    Args:
+      n_steps: of the window, which is an episode of its own here.
+      train: the second half of it is future.
+      history: (n_frames,) or (b, n_frames) positions of the observed frames, where they are drawn.
+    """
+    n_obs = n_steps // 2 if train else n_steps
+    spec = windows.WindowSpec(
+        n_frames=4, n_obs_steps=n_obs, n_actions=n_steps - n_obs, state_steps=n_obs
+    )
+    current = n_obs - 1
+    offsets = spec.offsets(None if history is None else np.asarray(history) - current)
+    found = offsets._asdict()
+    return {k: windows.buffer_rows(0, n_steps - 1, current, v) for k, v in found.items()}
 
 
 def _windows(golden: Golden, checks: Checks) -> None:
     facts = golden.facts
-    table = sequences.history_combinations()
+    table = windows.history_combinations()
     for entry in facts.get("select_frames_different_history_freq", []):
         # Python's choice among a list draws one place in it.
         drawn = table[random.Random(entry["py_seed"]).choice(range(len(table)))]
-        picks = observations.window_picks(32, train=True, history=drawn)
+        rows = whole_window(32, history=drawn)
+        picks = np.concatenate([rows["frames"], rows["future_frames"]])
         key = f"select_frames_different_history_freq/{entry['py_seed']}"
         checks.compare(key, picks, np.array(entry["indices"]), 0.0)
     for case in golden.children("proc/"):
-        prefix, train = f"proc/{case}", "_train" in case
-        obs = {k.rsplit("/", 1)[1]: golden[k] for k in golden.keys(f"{prefix}/in/")}
-        own = obs.pop("img_indices", None)  # the data set chose the frames, each sample its own
-        if own is not None:
-            picks = own[..., 0].astype(np.int64)
-        else:
-            draw = random.Random(facts["py_seed_for_dhf"]).choice(range(len(table)))
-            drawn = table[draw] if train and case.endswith("_dhf") else None
-            picks = observations.window_picks(obs["image"].shape[1], train=train, history=drawn)
-        checks.compare(f"{prefix}/out/indices", picks, golden[f"{prefix}/out/indices"], 0.0)
-        history, future = observations.split_window(
-            obs,
-            train=train,
-            picks=picks,
-            states_at_frames=case.endswith("_dhf") or own is not None,
+        _window(golden, checks, f"proc/{case}")
+
+
+def read_window(
+    obs: Mapping[str, np.ndarray], *, train: bool, spaced: bool, drawn: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What a policy reads of a recorded window.
+
+    Args:
+      obs: upstream's inputs: images (b, t, c, h, w), states (b, T, k), and "img_indices" where the
+        data set chose the frames.
+      train: the window also holds the future.
+      spaced: frames are spaced at random, and states are read at the frames alone.
+      drawn: (4,) the drawn positions of the history's frames.
+
+    Returns:
+      arrays by name, those of the future with the suffix "/future", and the frames' positions.
+    """
+    obs = dict(obs)
+    chosen = obs.pop("img_indices", None)  # each sample's own
+    n_steps = max(value.shape[1] for value in obs.values())
+    history, found = drawn, {}
+    if chosen is not None:
+        history = chosen[:, :4, 0].astype(np.int64)
+    elif spaced and not train:
+        history = whole_window(n_steps, train=False)["frames"]
+    rows = whole_window(n_steps, train=train, history=history)
+    picks = rows["frames"]
+    if train:
+        picks = np.concatenate(
+            np.broadcast_arrays(picks, rows["future_frames"])
+            if picks.ndim == 1
+            else [picks, chosen[:, 4:, 0].astype(np.int64)],
+            axis=-1,
         )
-        frames = np.concatenate([history["image"], *([future["image"]] if train else [])], axis=1)
-        _compare(golden, checks, f"{prefix}/out/x", _pixels(frames), _FLOAT32)
-        found = {"second_image": history.get("wrist_image")}
-        found["pred_second_image"] = future.get("wrist_image")
-        for name in sorted(set(obs) - set(observations.IMAGES)):
-            short = "state" if name == "agent_pos" else name
-            found |= {short: history[name], f"{short}_pred": future.get(name)}
-        for name, value in found.items():
-            key = f"{prefix}/out/prop/{name}"
-            # What the original gives as None is not recorded, and must be missing here too.
-            checks.compare(f"{key} is there", value is not None, key in golden, 0.0)
-            if value is not None and key in golden:
-                value = _pixels(value) if name.endswith("second_image") else value
-                _compare(golden, checks, key, value, _FLOAT32 if value.ndim == 5 else 0.0)
+    for name, value in obs.items():
+        if name in ("image", "wrist_image"):
+            frames = value if chosen is not None else value[:, picks]
+            found[name] = frames[:, :4]
+            if train:
+                found[f"{name}/future"] = frames[:, 4:]
+            continue
+        states = rows["states"]
+        found[name] = (
+            value[:, states]
+            if states.ndim == 1
+            else np.take_along_axis(value, states[..., None], axis=1)
+        )
+        if train:
+            found[f"{name}/future"] = value[:, rows["future_states"]]
+    return found, picks
+
+
+def _window(golden: Golden, checks: Checks, prefix: str) -> None:
+    train, spaced = "_train" in prefix, prefix.endswith("_dhf")
+    obs = {k.rsplit("/", 1)[1]: golden[k] for k in golden.keys(f"{prefix}/in/")}
+    table = windows.history_combinations()
+    draw = random.Random(golden.facts["py_seed_for_dhf"]).choice(range(len(table)))
+    read, picks = read_window(
+        obs, train=train, spaced=spaced, drawn=table[draw] if train and spaced else None
+    )
+    checks.compare(f"{prefix}/out/indices", picks, golden[f"{prefix}/out/indices"], 0.0)
+    frames = [read[k] for k in ("image", "image/future") if k in read]
+    _compare(golden, checks, f"{prefix}/out/x", _pixels(np.concatenate(frames, 1)), _FLOAT32)
+    found = {"second_image": read.get("wrist_image")}
+    found["pred_second_image"] = read.get("wrist_image/future")
+    for name in sorted(set(obs) - {"image", "wrist_image", "img_indices"}):
+        short = "state" if name == "agent_pos" else name
+        found |= {short: read[name], f"{short}_pred": read.get(f"{name}/future")}
+    for name, value in found.items():
+        key = f"{prefix}/out/prop/{name}"
+        # What the original gives as None is not recorded, and must be missing here too.
+        checks.compare(f"{key} is there", value is not None, key in golden, 0.0)
+        if value is not None and key in golden:
+            value = _pixels(value) if name.endswith("second_image") else value
+            _compare(golden, checks, key, value, _FLOAT32 if value.ndim == 5 else 0.0)
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
@@ -106,15 +181,38 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     return np.asarray(rearrange(Policy.preprocess(sized, images), "b t h w c -> b c t h w"))
 
 
+def action_rows(length: int, *, shift: bool, history: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of (past actions, actions) in a window of `length` steps, as every run finds them.
+
+    With the history the horizon is one longer (33), and the current step one later.
+    """
+    current = length // 2 if history else length // 2 - 1
+    spec = windows.WindowSpec(
+        n_frames=4,
+        n_obs_steps=16,
+        # A horizon of 32 with the history leaves 15 actions, upstream's own shortfall.
+        n_actions=min(length // 2, length - current - 1),
+        action_offset=0 if shift else 1,
+        past_actions=length // 2,
+    )
+    offsets = spec.offsets()
+    return tuple(
+        windows.buffer_rows(0, length - 1, current, o)
+        for o in (offsets.past_actions, offsets.actions)
+    )
+
+
 def _trajectories(golden: Golden, checks: Checks) -> None:
     for case in golden.children("traj/"):
         prefix = f"traj/{case}"
         length, shift, history = map(int, re.fullmatch(r"T(\d+)_shift(\d)_hist(\d)", case).groups())
+        past, window = action_rows(length, shift=bool(shift), history=bool(history))
         actions = golden[f"{prefix}/in"]
-        past, window = sequences.action_window(actions, length, bool(shift), bool(history))
-        checks.compare(f"{prefix}/trajectory", window, golden[f"{prefix}/trajectory"], 0.0)
+        checks.compare(
+            f"{prefix}/trajectory", actions[:, window], golden[f"{prefix}/trajectory"], 0.0
+        )
         if f"{prefix}/history" in golden:
-            checks.compare(f"{prefix}/history", past, golden[f"{prefix}/history"], 0.0)
+            checks.compare(f"{prefix}/history", actions[:, past], golden[f"{prefix}/history"], 0.0)
 
 
 def _resize(golden: Golden, checks: Checks) -> None:
@@ -166,34 +264,69 @@ def _field(golden: Golden, checks: Checks, prefix: str, field: dict) -> None:
         _compare(golden, checks, f"{prefix}.input_stats.{name}", value, _FLOAT32)
 
 
+def sampler_indices(
+    ends: np.ndarray,
+    horizon: int,
+    *,
+    pad_before: int,
+    pad_after: int,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """The windows that every run plans, as rows of upstream's index table (n, 4).
+
+    Here any step may be a window's current one; upstream's windows begin at most `pad_before` steps
+    before the episode, so those that begin earlier are left out.
+    """
+    options = dataclasses.replace(DataOptions(), horizon=horizon, pad_after=pad_after)
+    mask = np.ones(len(ends), bool) if mask is None else mask
+    strips = windows.plan_strips(ends, mask, strip=1, stride=1, options=options, seed=0)
+    starts = np.append(0, ends[:-1])
+    first, last = starts[strips.episode], ends[strips.episode] - 1
+    begin = strips.current[:, 0] - (horizon // 2 - 1)
+    kept = begin >= -pad_before
+    order = np.lexsort((begin[kept], strips.episode[kept]))
+    first, last, current = (x[kept][order, None] for x in (first, last, strips.current[:, 0]))
+    rows = windows.buffer_rows(first, last, current, np.arange(horizon) - (horizon // 2 - 1))
+    real = (rows[:, 1:] != rows[:, :-1]).sum(1) + 1  # steps that are no repetition
+    padded = np.maximum(-begin[kept][order], 0)
+    return np.stack([rows[:, 0], rows[:, 0] + real, padded, padded + real], axis=1)
+
+
 def _sampler(golden: Golden, checks: Checks) -> None:
     ends = golden["sampler/episode_ends"]
     for case in golden.children("sampler/"):
         match = re.fullmatch(r"h(\d+)_b(\d+)_a(\d+)", case)
         if match:
             length, before, after = map(int, match.groups())
-            got = sequences.create_indices(ends, length, pad_before=before, pad_after=after)
+            # A padding of more than half a window would let the current step lie past the episode.
+            after = min(after, length // 2)
+            got = sampler_indices(ends, length, pad_before=before, pad_after=after)
             key = f"sampler/{case}/indices"
-            checks.compare(key, got, golden[key], 0.0)
+            want = golden[key]
+            current = want[:, 0] - want[:, 2] + length // 2 - 1
+            inside = current < ends[np.searchsorted(ends, want[:, 0], side="right")]
+            checks.compare(key, got, want[inside], 0.0)
     # The samples and the masked index table were made with the first case's settings.
-    windows = functools.partial(sequences.create_indices, ends, 32, pad_before=1, pad_after=7)
-    rows, steps = sequences.window_rows(windows(), 32), np.arange(ends[-1])
+    indices = golden["sampler/h32_b1_a7/indices"]
+    steps = np.arange(ends[-1])
     for picked in golden["sampler/picked"]:
-        prefix, row = f"sampler/sample{picked}", rows[picked]
+        prefix, start = f"sampler/sample{picked}", indices[picked]
+        episode = np.searchsorted(ends, start[0], side="right")
+        first = np.append(0, ends)[episode]
+        current = start[0] - first - start[2] + 15
+        row = windows.buffer_rows(first, ends[episode] - 1, current, np.arange(-15, 17))
         action = np.stack([steps, steps / 2], axis=1)[row]
         checks.compare(f"{prefix}/action", action, golden[f"{prefix}/action"], 0.0)
         image = (steps % 256)[row][:, None]
         checks.compare(f"{prefix}/img", image, golden[f"{prefix}/img"], 0.0)
-    mask = ~golden["sampler/masked_val_mask"]
-    key = "sampler/masked_indices"
-    checks.compare(key, windows(episode_mask=mask), golden[key], 0.0)
+    got = sampler_indices(
+        ends, 32, pad_before=1, pad_after=7, mask=~golden["sampler/masked_val_mask"]
+    )
+    checks.compare("sampler/masked_indices", got, golden["sampler/masked_indices"], 0.0)
     for name, want in golden.facts["val_mask"].items():
         count, ratio, seed = re.fullmatch(r"n(\d+)_r([\d.]+)_s(\d+)", name).groups()
-        held_out = sequences.validation_mask(int(count), float(ratio), int(seed))
+        held_out = validation_mask(int(count), float(ratio), int(seed))
         checks.compare(f"val_mask/{name}/val", np.flatnonzero(held_out), want["val"], 0.0)
-        kept = sequences.downsample_mask(~held_out, want["max_n"], int(seed))
-        key = f"val_mask/{name}/train_downsampled"
-        checks.compare(key, np.flatnonzero(kept), want["train_downsampled"], 0.0)
 
 
 def _ema(golden: Golden, checks: Checks) -> None:

@@ -27,6 +27,7 @@ from uva_jax.cli import sample
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
 from uva_jax.data.readers import open_reader
+from uva_jax.data.windows import WindowSpec, plan_strips
 from uva_jax.eval.actions import action_figures, sample_actions
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline import inputs
@@ -86,7 +87,7 @@ class Bench:
         self.buffer = open_reader(self.data, vae_of).buffer
         shape = self.buffer.shape(self.data.action_key)
         wanted = architecture.model_config(model, shape[-1])
-        if source.WindowSpec.of(wanted).more_than_images:
+        if WindowSpec.of(wanted).more_than_images:
             raise UserError(
                 "this table is of policies that see one camera and nothing else: leave "
                 "config.pretrain.model.text_dim, past_actions, states and wrist as they are"
@@ -113,7 +114,7 @@ class Bench:
         self.moments = latents.Latents.open(self.cache, int(config.pretrain.memory_gb * 2**30))
         self.train, self.held_out = source.split(self.buffer, self.data)
         self.reader = open_reader(dataclasses.replace(self.data, mirror=""), self.policy)
-        self.strips = source.plan_strips(
+        self.strips = plan_strips(
             self.buffer.episode_ends,
             self.held_out,
             strip=1,

@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 
 from uva_jax.data import batch_shapes
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.source import DataOptions, WindowSpec
+from uva_jax.data.source import DataOptions
+from uva_jax.data.windows import WindowSpec
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.eval.evaluate import Actor
 from uva_jax.graft import assemble, distill, finetune

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uva_jax.data.windows import Strips, WindowSpec, plan_strips
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.settings import section, specs
 
@@ -71,7 +72,7 @@ def open_reader(policy, path: str, options: Mapping[str, object]):
     data = dataclasses.replace(
         section(config.data, source.DataOptions), path=path, mirror="", **options
     )
-    spec = source.WindowSpec.of(policy.config)
+    spec = WindowSpec.of(policy.config)
     # A camera whose future is predicted is read even where its past is no input.
     spec = dataclasses.replace(spec, wrist=spec.wrist or policy.config.mar.wrist)
     return open_data(data, policy, spec=spec, progress=_rendering)
@@ -100,7 +101,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
         if step is not None:
             raise UserError(f"--step {step} is a step of an episode: say which with --episode")
         _, held_out = source.split(buffer, options)
-        strips = source.plan_strips(
+        strips = plan_strips(
             buffer.episode_ends,
             held_out,
             strip=1,
@@ -132,11 +133,10 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
 
 def read_windows(reader, episode: np.ndarray, step: np.ndarray) -> list[Window]:
     """Windows with their future: a strip of windows up to the one that ends with the future."""
-    from uva_jax.data import source
 
     n_frames = reader.spec.n_frames
     current = step[:, None] + reader.stride * np.arange(n_frames + 1)
-    strips = source.Strips(episode, current, np.zeros(len(episode), bool))
+    strips = Strips(episode, current, np.zeros(len(episode), bool))
     windows: dict[str, np.ndarray] = {}
     for name, values in reader.read(strips, np.arange(len(episode))).items():
         if name.endswith("image"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from uva_jax.data.source import WindowSpec, single_windows
+from uva_jax.data.source import single_windows
+from uva_jax.data.windows import WindowSpec
 from uva_jax.models.policy_config import PolicyConfig
 
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from uva_jax.data.replay_buffer import Progress
-from uva_jax.data.source import DataOptions, WindowReader, WindowSpec, open_buffer
+from uva_jax.data.source import DataOptions, WindowReader, open_buffer
 from uva_jax.data.umi import UmiReader
+from uva_jax.data.windows import WindowSpec
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 

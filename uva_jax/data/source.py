@@ -1,27 +1,23 @@
-"""Where windows come from: the embedded demonstrations or a user's zarr, and which windows.
+"""Where windows come from: the embedded demonstrations or a user's zarr, as policies read them.
 
-A window is named by its current step: the observation ends there and the action chunk begins
-there. Strips are runs of windows one frame stride apart, so that neighbours share encoded frames.
-What a window holds beside images and actions is decided by the policy (`WindowSpec`).
+Which steps a window holds is said in `windows.py`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.episodes import validation_mask
 from uva_jax.data.language import task_latents
 from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
-from uva_jax.data.sequences import validation_mask
-from uva_jax.models.frames import frame_indices
+from uva_jax.data.windows import Strips, WindowSpec, buffer_rows
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
 
@@ -62,129 +58,6 @@ def split(buffer: ReplayBuffer, options: DataOptions) -> tuple[np.ndarray, np.nd
     """(training, held-out) episode masks, upstream's split."""
     held_out = validation_mask(buffer.n_episodes, options.val_ratio, options.split_seed)
     return ~held_out, held_out
-
-
-@dataclass(frozen=True)
-class WindowSpec:
-    """What a policy reads of a window.
-
-    Attributes:
-      n_frames, stride: frames of the observation and the steps between them.
-      n_actions: actions to predict; `action_offset`: the first one's distance to the current step.
-      states: arrays of the proprioceptive state, in order; `state_steps`: observed steps of it.
-      past_actions: how many actions before the predicted ones are an input.
-      wrist: a second camera is an input.
-      text: a language vector is an input.
-    """
-
-    n_frames: int
-    stride: int
-    n_actions: int
-    action_offset: int = 0
-    states: tuple[str, ...] = ()
-    state_steps: int = 0
-    past_actions: int = 0
-    wrist: bool = False
-    text: bool = False
-
-    @classmethod
-    def of(cls, config: PolicyConfig) -> WindowSpec:
-        """The windows of a policy's `predict_action`."""
-        mar = config.mar
-        picks = frame_indices(config.n_obs_steps, mar.n_frames)
-        return cls(
-            n_frames=mar.n_frames,
-            stride=picks[1] - picks[0],
-            n_actions=mar.n_actions,
-            action_offset=0 if config.shift_action else 1,
-            states=config.proprio_keys if mar.proprio_dim else (),
-            state_steps=config.n_obs_steps if mar.proprio_dim else 0,
-            past_actions=mar.n_actions if mar.history_action else 0,
-            wrist=mar.proprio_image,
-            text=mar.text_dim > 0,
-        )
-
-    @property
-    def more_than_images(self) -> bool:
-        """Whether an observation is more than one camera's images."""
-        return bool(self.states or self.past_actions or self.wrist or self.text)
-
-
-@dataclass(frozen=True)
-class Strips:
-    """Strips of windows.
-
-    `current` (n, strip) are steps within the episode; `episode` and `mirror` are (n,).
-    """
-
-    episode: np.ndarray
-    current: np.ndarray
-    mirror: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.episode)
-
-    def first(self, count: int) -> Strips:
-        """The first `count` strips, or all if there are fewer."""
-        return Strips(self.episode[:count], self.current[:count], self.mirror[:count])
-
-
-def plan_strips(
-    episode_ends: np.ndarray,
-    mask: np.ndarray,
-    *,
-    strip: int,
-    stride: int,
-    options: DataOptions,
-    seed: int,
-    count: int | None = None,
-) -> Strips:
-    """All strips of the chosen episodes in a seeded order, or the first `count` of them.
-
-    Args:
-      episode_ends: (e,) cumulative lengths.
-      mask: (e,) episodes to use.
-      strip: windows a strip.
-      stride: steps between neighbouring windows, which is the frame stride of the observation.
-      options: horizon and padding; with a mirror, every strip also comes mirrored.
-      seed: of the order.
-      count: how many strips; they repeat in a new order when there are fewer.
-
-    Every window of every chosen episode is in at least one strip.
-
-    Raises:
-      UserError: no episode is long enough for a window.
-    """
-    lengths = np.diff(episode_ends, prepend=0)
-    # The last current step of a window: upstream's windows may pass the end by `pad_after` steps.
-    last = lengths - (options.horizon // 2 + 1 - options.pad_after)
-    episodes, starts = [], []
-    for episode in np.flatnonzero(mask & (last >= 0)):
-        for phase in range(min(stride, last[episode] + 1)):
-            first = np.arange(phase, last[episode] + 1, stride * strip)
-            # The last strip is moved back so that it ends with the phase's last window.
-            final = first[-1] + (last[episode] - first[-1]) // stride * stride
-            first = np.minimum(first, final - stride * (strip - 1))
-            starts.append(first)
-            episodes.append(np.full(len(first), episode))
-    if not episodes:
-        raise UserError(
-            f"no episode has the {options.horizon // 2 + 1 - options.pad_after} steps that one "
-            f"window needs (the longest has {int(lengths[mask].max(initial=0))}); "
-            "lower config.data.horizon or raise config.data.pad_after"
-        )
-    episode, start = np.concatenate(episodes), np.concatenate(starts)
-    mirror = np.zeros(len(episode), bool)
-    if options.mirror:
-        episode, start = np.tile(episode, 2), np.tile(start, 2)
-        mirror = np.repeat([False, True], len(mirror))
-    count = len(episode) if count is None else count
-    rng = np.random.default_rng(seed)
-    rounds = -(-count // len(episode))
-    order = np.concatenate([rng.permutation(len(episode)) for _ in range(rounds)])[:count]
-    # A start before the episode means a copy of its first window.
-    current = np.maximum(start[order][:, None] + stride * np.arange(strip), 0)
-    return Strips(episode[order], current, mirror[order])
 
 
 class WindowReader:
@@ -270,29 +143,31 @@ class WindowReader:
         current = strips.current[rows]
 
         def steps(relative: np.ndarray) -> np.ndarray:
-            """Buffer rows of steps of the episodes; beyond an end, the end is repeated."""
+            """Buffer rows of steps of the episodes."""
             axes = (slice(None), *[None] * (relative.ndim - 1))
-            return np.clip(starts[axes] + relative, starts[axes], ends[axes] - 1)
+            return buffer_rows(starts[axes], ends[axes] - 1, relative, 0)
 
-        early = current[:, :1] - self.stride * np.arange(spec.n_frames - 1, 0, -1)
-        frames = steps(np.concatenate([early, current], axis=1))
+        offsets = spec.offsets()
+        # Window k of a strip sees frames k ... k + n_frames - 1.
+        early = current[:, :1] + self.pace * offsets.frames[:-1]
+        frames = steps(np.concatenate([early, current + self.pace * offsets.frames[-1]], axis=1))
         wanted = {options.image_key: frames}
         if spec.wrist:
             wanted[options.wrist_key] = frames
-        past = max(0, spec.past_actions - spec.action_offset, spec.state_steps - 1)
-        window = np.arange(-past, spec.n_actions + spec.action_offset)
-        taken = steps(current[..., None] + self.pace * window)
+        parts = (offsets.actions, offsets.past_actions, offsets.states)
+        # All steps between, because a layout may relate them to the current one.
+        span = np.arange(min(0, *map(np.min, filter(len, parts))), offsets.actions[-1] + 1)
+        taken = steps(current[..., None] + self.pace * span)
         names = self.value_arrays(spec, options)
         read = self.buffer.read_rows(wanted | dict.fromkeys(names, taken))
         found = {"image": _as_uint8(read[options.image_key], options.image_key)}
         if spec.wrist:
             found["wrist_image"] = _as_uint8(read[options.wrist_key], options.wrist_key)
-        actions, states = self.values({name: read[name] for name in names}, past)
-        first = past + spec.action_offset
-        found["action"] = actions[:, :, first : first + spec.n_actions]
+        actions, states = self.values({name: read[name] for name in names}, -span[0])
+        found["action"] = actions[:, :, offsets.actions - span[0]]
         if spec.past_actions:
-            found["past_action"] = actions[:, :, first - spec.past_actions : first]
-        observed = slice(past + 1 - spec.state_steps, past + 1)
+            found["past_action"] = actions[:, :, offsets.past_actions - span[0]]
+        observed = offsets.states - span[0]
         found |= {name: states[name][:, :, observed] for name in spec.states}
         if options.mirror == "pusht":
             found = mirror_pusht(found, strips.mirror[rows])

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from uva_jax.data import source
+from uva_jax.data.windows import Strips
 from uva_jax.models import diffusion
 from uva_jax.models.policy import Policy
 
@@ -69,7 +70,7 @@ def action_figures(
 def sample_actions(
     policy: Policy,
     reader: source.WindowReader,
-    strips: source.Strips,
+    strips: Strips,
     *,
     draws: int,
     sampling_steps: str,

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.data import source
+from uva_jax.data.windows import Strips, WindowSpec
 from uva_jax.eval import actions, video
 from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
 from uva_jax.models import diffusion
@@ -107,7 +108,7 @@ class Actor:
 
 def evaluate(
     policies: Mapping[str, Policy],
-    windows: tuple[source.WindowReader, source.Strips] | None,
+    windows: tuple[source.WindowReader, Strips] | None,
     options: EvaluateOptions,
     folder: Path,
     metrics: MetricsWriter,
@@ -134,7 +135,7 @@ def evaluate(
         for name, policy in policies.items():
             found[name]["actions"] = _act(name, policy, *windows, options, folder, metrics)
     if seeds := rollout_seeds(options):
-        if source.WindowSpec.of(policies["teacher"].config).more_than_images:
+        if WindowSpec.of(policies["teacher"].config).more_than_images:
             raise UserError(
                 f"config.evaluate.simulator={options.simulator!r} shows a policy images alone, but "
                 "this one takes more: set it to ''"

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uva_jax.data import source
-from uva_jax.data.sequences import select_episodes
+from uva_jax.data.episodes import select_episodes
+from uva_jax.data.windows import Strips
 from uva_jax.models import surgery
 from uva_jax.models.layers import sub_key
 from uva_jax.models.lora import PREFIX, init_lora, merge_lora
@@ -246,9 +247,7 @@ def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed
     return batches
 
 
-def image_batches(
-    reader: source.WindowReader, strips: source.Strips, options: FinetuneOptions, seed: int
-):
+def image_batches(reader: source.WindowReader, strips: Strips, options: FinetuneOptions, seed: int):
     """Windows of the replay buffer (`strips` are single ones): step -> this process's share."""
     rows_of = _batch_rows(len(strips), options, seed)
     return lambda step: source.single_windows(reader.read(strips, rows_of(step)))

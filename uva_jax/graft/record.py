@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.data import source
+from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
@@ -54,7 +55,7 @@ def capture_activations(
         ("train", train, options.num_samples),
         ("held_out", held_out, options.held_out),
     ):
-        strips = source.plan_strips(
+        strips = plan_strips(
             reader.buffer.episode_ends,
             mask,
             strip=options.strip,
@@ -79,7 +80,7 @@ def capture_activations(
 def capture_cache(
     site: Site,
     teacher: Policy,
-    strips: source.Strips,
+    strips: Strips,
     reader: source.WindowReader,
     options: CaptureOptions,
     *,
@@ -91,7 +92,7 @@ def capture_cache(
     Args:
       site: the cache's folder; progress and processes.
       teacher: the policy whose activations are taken.
-      strips: from `source.plan_strips`, at least num_samples / strip of them.
+      strips: from `plan_strips`, at least num_samples / strip of them.
       reader: reads the windows.
       options: `config.capture`.
       seed: of the VAE's and the diffusion's draws, which depend on (seed, sample) alone.

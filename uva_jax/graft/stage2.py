@@ -13,6 +13,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from uva_jax.data import source
+from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft import finetune, record
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models.policy import Policy
@@ -99,10 +100,10 @@ def fine_tune(
     return tuned, {"trainable_parameters": count, "steps": options.steps}
 
 
-def _windows(reader, options, metrics, strip: int, seed: int) -> source.Strips:
+def _windows(reader, options, metrics, strip: int, seed: int) -> Strips:
     """All windows of the episodes that `data_fraction` picks, in strips."""
     mask = finetune.chosen_episodes(reader.buffer, reader.options, options, seed)
-    strips = source.plan_strips(
+    strips = plan_strips(
         reader.buffer.episode_ends,
         mask,
         strip=strip,

@@ -15,6 +15,7 @@ from flax import nnx
 from convert.from_torch import from_torch
 from convert.to_torch import export_policy
 from uva_jax.data import source
+from uva_jax.data.windows import plan_strips
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
 from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2
@@ -170,7 +171,7 @@ def _held_out_windows(context: Context, policy: Policy):
     # Never mirrored: what is asked is how well the demonstrations are met.
     reader = open_data(context, policy, mirror="")
     _, held_out = source.split(reader.buffer, reader.options)
-    strips = source.plan_strips(
+    strips = plan_strips(
         reader.buffer.episode_ends,
         held_out,
         strip=1,

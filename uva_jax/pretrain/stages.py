@@ -48,7 +48,7 @@ class Options:
     """What all three stages are told.
 
     Attributes:
-      settings: `config.pretrain`; see `configs/common.py` for each field.
+      settings: `config.pretrain`.
       seed: of all draws and orders.
       mesh: (data, fsdp, tensor).
       dtype: of matrix products; None: float32.
@@ -193,7 +193,6 @@ def run_policy(
             wrist=caches.get("wrist"),
             state_scale=_state_scale(settings, reader.buffer),
             score=score,
-            score_every=settings.score.every,
         )
     about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": how.steps}
     records = None

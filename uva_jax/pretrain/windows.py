@@ -12,11 +12,11 @@ import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.sequences import history_combinations
-from uva_jax.data.source import DataOptions, WindowSpec, plan_strips
+from uva_jax.data.windows import WindowSpec, buffer_rows, history_combinations, plan_strips
 from uva_jax.models.policy import Policy
 from uva_jax.pretrain.latents import Copies
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DataOptions
 
 
 class Windows:
@@ -77,29 +77,24 @@ class Windows:
         spec, strips = self._spec, self._strips
         episode, mirror = strips.episode[windows], strips.mirror[windows]
         first, last = self._starts[episode][:, None], self._ends[episode][:, None] - 1
-        current = first + strips.current[windows]
+        current = strips.current[windows]
+        offsets = spec.offsets(past)
 
-        def rows(offsets):
-            return np.clip(current + offsets, first, last)
+        def rows(steps):
+            return buffer_rows(first, last, current, steps)
 
-        offsets = spec.stride * np.arange(1 - spec.n_frames, spec.n_frames + 1)
-        if past is not None:
-            offsets[: spec.n_frames] = past
-        frames = rows(offsets)
-        steps = rows(spec.action_offset + np.arange(spec.n_actions))
-        found = {"action": self._actions[steps]}
+        frames = rows(np.concatenate([offsets.frames, offsets.future_frames]))
+        found = {"action": self._actions[rows(offsets.actions)]}
         if spec.past_actions:
-            steps = rows(spec.action_offset - np.arange(spec.past_actions, 0, -1))
-            found["past_action"] = self._actions[steps]
+            found["past_action"] = self._actions[rows(offsets.past_actions)]
         if self._robot:
-            seen = rows(np.arange(1 - spec.state_steps, 1) if past is None else past)
-            following = rows(np.arange(1, spec.n_actions + 1))
+            seen, following = rows(offsets.states), rows(offsets.future_states)
             for name, values in self._robot.items():
                 found[name], found[f"{name}_next"] = values[seen], values[following]
         if self._text is not None:
             found["text_latents"] = self._text[episode]
         if self._states is not None:
-            found["state"] = self._states[current[:, 0]]
+            found["state"] = self._states[rows(0)[:, 0]]
         if mirror.any():
             found = mirror_pusht(found, mirror)
         copy = self.copies.number(views, mirror.astype(np.int64))

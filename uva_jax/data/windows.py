@@ -1,0 +1,228 @@
+"""Which steps of a recording make a window: the one rule, for acting, training and evaluation.
+
+A window is named by its current step: the observation ends there and the actions begin there. Its
+steps are offsets from that step (`WindowSpec.offsets`); past an episode's ends, its first or last
+step is repeated (`buffer_rows`). Strips are runs of windows one frame stride apart, so that
+neighbours share encoded frames. The results equal those of upstream's sampler and data utilities
+(`sampler.py`, `data_utils.py` of UVA), of which the golden fixtures hold examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import NamedTuple
+
+import numpy as np
+
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DataOptions
+
+
+class Offsets(NamedTuple):
+    """Steps of a window relative to its current one, int64.
+
+    `frames` and `future_frames` (n_frames,); `actions` (n_actions,); `past_actions`; `states` that
+    are observed, and `future_states` (n_actions,). With a history of each window's own, `frames`
+    and `states` are (b, n_frames).
+    """
+
+    frames: np.ndarray
+    future_frames: np.ndarray
+    actions: np.ndarray
+    past_actions: np.ndarray
+    states: np.ndarray
+    future_states: np.ndarray
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What a policy reads of a window.
+
+    Attributes:
+      n_frames, n_obs_steps: frames of the observation, and the steps that they are taken from.
+      n_actions: actions to predict; `action_offset`: the first one's distance to the current step.
+      states: arrays of the proprioceptive state, in order; `state_steps`: observed steps of it.
+      past_actions: how many actions before the predicted ones are an input.
+      wrist: a second camera is an input.
+      text: a language vector is an input.
+    """
+
+    n_frames: int
+    n_obs_steps: int
+    n_actions: int
+    action_offset: int = 0
+    states: tuple[str, ...] = ()
+    state_steps: int = 0
+    past_actions: int = 0
+    wrist: bool = False
+    text: bool = False
+
+    @classmethod
+    def of(cls, config: PolicyConfig) -> WindowSpec:
+        """The windows of a policy's `predict_action`."""
+        mar = config.mar
+        return cls(
+            n_frames=mar.n_frames,
+            n_obs_steps=config.n_obs_steps,
+            n_actions=mar.n_actions,
+            action_offset=0 if config.shift_action else 1,
+            states=config.proprio_keys if mar.proprio_dim else (),
+            state_steps=config.n_obs_steps if mar.proprio_dim else 0,
+            past_actions=mar.n_actions if mar.history_action else 0,
+            wrist=mar.proprio_image,
+            text=mar.text_dim > 0,
+        )
+
+    @property
+    def stride(self) -> int:
+        """Steps between neighbouring frames.
+
+        Raises:
+          UserError: UVA's rule does not take n_frames from n_obs_steps.
+        """
+        picks = frame_indices(self.n_obs_steps, self.n_frames)
+        return picks[1] - picks[0]
+
+    @property
+    def more_than_images(self) -> bool:
+        """Whether an observation is more than one camera's images."""
+        return bool(self.states or self.past_actions or self.wrist or self.text)
+
+    def offsets(self, history: np.ndarray | None = None) -> Offsets:
+        """The window's steps relative to its current one.
+
+        Args:
+          history: (n_frames,) or (b, n_frames) steps of the observed frames, at most 0, in place of
+            the even ones; states are then observed at these steps alone (`different_history_freq`).
+
+        Raises:
+          UserError: UVA's rule does not take n_frames from n_obs_steps.
+          ValueError: `history` is not n_frames steps of the observation.
+        """
+        current = self.n_obs_steps - 1  # its place in the observation
+        frames = np.array(frame_indices(self.n_obs_steps, self.n_frames)) - current
+        following = frames[-1] + self.stride * np.arange(1, self.n_frames + 1)
+        states = np.arange(1 - self.state_steps, 1)
+        if history is not None:
+            frames = np.asarray(history, np.int64)
+            if frames.shape[-1] != self.n_frames or frames.max() > 0 or frames.min() < -current:
+                raise ValueError(
+                    f"the history should be {self.n_frames} steps in {-current}..0, but is "
+                    f"{frames.tolist()}"
+                )
+            states = frames if self.state_steps else states
+        first = self.action_offset
+        return Offsets(
+            frames=frames,
+            future_frames=following,
+            actions=first + np.arange(self.n_actions),
+            past_actions=first - np.arange(self.past_actions, 0, -1),
+            states=states,
+            future_states=np.arange(1, self.n_actions + 1),
+        )
+
+
+def buffer_rows(first, last, current, offsets) -> np.ndarray:
+    """The rows of a recording that windows read; past an episode's ends, its ends are repeated.
+
+    Args:
+      first, last: the rows of the first and the last step of each window's episode.
+      current: the current step, counted from the start of the episode.
+      offsets: steps relative to it. All broadcast against each other.
+    """
+    return np.clip(first + current + offsets, first, last)
+
+
+def history_combinations() -> np.ndarray:
+    """The 816 choices for random history spacing, (816, 4): rising steps of 0..15, 15 last."""
+    heads = list(combinations_with_replacement(range(16), 3))
+    return np.array([(*head, 15) for head in heads])
+
+
+def last_current_steps(lengths: np.ndarray, options: DataOptions) -> np.ndarray:
+    """The last step of episodes that can be a window's current one; negative: there is none.
+
+    Upstream's windows of `horizon` steps, the current one at its middle, may pass the end of the
+    episode by `pad_after` steps. Before the start they may begin anywhere, so that every earlier
+    step is a current one, as in rollouts.
+    """
+    return lengths - (options.horizon // 2 + 1 - options.pad_after)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Strips of windows.
+
+    `current` (n, strip) are steps within the episode; `episode` and `mirror` are (n,).
+    """
+
+    episode: np.ndarray
+    current: np.ndarray
+    mirror: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    def first(self, count: int) -> Strips:
+        """The first `count` strips, or all if there are fewer."""
+        return Strips(self.episode[:count], self.current[:count], self.mirror[:count])
+
+
+def plan_strips(
+    episode_ends: np.ndarray,
+    mask: np.ndarray,
+    *,
+    strip: int,
+    stride: int,
+    options: DataOptions,
+    seed: int,
+    count: int | None = None,
+) -> Strips:
+    """All strips of the chosen episodes in a seeded order, or the first `count` of them.
+
+    Args:
+      episode_ends: (e,) cumulative lengths.
+      mask: (e,) episodes to use.
+      strip: windows a strip.
+      stride: steps between neighbouring windows, which is the frame stride of the observation.
+      options: horizon and padding; with a mirror, every strip also comes mirrored.
+      seed: of the order.
+      count: how many strips; they repeat in a new order when there are fewer.
+
+    Every window of every chosen episode is in at least one strip.
+
+    Raises:
+      UserError: no episode is long enough for a window.
+    """
+    lengths = np.diff(episode_ends, prepend=0)
+    last = last_current_steps(lengths, options)
+    episodes, starts = [], []
+    for episode in np.flatnonzero(mask & (last >= 0)):
+        for phase in range(min(stride, last[episode] + 1)):
+            first = np.arange(phase, last[episode] + 1, stride * strip)
+            # The last strip is moved back so that it ends with the phase's last window.
+            final = first[-1] + (last[episode] - first[-1]) // stride * stride
+            first = np.minimum(first, final - stride * (strip - 1))
+            starts.append(first)
+            episodes.append(np.full(len(first), episode))
+    if not episodes:
+        raise UserError(
+            f"no episode has the {options.horizon // 2 + 1 - options.pad_after} steps that one "
+            f"window needs (the longest has {int(lengths[mask].max(initial=0))}); "
+            "lower config.data.horizon or raise config.data.pad_after"
+        )
+    episode, start = np.concatenate(episodes), np.concatenate(starts)
+    mirror = np.zeros(len(episode), bool)
+    if options.mirror:
+        episode, start = np.tile(episode, 2), np.tile(start, 2)
+        mirror = np.repeat([False, True], len(mirror))
+    count = len(episode) if count is None else count
+    rng = np.random.default_rng(seed)
+    rounds = -(-count // len(episode))
+    order = np.concatenate([rng.permutation(len(episode)) for _ in range(rounds)])[:count]
+    # A start before the episode means a copy of its first window.
+    current = np.maximum(start[order][:, None] + stride * np.arange(strip), 0)
+    return Strips(episode[order], current, mirror[order])
