@@ -27,6 +27,7 @@ from uva_jax.models import description, policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig, to_dict
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.finite import finite_when_loaded
 from uva_jax.storage.lazy_array import LazyArray
 
 _DTYPES = {
@@ -48,7 +49,8 @@ def torch_arrays(arrays: Mapping[str, jax.Array | LazyArray]) -> dict[str, LazyA
         if found is None:
             problems.append(path)
         else:
-            turned[found[0]] = _turned(value, found[1])
+            tensor = _turned(value, found[1])
+            turned[found[0]] = finite_when_loaded(found[0], tensor, "the checkpoint to write")
     if problems:
         raise UserError(
             f"these parameters have no place in a PyTorch checkpoint: {', '.join(problems)}; "

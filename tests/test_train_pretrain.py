@@ -141,7 +141,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
         state = loop.start_state({"w": jnp.ones((4, 2))}, options, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         run = loop.make_steps(loss, options, mesh, shardings)
-        state, scalars = run(state, {}, group, jnp.int32(0), jax.random.key(0))
+        state, scalars, _ = run(state, {}, group, jnp.int32(0), jax.random.key(0))
         found.append((np.asarray(state.params["w"]), float(scalars["loss"])))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)

@@ -118,7 +118,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
 
     def step():
         nonlocal state
-        state, scalars = run(state, frozen, batch, jnp.int32(0), jax.random.key(0))
+        state, scalars, _ = run(state, frozen, batch, jnp.int32(0), jax.random.key(0))
         return jax.block_until_ready((state, scalars))
 
     return step

@@ -27,6 +27,7 @@ from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections_graft import FAMILIES, HeadOptions
 from uva_jax.storage.atomic import read_json, write_json
+from uva_jax.storage.finite import non_finite, refuse_non_finite
 
 
 def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
@@ -160,7 +161,9 @@ def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, met
     """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
     folder = Path(folder).absolute()
     checkpointer = ocp.StandardCheckpointer()
-    arrays = traverse_util.unflatten_dict(parallel.savable(family_arrays(head, family)), sep="/")
+    arrays = family_arrays(head, family)
+    refuse_non_finite(non_finite(arrays), f"the {family} operators for {folder}")
+    arrays = traverse_util.unflatten_dict(parallel.savable(arrays), sep="/")
     checkpointer.save(folder / "params", arrays, force=True)
     checkpointer.wait_until_finished()
     write_json(folder / "metrics.json", metrics)

@@ -28,6 +28,7 @@ from uva_jax.models.mlp_head import MLPHead
 from uva_jax.runtime import parallel
 from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.storage.checkpoint import Checkpoints
+from uva_jax.train.loop import stop_if_broken, stop_if_diverged
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows
 
@@ -46,7 +47,7 @@ def distance(kind: str, error: jax.Array) -> jax.Array:
 
 def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
     """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
-    state, mean scalars."""
+    state, mean scalars, and the sum of each step's scalars (k,)."""
 
     @jax.jit
     def advance(state, data, rows, steps):
@@ -63,7 +64,7 @@ def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
             return (params, moments), scalars
 
         state, scalars = jax.lax.scan(one, state, (steps, rows))
-        return state, jax.tree.map(jnp.mean, scalars)
+        return state, jax.tree.map(jnp.mean, scalars), sum(scalars.values())
 
     return advance
 
@@ -151,13 +152,16 @@ def fit(
             while step < total:
                 stop = min(total, step + options.log_every - step % options.log_every)
                 rows = epoch_rows(seed, count, batch, step, stop)
-                state, scalars = advance(state, data, rows, jnp.arange(step, stop))
+                state, scalars, sums = advance(state, data, rows, jnp.arange(step, stop))
+                setting = options.key("lr")
+                stop_if_diverged(np.asarray(sums), step, name, setting)
                 named = {f"{name}/{k}": float(v) for k, v in scalars.items()}
                 metrics.log(stop, **named)
                 bar.update(stop - step, loss=next(iter(named.values())))
                 crossed = stop // options.checkpoint_every > step // options.checkpoint_every
                 step = stop
                 if crossed or step == total:
+                    stop_if_broken(state[0], step, name, setting)
                     checkpoints.save(step, state)
     return state[0]
 

@@ -26,6 +26,7 @@ from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage import atomic, policy_arrays
+from uva_jax.storage.finite import finite_when_loaded, non_finite, refuse_non_finite
 from uva_jax.storage.lazy_array import LazyArray
 
 _JSON, _PARAMS, _RECORDS = "policy.json", "params", "source.records"
@@ -54,6 +55,7 @@ def save_policy(
     with _appearing(folder) as partial:
         if jax.process_index() == 0:
             _write_description(partial, policy.config, source, records)
+        refuse_non_finite(non_finite(surgery.flatten(policy)), f"the policy for {folder}")
         arrays = parallel.savable(surgery.flatten(policy))
         with policy_arrays.checkpointer(arrays) as checkpointer:
             checkpointer.save(
@@ -91,7 +93,9 @@ def save_arrays(
     with _appearing(folder) as partial:
         chief = jax.process_index() == 0
         if chief:
-            policy_arrays.write(partial / _PARAMS, arrays)
+            what = f"the policy for {folder}"
+            checked = {k: finite_when_loaded(k, v, what) for k, v in arrays.items()}
+            policy_arrays.write(partial / _PARAMS, checked)
         else:
             for array in arrays.values():
                 array.load()

@@ -22,9 +22,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uva_jax.runtime import parallel
+from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import LoopOptions
 from uva_jax.storage.checkpoint import Checkpoints
+from uva_jax.storage.finite import non_finite
 from uva_jax.train.optim import carry_optimizer_state, ema_update, loop_optimizer
 
 Flat = dict[str, jax.Array]
@@ -48,7 +50,7 @@ def part(params: Mapping, name: str) -> dict:
 
 def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Callable:
     """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps
-    (of those that have them: elsewhere they are NaN).
+    (of those that have them: elsewhere they are NaN), and the loss of every step (steps,).
 
     Args:
       loss: of one batch.
@@ -102,9 +104,11 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             state, scalars = body(state, (jax.tree.map(lambda x: x[0], batches), first))
         else:
             state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
-        return state, jax.tree.map(jnp.nanmean, scalars)
+        losses = jnp.reshape(scalars["loss"], (count,))
+        return state, jax.tree.map(jnp.nanmean, scalars), losses
 
-    return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    whole = parallel.replicated(mesh)
+    return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, whole, whole))
 
 
 def lower_step(
@@ -208,24 +212,52 @@ def run_loop(
                 group = [batches(i) for i in range(before, step)]
                 group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
                 group = parallel.shard_batch(mesh, group, axis=1)
-                state, scalars = run(state, frozen, group, jnp.int32(before), key)
-                running.append((step - before, scalars))
+                state, scalars, losses = run(state, frozen, group, jnp.int32(before), key)
+                running.append((before, scalars, losses))
                 saves = step % options.checkpoint_every == 0 or step == steps.stop
                 logs = saves or step // options.log_every > before // options.log_every
                 # One call stays under way, so that the next batch is read while it computes.
                 while len(running) > (0 if logs else 1):
-                    done, scalars = running.pop(0)
+                    first, scalars, losses = running.pop(0)
+                    stop_if_diverged(np.asarray(losses), first, desc, options.key("lr"))
                     recent.append({k: float(v) for k, v in scalars.items()})
-                    bar.update(done, loss=recent[-1]["loss"])
+                    bar.update(len(losses), loss=recent[-1]["loss"])
                 if logs:
                     metrics.log(step, **{f"{prefix}{k}": v for k, v in _means(recent).items()})
                     recent = []
                 if saves:
+                    stop_if_broken(state.params, step, desc, options.key("lr"))
                     checkpoints.save(step, state)
                     if judge is not None:
                         found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
     return state
+
+
+def stop_if_diverged(losses: np.ndarray, first: int, desc: str, setting: str) -> None:
+    """Raises UserError at the first step whose loss is not finite; no later state is kept.
+
+    Args:
+      losses: (steps,) of consecutive steps, the first of which is number `first`.
+      desc: what trains.
+      setting: the name of its learning rate.
+    """
+    if not np.isfinite(losses).all():
+        step = first + int(np.argmin(np.isfinite(losses)))
+        raise UserError(_diverged(f"the loss of step {step}", desc, setting))
+
+
+def stop_if_broken(params: Flat, step: int, desc: str, setting: str) -> None:
+    """Raises UserError where the parameters after `step` steps are not finite."""
+    if bad := non_finite(params):
+        raise UserError(_diverged(f"after {step} steps {bad[0]}", desc, setting))
+
+
+def _diverged(what: str, desc: str, setting: str) -> str:
+    return (
+        f"{desc or 'training'} stops: {what} is not finite. The last saved state is kept; lower "
+        f"{setting}, or look for values that are not finite in the data, and run the command again"
+    )
 
 
 def _means(recent: list[dict[str, float]]) -> dict[str, float]:
