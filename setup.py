@@ -25,6 +25,7 @@ setup(
         "ml_collections>=1.0",
         "absl-py>=2.0",
         "numpy>=2.0",
+        "scipy>=1.11",
         "tqdm>=4.66",
         "gym-pusht>=0.1.6",  # the simulator of the embedded data
         "pymunk>=6.6,<7",

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 from einops import rearrange
+from scipy.spatial.transform import Rotation
 
 
 def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
     """Rotation vectors (..., 3), the angle in radians as their length -> float64 (..., 3, 3)."""
     vector = np.asarray(vector, np.float64)
-    angle = np.linalg.norm(vector, axis=-1)[..., None, None]
-    x, y, z = np.moveaxis(vector, -1, 0)
-    zero = np.zeros_like(x)
-    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1)
-    cross = rearrange(cross, "... (i j) -> ... i j", i=3)
-    # Rodrigues' formula with sin(a) / a and (1 - cos a) / a^2 that hold at 0 too.
-    first, half = np.sinc(angle / np.pi), np.sinc(angle / (2 * np.pi))
-    return np.eye(3) + first * cross + half**2 / 2 * (cross @ cross)
+    matrices = Rotation.from_rotvec(vector.reshape(-1, 3)).as_matrix()
+    return matrices.reshape(*vector.shape, 3)
 
 
 def matrix_to_rotation_6d(matrix: np.ndarray) -> np.ndarray:
