@@ -301,6 +301,7 @@ import numpy as np
 from conftest import make_policy
 from uva_jax.data import source
 from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.windows import plan_strips
 from uva_jax.graft import record
 from uva_jax.storage.site import Site
 from uva_jax.graft.capture import CaptureOptions
