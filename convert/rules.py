@@ -1,7 +1,8 @@
 """ONE table that maps torch parameter names to flax paths, used in both directions.
 
 A line names a torch module, its flax module and the kind of layer; the kind says which tensors it
-has and how each is laid out. `{i}` stands for an index, `{f}` for a name. A torch name is matched
+has and how each is laid out. `{i}` and `{j}` stand for an index, `{f}` for a name, `{n}` and `{l}`
+for the names of an operator's norms and of its other layers. A torch name is matched
 by exactly one line or listed as ignored on purpose; anything else is a problem, and all problems
 of a checkpoint are reported together.
 """
@@ -173,26 +174,11 @@ def _grafted_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
     lines += [(f"{t}.{n}", f"{f}/{n}", "norm") for n in ("norm", "aggregate_norm")]
     lines += [(f"{t}.conv", f"{f}/conv", "conv")]
     lines += _aggregator(f"{t}.aggregator", f"{f}/aggregator")
-    layers = {
-        "cross_attn": {
-            "linear": "q k v proj fc1 fc2 adaLN_modulation",
-            "norm": "norm norm_ff",
-            "param": "query_position key_position",
-        },
-        "self_attn": {"linear": "qkv proj adaLN_modulation", "norm": "norm", "param": "position"},
-        "mlp": {"linear": "fc1 fc2 adaLN_modulation", "norm": "in_ln"},
-    }
-    for operator, kinds in layers.items():
-        for kind, names in kinds.items():
-            lines += [
-                (
-                    f"{torch}.blocks.{{i}}.{operator}.{n}",
-                    f"{flax}/blocks/{{i}}/{operator}/{n}",
-                    kind,
-                )
-                for n in names.split()
-            ]
-    return lines
+    # Operators are open to new ones, so their layers are known by name: norms begin with "norm"
+    # (the MLP keeps the original's "in_ln"), the other layers are Linears, the rest are arrays.
+    t, f = f"{torch}.blocks.{{i}}.{{f}}", f"{flax}/blocks/{{i}}/{{f}}"
+    lines += [(f"{t}.{{n}}", f"{f}/{{n}}", "norm"), (f"{t}.{{l}}", f"{f}/{{l}}", "linear")]
+    return lines + [(f"{t}.{{l}}", f"{f}/{{l}}", "param")]
 
 
 def _text_tower() -> list[tuple[str, str, str]]:
@@ -242,6 +228,13 @@ TABLE: tuple[tuple[str, str, str], ...] = tuple(
 )
 
 _HOLES = re.compile(r"\\\{(\w)\\\}")
+_NAMES = {
+    "i": r"\d+",
+    "j": r"\d+",
+    "f": "[^./]+",
+    "n": r"norm[^./]*|in_ln",
+    "l": r"(?!norm|in_ln\b)[^./]+",
+}
 
 
 def _pattern(template: str) -> re.Pattern:
@@ -249,7 +242,7 @@ def _pattern(template: str) -> re.Pattern:
 
     def group(match: re.Match) -> str:
         name = match.group(1)
-        return f"(?P<{name}>[^./]+)" if name == "f" else rf"(?P<{name}>\d+)"
+        return f"(?P<{name}>{_NAMES[name]})"
 
     return re.compile(_HOLES.sub(group, re.escape(template)))
 

@@ -9,7 +9,6 @@ import pytest
 from conftest import make_policy
 
 from convert.to_torch import export_policy
-from uva_jax.graft.distill import fit
 from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
@@ -18,6 +17,7 @@ from uva_jax.runtime.sections_graft import DistillOptions, FinetuneOptions
 from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.storage.finite import is_finite
 from uva_jax.train import loop
+from uva_jax.train.fit import fit
 
 OPTIONS = dataclasses.replace(
     FinetuneOptions(), steps=12, batch=4, warmup=1, checkpoint_every=4, log_every=2

@@ -19,6 +19,7 @@ from uva_jax.models import surgery
 from uva_jax.models.operators import aligned_positions, memory_tokens
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
+from uva_jax.train import fit
 
 OPTIONS = assemble.HeadOptions(
     cross_attention="condition",
@@ -174,18 +175,18 @@ def test_a_resumed_distillation_gives_the_same_parameters(
         head, features, activations["condition"], folder=tmp_path / "whole", **arguments
     )
 
-    saved = distill.Checkpoints.save
+    saved = fit.Checkpoints.save
 
     def save_and_die(self, step, state):
         saved(self, step, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill.Checkpoints, "save", save_and_die)
+    monkeypatch.setattr(fit.Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         distill.distill_condition(
             head, features, activations["condition"], folder=tmp_path / "cut", **arguments
         )
-    monkeypatch.setattr(distill.Checkpoints, "save", saved)
+    monkeypatch.setattr(fit.Checkpoints, "save", saved)
     resumed = distill.distill_condition(
         head, features, activations["condition"], folder=tmp_path / "cut", **arguments
     )

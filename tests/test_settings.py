@@ -228,8 +228,9 @@ def test_no_steps_need_no_warm_up():
 
 # ---- finished runs ----
 
-# Of the defaults, by stage. A setting that is added, removed or given another default changes the
-# hash of the stages that read its section, and their finished results are made again.
+# Of the defaults, by stage. A setting that is removed, given another default, or added without
+# `added=True` changes the hash of the stages that read its section, and their finished results are
+# made again.
 HASHES = {
     "vae": "ad7ae3b35b5eb206",
     "encode": "750342703a6edd70",
@@ -244,10 +245,11 @@ HASHES = {
 
 def test_what_earlier_runs_finished_is_still_up_to_date():
     config = settings.defaults()
-    found = {
-        stage.name: Identity(shaping_values(config.to_dict(), stage.config_keys), {}).config_hash
-        for stage in stages(config)
-    }
+    found = {}
+    for stage in stages(config):
+        values = shaping_values(config.to_dict(), stage.config_keys)
+        values = {k: v for k, v in values.items() if settings.shapes_results(k, v)}
+        found[stage.name] = Identity(values, {}).config_hash
     assert {name: found[name][:16] for name in HASHES} == HASHES
 
 

@@ -159,7 +159,8 @@ def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
 
     about = read_json(Path(next(iter(found.values()))) / "operator.json")
     names = (
-        "cross_attention memory adapter num_heads self_attn_heads cross_mlp_ratio mlp_ratio depth"
+        "cross_attention memory adapter num_heads self_attn_heads cross_mlp_ratio mlp_ratio "
+        "self_attn_window depth"
     ).split()
     found = {f"head.{name}": about["head"][name] for name in names}
     return found | {"head.operators": tuple(",".join(t) for t in about["head"]["operators"])}

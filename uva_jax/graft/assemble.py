@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
+from uva_jax.models.operators import KEEP, learns_in_stage1
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import GraftedHeadConfig, from_dict, to_dict
 from uva_jax.runtime import parallel
@@ -50,12 +50,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
             "config.head.adapter is 'conv', which copies the convolution of a conv_fc aggregator, "
             f"but the teacher's is {head.aggregator!r}: set config.head.adapter=linear"
         )
-    triples = tuple(tuple(part.split(",")) for part in options.operators)
-    if triples and (len(triples) != head.depth or any(len(t) != 3 for t in triples)):
-        raise UserError(
-            f"config.head.operators should name {head.depth} blocks as 'cross,self,mlp', "
-            f"but is {options.operators!r}"
-        )
+    triples = _operators(options, head.depth)
     for name, heads in (
         ("num_heads", options.num_heads),
         ("self_attn_heads", options.self_attn_heads),
@@ -79,6 +74,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
         memory_width=head.z_channels,
         cross_mlp_ratio=options.cross_mlp_ratio,
         mlp_ratio=options.mlp_ratio,
+        self_attn_window=options.self_attn_window,
         n_actions=head.n_actions,
         n_frames=head.n_frames,
         grid=head.grid,
@@ -87,6 +83,29 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
         clip=head.clip,
         aggregator=head.aggregator,
     )
+
+
+def _operators(options: HeadOptions, depth: int) -> tuple[tuple[str, str, str], ...]:
+    """`options.operators` as a triple of names for each block; () for the standard ones."""
+    entries = options.operators * depth if len(options.operators) == 1 else options.operators
+    triples = tuple(KEEP if e == "keep" else tuple(e.split(",")) for e in entries)
+    if triples and (len(triples) != depth or any(len(t) != 3 for t in triples)):
+        raise UserError(
+            f"config.head.operators should name {depth} blocks as 'cross,self,mlp' or 'keep' (or "
+            f"one entry for all), but is {options.operators!r}"
+        )
+    residual = options.cross_attention == "residual"
+    if residual and any(mlp == KEEP[2] for _, _, mlp in triples):
+        raise UserError(
+            "config.head.operators keeps a block of the teacher, which works on the condition, but "
+            "config.head.cross_attention='residual' has none: set it to 'condition'"
+        )
+    if triples and not residual and all(cross == "none" for cross, _, _ in triples):
+        raise UserError(
+            "config.head.operators has no cross-attention in any block, so the head would not see "
+            "the video: name cross_attn in at least one block"
+        )
+    return triples
 
 
 def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: int) -> GraftedHead:
@@ -107,27 +126,14 @@ def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: in
             arrays[path] = source[path.replace("memory/", "aggregator/")]
         elif path.startswith("memory/aggregator/"):
             arrays[path] = source[path.removeprefix("memory/")]
-    if start == "preserve":
-        for i, block in enumerate(head.blocks):
-            if type(block.mlp).__name__ == "Mlp":
-                _widen(arrays, source, f"blocks/{i}/mlp", f"net/res_blocks/{i}")
+    for i, block in enumerate(head.blocks):
+        copies = start == "preserve" or not learns_in_stage1(block.mlp)
+        if copies and hasattr(block.mlp, "from_teacher"):
+            origin = f"net/res_blocks/{i}/"
+            given = {k.removeprefix(origin): v for k, v in source.items() if k.startswith(origin)}
+            made = block.mlp.from_teacher(given)
+            arrays |= {f"blocks/{i}/mlp/{k}": v for k, v in made.items()}
     return surgery.replace(head, arrays)
-
-
-def _widen(arrays: dict, source: Mapping, target: str, origin: str) -> None:
-    """Net2WiderNet (arXiv 1511.05641) with silent new units: their output weights are zero."""
-    for name in ("in_ln/scale", "in_ln/bias", "adaLN_modulation/kernel", "adaLN_modulation/bias"):
-        arrays[f"{target}/{name}"] = source[f"{origin}/{name}"]
-    width = source[f"{origin}/fc1/kernel"].shape[1]
-    first, second = arrays[f"{target}/fc1/kernel"], arrays[f"{target}/fc2/kernel"]
-    arrays[f"{target}/fc1/kernel"] = first.at[:, :width].set(source[f"{origin}/fc1/kernel"])
-    arrays[f"{target}/fc1/bias"] = (
-        arrays[f"{target}/fc1/bias"].at[:width].set(source[f"{origin}/fc1/bias"])
-    )
-    arrays[f"{target}/fc2/kernel"] = (
-        jnp.zeros_like(second).at[:width].set(source[f"{origin}/fc2/kernel"])
-    )
-    arrays[f"{target}/fc2/bias"] = source[f"{origin}/fc2/bias"]
 
 
 def assemble(teacher: Policy, head: GraftedHead) -> Policy:
@@ -218,6 +224,8 @@ def load_operators(
 ) -> GraftedHead:
     """Every family from `init_paths`, else from this run's distillation, else left fresh."""
     for family in FAMILIES:
+        if not family_arrays(head, family):
+            continue
         folder = init_paths.get(family) or ""
         if folder:
             head = load_operator(folder, head, family)

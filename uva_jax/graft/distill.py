@@ -10,29 +10,24 @@ operator that ignores its input can look fine on the loss alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from uva_jax.graft.assemble import family_of
 from uva_jax.graft.capture import head_activations
 from uva_jax.models import surgery
-from uva_jax.models.grafted_head import GraftedHead
+from uva_jax.models.grafted_head import GraftedBlock, GraftedHead
 from uva_jax.models.mlp_head import MLPHead
+from uva_jax.models.operators import learns_in_stage1
 from uva_jax.runtime import parallel
-from uva_jax.runtime.sections_graft import DistillOptions
-from uva_jax.storage.checkpoint import Checkpoints
-from uva_jax.train.loop import stop_if_broken, stop_if_diverged
-from uva_jax.train.optim import OptimOptions, make_optimizer
-from uva_jax.train.order import epoch_rows
-
-Arrays = Mapping[str, jax.Array]
+from uva_jax.runtime.sections_graft import FAMILIES, DistillOptions
+from uva_jax.train.fit import Arrays, Fit, fit, make_fit
 
 
 def distance(kind: str, error: jax.Array) -> jax.Array:
@@ -43,127 +38,6 @@ def distance(kind: str, error: jax.Array) -> jax.Array:
         return error**2
     size = jnp.abs(error)
     return jnp.where(size < 1, 0.5 * error**2, size - 0.5)
-
-
-def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
-    """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
-    state, mean scalars, and the sum of each step's scalars (k,)."""
-
-    @jax.jit
-    def advance(state, data, rows, steps):
-        base = jax.random.key(seed)
-
-        def one(state, step_rows):
-            params, moments = state
-            step, row = step_rows
-            batch = jax.tree.map(lambda x: x[row], data)
-            key = jax.random.fold_in(base, step)
-            (_, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-            updates, moments = optimizer.update(grads, moments, params)
-            params = jax.tree.map(lambda p, u: p + u, params, updates)
-            return (params, moments), scalars
-
-        state, scalars = jax.lax.scan(one, state, (steps, rows))
-        return state, jax.tree.map(jnp.mean, scalars), sum(scalars.values())
-
-    return advance
-
-
-class Fit(NamedTuple):
-    """A fit's steps: `advance` is what `make_advance` gives; `total` steps of `batch` samples."""
-
-    advance: Callable
-    optimizer: optax.GradientTransformation
-    batch: int
-    total: int
-
-
-def make_fit(
-    loss_fn: Callable,
-    count: int,
-    *,
-    epochs: int,
-    lr: float,
-    options: DistillOptions,
-    seed: int,
-    stacked_axes: int = 0,
-) -> Fit:
-    """How `fit` trains on `count` samples; the arguments are its own."""
-    batch = min(options.batch, count)
-    total = epochs * (count // batch)
-    optimizer = make_optimizer(
-        OptimOptions(
-            lr=lr,
-            warmup_steps=min(options.warmup, total // 10),
-            total_steps=total,
-            weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm or None,
-        ),
-        stacked_axes=stacked_axes,
-    )
-    return Fit(make_advance(loss_fn, optimizer, seed), optimizer, batch, total)
-
-
-def fit(
-    loss_fn: Callable[[dict, Arrays, jax.Array], tuple[jax.Array, dict]],
-    params: dict[str, jax.Array],
-    data: Arrays,
-    *,
-    epochs: int,
-    lr: float,
-    options: DistillOptions,
-    seed: int,
-    folder: Path,
-    metrics,
-    name: str,
-    stacked_axes: int = 0,
-) -> dict[str, jax.Array]:
-    """Trains a flat dict of parameters on arrays that live on the device; resumes from `folder`.
-
-    Args:
-      loss_fn: (params, batch, key) -> loss and scalars to log; `batch` is rows of `data`.
-      params: trainable arrays by path.
-      data: arrays with the samples first.
-      epochs, lr: of this fit.
-      options: batch, warm-up, decay, clipping and intervals.
-      seed: of the sample order and of the keys; both are functions of the step alone.
-      folder: holds the resumable states.
-      metrics: a MetricsWriter.
-      name: prefix of what is logged.
-      stacked_axes: leading axes of `params` that are a stack of operators.
-    """
-    count = len(next(iter(data.values())))
-    advance, optimizer, batch, total = make_fit(
-        loss_fn,
-        count,
-        epochs=epochs,
-        lr=lr,
-        options=options,
-        seed=seed,
-        stacked_axes=stacked_axes,
-    )
-    state = (params, optimizer.init(params))
-    with Checkpoints(folder) as checkpoints:
-        step = 0
-        if (restored := checkpoints.restore(state)) is not None:
-            step, state = restored
-            metrics.say(f"{name} goes on at step {step} of {total}")
-        with metrics.progress(total, unit="steps", desc=name, initial=step) as bar:
-            while step < total:
-                stop = min(total, step + options.log_every - step % options.log_every)
-                rows = epoch_rows(seed, count, batch, step, stop)
-                state, scalars, sums = advance(state, data, rows, jnp.arange(step, stop))
-                setting = options.key("lr")
-                stop_if_diverged(np.asarray(sums), step, name, setting)
-                named = {f"{name}/{k}": float(v) for k, v in scalars.items()}
-                metrics.log(stop, **named)
-                bar.update(stop - step, loss=next(iter(named.values())))
-                crossed = stop // options.checkpoint_every > step // options.checkpoint_every
-                step = stop
-                if crossed or step == total:
-                    stop_if_broken(state[0], step, name, setting)
-                    checkpoints.save(step, state)
-    return state[0]
 
 
 # ---- cross-attention: the condition ----
@@ -387,38 +261,52 @@ def distill_blocks(
     In the "residual" form the cross-attentions are trained here too, on the block residual.
 
     Args:
-      head: blocks of equal operators, trained from where they stand.
+      head: its blocks are trained from where they stand, those with the same operators stacked.
       teacher: the MLP head.
       data: "actions", "condition" (e_c), and the stored "h", "residual", "t" unless noise is fresh.
       condition: (samples, n, w) from `predict_condition`.
       options, seed, folder, metrics: see `fit`.
     """
     form = head.config.cross_attention
-    graph, _ = nnx.split(head.blocks[0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(b) for b in head.blocks))
-    arrays = surgery.flatten(stacked)
-    trained = [f for f in BLOCK_FAMILIES[form] if f in options.operators]
-    params = {k: v for k, v in arrays.items() if k.split("/")[0] in trained}
+    groups = _alike(head, options)
+    stacks = [_stacked(head, group) for group in groups]
+    params = {
+        f"{number}/{path}": x
+        for number, (group, stack) in enumerate(zip(groups, stacks, strict=True))
+        for path, x in stack.items()
+        if path.split("/")[0] in group.trained
+    }
     probe = {k: v[:512] for k, v in data.items()}
     scale = jax.jit(lambda b: _std(_inputs(teacher, b, options, jax.random.key(seed)), (0, 2)))(
         probe
     )
-    template = head.blocks[0]
 
     def loss_fn(params, batch, key):
         found = block_inputs(teacher, batch, key if options.fresh_noise else None)
         e_t = head.time_embed(found["t"])[:, None]
         predicted = batch["predicted"].astype(jnp.float32)
+        losses: dict[str, list[jax.Array]] = {}
+        for number, (group, stack) in enumerate(zip(groups, stacks, strict=True)):
 
-        def one(block_arrays, h, residual, scale):
-            block = surgery.replace(template, block_arrays)
-            errors = block_errors(block, h, residual, e_t, predicted, form)
-            return {f: jnp.mean(distance(options.loss[f], errors[f] / scale)) for f in trained}
+            def one(block_arrays, h, residual, scale, group=group):
+                block = surgery.replace(head.blocks[group.blocks[0]], block_arrays)
+                errors = block_errors(block, h, residual, e_t, predicted, form)
+                return {
+                    f: jnp.mean(distance(options.loss[f], errors[f] / scale)) for f in group.trained
+                }
 
-        losses = jax.vmap(one, in_axes=(0, 1, 1, 0))(
-            arrays | params, found["h"], found["residual"], scale
+            mine = _below(params, f"{number}/")
+            inputs = (stack | mine, found["h"], found["residual"], scale)
+            if len(group.blocks) < len(head.blocks):
+                rows = np.array(group.blocks)
+                inputs = (inputs[0], inputs[1][:, rows], inputs[2][:, rows], scale[rows])
+            for family, loss in jax.vmap(one, in_axes=(0, 1, 1, 0))(*inputs).items():
+                losses.setdefault(family, []).append(loss)
+        by_family = {f: jnp.concatenate(x) for f, x in losses.items()}
+        return (
+            sum(jnp.sum(v) for v in by_family.values()),
+            {k: jnp.mean(v) for k, v in by_family.items()},
         )
-        return sum(jnp.sum(v) for v in losses.values()), {k: jnp.mean(v) for k, v in losses.items()}
 
     params = fit(
         loss_fn,
@@ -433,11 +321,48 @@ def distill_blocks(
         name="blocks",
         stacked_axes=1,
     )
-    final = arrays | params
     whole = surgery.flatten(head)
-    for i in range(len(head.blocks)):
-        whole |= {f"blocks/{i}/{k}": v[i] for k, v in final.items()}
+    for number, group in enumerate(groups):
+        for path, x in _below(params, f"{number}/").items():
+            whole |= {f"blocks/{block}/{path}": x[row] for row, block in enumerate(group.blocks)}
     return surgery.replace(head, whole)
+
+
+class _Group(NamedTuple):
+    """Blocks with the same operators, and the families of them that are trained."""
+
+    blocks: list[int]
+    trained: list[str]
+
+
+def _alike(head: GraftedHead, options: DistillOptions) -> list[_Group]:
+    """The blocks that have something to learn, those with the same operators together."""
+    by_names: dict[tuple, _Group] = {}
+    for i, block in enumerate(head.blocks):
+        trained = trained_families(block, head.config.cross_attention, options)
+        if trained:
+            names = tuple(type(getattr(block, family)) for family in FAMILIES)
+            by_names.setdefault(names, _Group([], trained)).blocks.append(i)
+    return list(by_names.values())
+
+
+def trained_families(block: GraftedBlock, form: str, options: DistillOptions) -> list[str]:
+    """The families that `distill_blocks` trains in a block."""
+    return [
+        family
+        for family in BLOCK_FAMILIES[form]
+        if family in options.operators and learns_in_stage1(getattr(block, family))
+    ]
+
+
+def _stacked(head: GraftedHead, group: _Group) -> dict[str, jax.Array]:
+    """The arrays of the group's blocks by path within a block, one row for each block."""
+    states = [nnx.state(head.blocks[i]) for i in group.blocks]
+    return surgery.flatten(jax.tree.map(lambda *x: jnp.stack(x), *states))
+
+
+def _below(arrays: Arrays, prefix: str) -> dict[str, jax.Array]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def _inputs(teacher, batch, options, key):

@@ -21,10 +21,12 @@ from uva_jax.graft.distill import (
     block_inputs,
     distance,
     stream_errors,
+    trained_families,
 )
 from uva_jax.models import diffusion
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
+from uva_jax.models.operators import learns_in_stage1
 
 BUCKETS = (0, 200, 400, 600, 1000)  # of timesteps, for the eps error
 
@@ -64,6 +66,7 @@ def judge_condition(
     return [
         _row("cross_attn", i, kind, e, s, condition, scale)
         for i, (e, s) in enumerate(zip(plain, twin, strict=True))
+        if learns_in_stage1(head.blocks[i].cross_attn)
     ]
 
 
@@ -76,7 +79,8 @@ def judge_blocks(
     options: DistillOptions,
     key: jax.Array,
 ) -> list[dict]:
-    """One row an operator and block, on held-out samples; shuffled: another sample's condition."""
+    """A row for each operator that Stage 1 trains, on held-out samples; shuffled: another sample's
+    condition."""
     form = head.config.cross_attention
 
     @jax.jit
@@ -99,7 +103,7 @@ def judge_blocks(
         scale = np.maximum(np.std(np.asarray(residual), axis=(0, 1)), 1e-6)
         rows += [
             _row(name, i, options.loss[name], plain[name], twin[name], residual, scale)
-            for name in plain
+            for name in trained_families(head.blocks[i], form, options)
         ]
     return rows
 

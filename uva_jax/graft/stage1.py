@@ -75,7 +75,7 @@ def distill_operators(
         {k: jnp.asarray(v) for k, v in part.items() if k != "z"} for part in (data, held)
     )
     key = jax.random.key(seed + 1)
-    if set(options.operators) & set(distill.BLOCK_FAMILIES[form]):
+    if any(distill.trained_families(block, form, options) for block in head.blocks):
         predicted = distill.predict_condition(head, features)
         head = distill.distill_blocks(head, teacher.action_head, data, predicted, **common)
         judged = judge.judge_blocks(
@@ -86,7 +86,7 @@ def distill_operators(
             options=options,
             key=key,
         )
-        rows += [row for row in judged if row["operator"] in options.operators]
+        rows += judged
     whole = judge.judge_head(
         head,
         teacher.action_head,
@@ -97,6 +97,9 @@ def distill_operators(
         key=key,
     )
     for family in options.operators:
+        if not assemble.family_arrays(head, family):
+            metrics.say(f"no block has a {family} operator")
+            continue
         mine = [row for row in rows if row["operator"] == family]
         assemble.save_operator(folder / family, head, family, {"blocks": mine})
         for row in mine:

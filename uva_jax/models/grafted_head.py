@@ -76,7 +76,7 @@ class Memory(nnx.Module):
 
 
 class GraftedBlock(nnx.Module):
-    """One operator of each family."""
+    """One operator of each family, by the names of `head.operators`."""
 
     def __init__(
         self, config: GraftedHeadConfig, names: tuple[str, str, str], *, dtype=None, rngs: nnx.Rngs

@@ -1,15 +1,23 @@
-"""The operators that a grafted head is built of, registered by name.
+"""The operators that a grafted head is built of, named per block by `head.operators`.
 
-Every operator returns the residual that its block adds to the stream it works on. A new operator
-(windowed attention, another expansion ratio, a state-space mixer) is a class with the same call
-and a line in its registry; configs then name it per block.
+Every operator returns the residual that its block adds to the stream it works on. A new one is a
+class with the constructor and the call of its family and one `register` call; a configuration can
+also name it as "package.module:Class", which needs no call. Its layers are `linear` and
+`layer_norm`, the latter in attributes that begin with "norm", and its own arrays `nnx.Param`:
+then its weights convert to torch by name (`convert/rules.py`).
+
+An MLP operator may have a method `from_teacher(block)`: its arrays, by path, with which it
+computes what the teacher's block does (`head.start="preserve"`).
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import nnx
 
 from uva_jax.models.layers import attend, gelu, layer_norm, linear, modulate
@@ -62,17 +70,66 @@ class CrossAttention(nnx.Module):
             shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
             x, gate = modulate(x, shift, scale), 1.0 + gate
         q = self.q(x) + self.query_position[...]
-        k = self.k(memory) + self.key_position[...]
-        q, k, v = (
-            rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, k, self.v(memory))
-        )
+        k, v = self.keys_and_values(memory)
+        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, k, v))
         attended = self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
         return gate * (attended + self.fc2(gelu(self.fc1(self.norm_ff(s + attended)))))
+
+    def keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(b, m, memory_width) -> keys and values, each (b, m', width)."""
+        return self.k(memory) + self.key_position[...], self.v(memory)
+
+
+class PooledCrossAttention(CrossAttention):
+    """Cross-attention to a quarter of the video's tokens: means over 2 x 2 of a frame's grid.
+
+    The aggregate's tokens stay as they are. Costs less where the memory is large.
+    """
+
+    def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        rows, cols = memory_grid(config)
+        if rows % 2 or cols % 2:
+            raise UserError(
+                f"pooled_cross_attn averages 2 x 2 memory tokens of a frame, which has {rows} x "
+                f"{cols}: use cross_attn in config.head.operators"
+            )
+        super().__init__(config, width, dtype=dtype, rngs=rngs)
+        self.frames, self.grid = config.n_frames, (rows, cols)
+        aggregate = memory_tokens(config)[1]
+        position = self.key_position[...]
+        video = self._pooled(position[:, : position.shape[1] - aggregate])
+        self.key_position = nnx.Param(
+            jnp.concatenate([video, position[:, position.shape[1] - aggregate :]], axis=1)
+        )
+
+    def _pooled(self, tokens: jax.Array) -> jax.Array:
+        """(b, frames * rows * cols, c) -> (b, frames * rows / 2 * cols / 2, c)."""
+        rows, cols = self.grid
+        return reduce(
+            tokens,
+            "b (t h i w j) c -> b (t h w) c",
+            "mean",
+            t=self.frames,
+            h=rows // 2,
+            w=cols // 2,
+            i=2,
+            j=2,
+        )
+
+    def keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        video = self.frames * self.grid[0] * self.grid[1]
+        tokens = jnp.concatenate([self._pooled(memory[:, :video]), memory[:, video:]], axis=1)
+        return super().keys_and_values(tokens)
+
+
+def memory_grid(config: GraftedHeadConfig) -> tuple[int, int]:
+    """Rows and columns of the memory's tokens for each frame."""
+    return config.pool if config.adapter == "conv" else config.grid
 
 
 def memory_tokens(config: GraftedHeadConfig) -> tuple[int, int]:
     """How many tokens of the memory come from the video, and how many from the aggregator."""
-    rows, cols = config.pool if config.adapter == "conv" else config.grid
+    rows, cols = memory_grid(config)
     aggregate = config.n_actions if config.memory == "video+aggregate" else 0
     return config.n_frames * rows * cols, aggregate
 
@@ -120,29 +177,120 @@ class SelfAttention(nnx.Module):
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads
         )
-        return gate * self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
+        attended = attend(q, k, v, mask=self.mask(h.shape[1]))
+        return gate * self.proj(rearrange(attended, "b n h d -> b n (h d)"))
+
+    def mask(self, steps: int) -> jax.Array | None:
+        """Which steps each step looks at, (steps, steps) booleans; None: all."""
+        return None
+
+
+class WindowedSelfAttention(SelfAttention):
+    """Self-attention in which a step looks at most `self_attn_window` steps to either side."""
+
+    def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        super().__init__(config, width, dtype=dtype, rngs=rngs)
+        self.window = config.self_attn_window
+
+    def mask(self, steps: int) -> jax.Array:
+        position = jnp.arange(steps)
+        return jnp.abs(position[:, None] - position) <= self.window
 
 
 class Mlp(nnx.Module):
     """The teacher's block MLP at a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        hidden = self.hidden(config, width)
         self.in_ln = layer_norm(width, rngs=rngs)
-        self.fc1 = linear(width, config.mlp_ratio * width, rngs=rngs, dtype=dtype)
-        self.fc2 = linear(config.mlp_ratio * width, width, rngs=rngs, dtype=dtype)
+        self.fc1 = linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(hidden, width, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
+
+    @staticmethod
+    def hidden(config: GraftedHeadConfig, width: int) -> int:
+        """Units of the hidden layer."""
+        return config.mlp_ratio * width
 
     def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
         """h, y (b, n, width) -> residual (b, n, width)."""
         shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
-        x = modulate(self.in_ln(h), shift, scale)
-        return gate * self.fc2(jax.nn.silu(self.fc1(x)))
+        return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
+    def activation(self, x: jax.Array) -> jax.Array:
+        """(b, n, width) -> the hidden layer (b, n, hidden)."""
+        return jax.nn.silu(self.fc1(x))
+
+    def from_teacher(self, block: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Arrays with which this computes what the teacher's block does.
+
+        Net2WiderNet (arXiv 1511.05641) with silent new units: their output weights are zero.
+
+        Args:
+          block: the teacher's ResBlock by path, such as "fc1/kernel".
+        """
+        width = block["fc1/kernel"].shape[1]
+        first, second = self.fc1.kernel[...], self.fc2.kernel[...]
+        return dict(block) | {
+            "fc1/kernel": first.at[:, :width].set(block["fc1/kernel"]),
+            "fc1/bias": self.fc1.bias[...].at[:width].set(block["fc1/bias"]),
+            "fc2/kernel": jnp.zeros_like(second).at[:width].set(block["fc2/kernel"]),
+        }
+
+
+class SwiGLU(Mlp):
+    """The MLP with a gated hidden layer, silu(fc1 x) * fc_gate x (arXiv 2002.05202)."""
+
+    def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        super().__init__(config, width, dtype=dtype, rngs=rngs)
+        self.fc_gate = linear(width, self.hidden(config, width), rngs=rngs, dtype=dtype)
+
+    def activation(self, x: jax.Array) -> jax.Array:
+        return super().activation(x) * self.fc_gate(x)
+
+    def from_teacher(self, block: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """As `Mlp.from_teacher`; the gate of the teacher's units is 1 whatever x is."""
+        width = block["fc1/kernel"].shape[1]
+        kernel, bias = self.fc_gate.kernel[...], self.fc_gate.bias[...]
+        return super().from_teacher(block) | {
+            "fc_gate/kernel": kernel.at[:, :width].set(0.0),
+            "fc_gate/bias": bias.at[:width].set(1.0),
+        }
+
+
+class KeptMlp(Mlp):
+    """The teacher's block MLP as it is, at its own width; Stage 1 leaves it alone."""
+
+    @staticmethod
+    def hidden(config: GraftedHeadConfig, width: int) -> int:
+        return width
+
+
+class Nothing(nnx.Module):
+    """Adds nothing: in the place of an attention that a block does without."""
+
+    def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, stream: jax.Array, *inputs: jax.Array) -> jax.Array:
+        """(b, n, width) -> zeros of that shape."""
+        return jnp.zeros_like(stream)
+
+
+KEEP = ("none", "none", "keep")  # a block that stays the teacher's
 
 _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
-    "cross_attn": {"cross_attn": CrossAttention},
-    "self_attn": {"self_attn": SelfAttention},
-    "mlp": {"mlp": Mlp},
+    "cross_attn": {
+        "cross_attn": CrossAttention,
+        "pooled_cross_attn": PooledCrossAttention,
+        "none": Nothing,
+    },
+    "self_attn": {
+        "self_attn": SelfAttention,
+        "windowed_self_attn": WindowedSelfAttention,
+        "none": Nothing,
+    },
+    "mlp": {"mlp": Mlp, "swiglu": SwiGLU, "keep": KeptMlp},
 }
 
 
@@ -151,15 +299,38 @@ def register(family: str, name: str, cls: type[nnx.Module]) -> None:
     _REGISTRY[family][name] = cls
 
 
+def learns_in_stage1(operator: nnx.Module) -> bool:
+    """Whether Stage 1 trains an operator."""
+    return not isinstance(operator, Nothing | KeptMlp)
+
+
+def _imported(family: str, name: str) -> type[nnx.Module]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"the {family} operator {name!r} cannot be imported ({error}): put its package on "
+            "PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nnx.Module)):
+        raise UserError(f"the {family} operator {name!r} is no flax.nnx.Module class.")
+    return found
+
+
 def make_operator(
     family: str, name: str, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The operator registered under `name`.
+    """The operator registered under `name`, or the class that "package.module:Class" names.
 
     Raises:
-      UserError: the family has no operator of that name.
+      UserError: the family has no operator of that name, or it cannot be imported.
     """
     known = _REGISTRY[family]
-    if name not in known:
-        raise UserError(f"operator {name!r} is not a {family}; known are {', '.join(known)}.")
-    return known[name](config, width, dtype=dtype, rngs=rngs)
+    if name not in known and ":" not in name:
+        raise UserError(
+            f"operator {name!r} is not a {family}; known are {', '.join(known)}, or name a class "
+            "as 'package.module:Class'."
+        )
+    cls = known[name] if name in known else _imported(family, name)
+    return cls(config, width, dtype=dtype, rngs=rngs)

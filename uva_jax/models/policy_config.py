@@ -113,6 +113,7 @@ class GraftedHeadConfig:
     memory_width: int = 128
     cross_mlp_ratio: int = 2
     mlp_ratio: int = 4
+    self_attn_window: int = 4  # steps to either side, of "windowed_self_attn"
     n_actions: int = 16
     n_frames: int = 4
     grid: tuple[int, int] = (16, 16)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import end_if_stopped, full_disk_is_told, locked, stops_are_told
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.runtime.settings import shapes_results
 from uva_jax.storage.atomic import new_folder, read_json, write_json
 from uva_jax.storage.identity import Identity, external_hash, shaping_values
 
@@ -158,6 +159,7 @@ class _Engine:
         stage = self.table[name]
         inputs = {need: self.identify(need).hash for need in stage.needs}
         values = shaping_values(self.config.to_dict(), stage.config_keys)
+        values = {k: v for k, v in values.items() if shapes_results(k, v)}
         done = read_json(self.folder(name) / "done.json") or {}
         external = stage.fingerprint(self.config) if stage.fingerprint else {}
         for label, path in external.items():

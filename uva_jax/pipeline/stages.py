@@ -234,6 +234,7 @@ _STAGES = (
             "head.self_attn_heads",
             "head.cross_mlp_ratio",
             "head.mlp_ratio",
+            "head.self_attn_window",
             "head.depth",
             "head.start",
             "head.operators",

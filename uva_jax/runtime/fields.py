@@ -27,6 +27,8 @@ class Rule:
       choices: the only values.
       length: of a tuple; None: any.
       free: a mapping's keys are the user's own.
+      added: it came after results had been made without it; they stay up to date while it has
+        its default, which is what they were made with.
       refuses: what is wrong with a value, or None.
     """
 
@@ -39,6 +41,7 @@ class Rule:
     choices: tuple = ()
     length: int | None = None
     free: bool = False
+    added: bool = False
     refuses: Callable[[Any], str | None] | None = None
 
     @property

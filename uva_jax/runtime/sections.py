@@ -237,6 +237,18 @@ class LoopOptions(Section):
 
 
 @dataclass(frozen=True)
+class FitOptions(Section):
+    """How `train.fit` trains a few arrays on cached samples."""
+
+    batch: int = setting(64, "samples a step", above=0)
+    warmup: int = setting(200, "steps of warm-up", least=0)
+    weight_decay: float = setting(0.01, "of AdamW", least=0, most=1)
+    clip_norm: float = setting(1.0, "largest norm of a gradient (0: no clipping)", least=0)
+    checkpoint_every: int = setting(1000, "steps between resumable states", above=0)
+    log_every: int = setting(50, "steps between logged lines", above=0)
+
+
+@dataclass(frozen=True)
 class ExportOptions(Section):
     """The torch checkpoint that a run ends with."""
 

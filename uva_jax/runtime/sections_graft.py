@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from uva_jax.runtime.fields import setting
-from uva_jax.runtime.sections import LoopOptions, Section, no_schedule
+from uva_jax.runtime.sections import FitOptions, LoopOptions, Section, no_schedule
 
 FAMILIES = ("cross_attn", "self_attn", "mlp")  # of operators
 _LOSSES = ("l1", "l2", "huber")
@@ -49,6 +49,9 @@ class HeadOptions(Section):
         2, "hidden width of the cross-attention's own feed-forward over its width", above=0
     )
     mlp_ratio: int = setting(4, "hidden width of the MLP operators over the head's width", above=0)
+    self_attn_window: int = setting(
+        4, "action steps to either side that a windowed_self_attn looks at", above=0, added=True
+    )
     depth: int = setting(0, "blocks (0: as many as the teacher's head has)", least=0)
     start: str = setting(
         "preserve",
@@ -57,7 +60,11 @@ class HeadOptions(Section):
         choices=("preserve", "random"),
     )
     operators: tuple[str, ...] = setting(
-        (), "operators by name, 'cross,self,mlp' a block; (): the standard ones in every block"
+        (),
+        "operators of each block as 'cross,self,mlp', or one entry for all blocks; (): "
+        "'cross_attn,self_attn,mlp'. There are also pooled_cross_attn, windowed_self_attn, swiglu, "
+        "none in the place of an attention, 'package.module:Class' for your own, and the entry "
+        "'keep' for a block that stays the teacher's",
     )
     init_paths: Mapping[str, str] = setting(
         dict.fromkeys(FAMILIES, ""),
@@ -84,7 +91,7 @@ class CaptureOptions(Section):
 
 
 @dataclass(frozen=True)
-class DistillOptions(Section):
+class DistillOptions(FitOptions):
     """Stage 1: every operator learns the teacher's activations."""
 
     at: ClassVar[str] = "distill"
@@ -94,10 +101,6 @@ class DistillOptions(Section):
     )
     epochs: int = setting(200, "passes over the cache", above=0)
     lr: float = setting(1e-4, "learning rate", above=0, most=1)
-    batch: int = setting(64, "samples a step", above=0)
-    warmup: int = setting(200, "steps of warm-up", least=0)
-    weight_decay: float = setting(0.01, "of AdamW", least=0, most=1)
-    clip_norm: float = setting(1.0, "largest norm of a gradient (0: no clipping)", least=0)
     loss: Mapping[str, str] = setting(
         {"cross_attn": "l1", "self_attn": "l1", "mlp": "l2"},
         "distance to the teacher's activations: l1, l2 or huber",
@@ -114,8 +117,6 @@ class DistillOptions(Section):
     block_lr: float = setting(
         0.0, "learning rate of self-attention and MLP operators (0: as above)", least=0, most=1
     )
-    checkpoint_every: int = setting(1000, "steps between resumable states", above=0)
-    log_every: int = setting(50, "steps between logged lines", above=0)
     sampling_steps: str = setting(
         "",
         "diffusion steps when heads are compared by their samples ('': the policy's own)",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,17 @@ def specs() -> Mapping[str, Spec]:
 def defaults() -> ConfigDict:
     """The defaults, as configuration files and command lines change them."""
     return ConfigDict(dataclasses.asdict(Settings()))
+
+
+def shapes_results(name: str, value: Any) -> bool:
+    """Whether a setting is part of what results were made with; see `Rule.added`.
+
+    Args:
+      name: with dots.
+      value: as JSON holds it.
+    """
+    spec = specs().get(name)
+    return spec is None or not spec.rule.added or value != json.loads(json.dumps(spec.default))
 
 
 def _is_free(name: str) -> bool:

@@ -1,0 +1,145 @@
+"""Training a few arrays on data that fit on the device: many steps in one program, resumable.
+
+This is how operators are distilled. `train/loop.py` trains a whole policy on windows that are read
+while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from uva_jax.runtime.sections import FitOptions
+from uva_jax.storage.checkpoint import Checkpoints
+from uva_jax.train.loop import stop_if_broken, stop_if_diverged
+from uva_jax.train.optim import OptimOptions, make_optimizer
+from uva_jax.train.order import epoch_rows
+
+Arrays = Mapping[str, jax.Array]
+
+
+def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
+    """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
+    state, mean scalars, and the sum of each step's scalars (k,)."""
+
+    @jax.jit
+    def advance(state, data, rows, steps):
+        base = jax.random.key(seed)
+
+        def one(state, step_rows):
+            params, moments = state
+            step, row = step_rows
+            batch = jax.tree.map(lambda x: x[row], data)
+            key = jax.random.fold_in(base, step)
+            (_, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            updates, moments = optimizer.update(grads, moments, params)
+            params = jax.tree.map(lambda p, u: p + u, params, updates)
+            return (params, moments), scalars
+
+        state, scalars = jax.lax.scan(one, state, (steps, rows))
+        return state, jax.tree.map(jnp.mean, scalars), sum(scalars.values())
+
+    return advance
+
+
+class Fit(NamedTuple):
+    """A fit's steps: `advance` is what `make_advance` gives; `total` steps of `batch` samples."""
+
+    advance: Callable
+    optimizer: optax.GradientTransformation
+    batch: int
+    total: int
+
+
+def make_fit(
+    loss_fn: Callable,
+    count: int,
+    *,
+    epochs: int,
+    lr: float,
+    options: FitOptions,
+    seed: int,
+    stacked_axes: int = 0,
+) -> Fit:
+    """How `fit` trains on `count` samples; the arguments are its own."""
+    batch = min(options.batch, count)
+    total = epochs * (count // batch)
+    optimizer = make_optimizer(
+        OptimOptions(
+            lr=lr,
+            warmup_steps=min(options.warmup, total // 10),
+            total_steps=total,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm or None,
+        ),
+        stacked_axes=stacked_axes,
+    )
+    return Fit(make_advance(loss_fn, optimizer, seed), optimizer, batch, total)
+
+
+def fit(
+    loss_fn: Callable[[dict, Arrays, jax.Array], tuple[jax.Array, dict]],
+    params: dict[str, jax.Array],
+    data: Arrays,
+    *,
+    epochs: int,
+    lr: float,
+    options: FitOptions,
+    seed: int,
+    folder: Path,
+    metrics,
+    name: str,
+    stacked_axes: int = 0,
+) -> dict[str, jax.Array]:
+    """Trains a flat dict of parameters on arrays that live on the device; resumes from `folder`.
+
+    Args:
+      loss_fn: (params, batch, key) -> loss and scalars to log; `batch` is rows of `data`.
+      params: trainable arrays by path.
+      data: arrays with the samples first.
+      epochs, lr: of this fit.
+      options: batch, warm-up, decay, clipping and intervals.
+      seed: of the sample order and of the keys; both are functions of the step alone.
+      folder: holds the resumable states.
+      metrics: a MetricsWriter.
+      name: prefix of what is logged.
+      stacked_axes: leading axes of `params` that are a stack of operators.
+    """
+    count = len(next(iter(data.values())))
+    advance, optimizer, batch, total = make_fit(
+        loss_fn,
+        count,
+        epochs=epochs,
+        lr=lr,
+        options=options,
+        seed=seed,
+        stacked_axes=stacked_axes,
+    )
+    state = (params, optimizer.init(params))
+    with Checkpoints(folder) as checkpoints:
+        step = 0
+        if (restored := checkpoints.restore(state)) is not None:
+            step, state = restored
+            metrics.say(f"{name} goes on at step {step} of {total}")
+        with metrics.progress(total, unit="steps", desc=name, initial=step) as bar:
+            while step < total:
+                stop = min(total, step + options.log_every - step % options.log_every)
+                rows = epoch_rows(seed, count, batch, step, stop)
+                state, scalars, sums = advance(state, data, rows, jnp.arange(step, stop))
+                setting = options.key("lr")
+                stop_if_diverged(np.asarray(sums), step, name, setting)
+                named = {f"{name}/{k}": float(v) for k, v in scalars.items()}
+                metrics.log(stop, **named)
+                bar.update(stop - step, loss=next(iter(named.values())))
+                crossed = stop // options.checkpoint_every > step // options.checkpoint_every
+                step = stop
+                if crossed or step == total:
+                    stop_if_broken(state[0], step, name, setting)
+                    checkpoints.save(step, state)
+    return state[0]
