@@ -46,13 +46,14 @@ setup(
             "imagecodecs>=2024.1.1",
             "pytest>=8",
             "hypothesis>=6",
-            "ruff>=0.8",
+            "ruff>=0.11",
             "safetensors>=0.5",  # the tests' referee
             "omegaconf>=2.3",
             "tokenizers>=0.15",
             "dill>=0.3.8",
             "tensorboardX>=2.6",
             "torch>=2.4",
+            "vermin>=1.6",  # the exported head's file keeps to Python 3.8
         ],
     },
 )

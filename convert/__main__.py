@@ -53,6 +53,8 @@ def _to_torch(args: argparse.Namespace) -> int:
         f"{args.policy} -> {args.out}: {facts['tensors']} tensors as "
         f"{' and '.join(facts['state_dicts'])}, {facts['bytes'] / 1e6:.1f} MB"
     )
+    if "head" in facts:
+        print(f"{facts['head']}: its head as a torch module")
     return 0
 
 

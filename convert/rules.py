@@ -153,7 +153,7 @@ def _mlp_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
 
 
 def _grafted_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
-    """The graft's torch twin (`convert/torch_head.py`) shares the flax names."""
+    """The graft's torch twin (`convert/torch/head.py`) shares the flax names."""
     lines = [
         (f"{torch}.input_proj", f"{flax}/input_proj", "linear"),
         (f"{torch}.time_embed.fc1", f"{flax}/time_embed/fc1", "linear"),

@@ -3,8 +3,9 @@
 A checkpoint's layout is the original's: `cfg`, `state_dicts`, `pickles`; beside them `uva_jax`, a
 json text with the architecture, which the original ignores and `from_torch` reads back. Tensors
 that have not changed keep every bit and their dtype. The action head of a grafted policy is written
-under the names of its twin in `torch_head.py`; everything else loads with strict=True once that
-head is left out. A .safetensors file holds one state dict under the same names.
+under the names of its twin in `torch/head.py`; everything else loads with strict=True once that
+head is left out. A .safetensors file holds one state dict under the same names. Beside either lies
+`grafted_head.py`, which runs the head where this package is not installed (`standalone.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from convert import rules
+from convert import rules, standalone
 from convert.formats import safetensors_file, torch_file
 from convert.from_torch import export_records
 from convert.state_dicts import WEIGHTS, state_tensors
@@ -34,6 +35,7 @@ _DTYPES = {
     dtype.name: dtype
     for dtype in map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 }
+_HEAD = "model.diffactloss."
 _MARKER = "_dummy_variable"  # an empty tensor that the original policy class registers
 
 
@@ -199,7 +201,8 @@ def export_policy(
         came from there.
 
     Returns:
-      {"tensors", "bytes", "state_dicts"} of the file.
+      {"tensors", "bytes", "state_dicts"} of the file; for a graft also "head", the path of the
+      `grafted_head.py` written beside it.
 
     Raises:
       UserError: the folder, the base, the format or a parameter does not fit.
@@ -237,23 +240,35 @@ def export_policy(
             f"the source held {len(lost)} tensors that no policy keeps ({lost[0]}, ...): "
             f"{rules.ignored(lost[0])}; give the source as --base to write them back."
         )
+    beside = None
+    if config.action_head is not None and config.action_head.kind == "grafted":
+        beside = Path(out).with_name(standalone.NAME)
+        standalone.check(beside)
     if safe:
         safetensors_file.write(out, state, description.describe(config, origin))
-        return _facts(out, state, ["ema_model"])
+        return _finish(out, state, ["ema_model"], beside)
     cfg = source["cfg"]
     if cfg is None:  # made here, or read from a file without one
         cfg = torch_file.records_from_dict(plain_cfg(config))
-    described = {"policy": to_dict(config)}
+    described = json.dumps({"policy": to_dict(config)})
     names = ["ema_model"] if weights == "ema" else ["model", "ema_model"]
     payload = {
         "cfg": cfg,
         "state_dicts": {name: state for name in names},
         "pickles": source["pickles"],
-        "uva_jax": json.dumps(described),
+        "uva_jax": described,
     }
-    torch_file.write(out, payload)
-    return _facts(out, state, names)
+    head = None
+    if beside is not None:
+        own = {name: value for name, value in state.items() if name.startswith(_HEAD)}
+        head = {"state_dicts": {"ema_model": own}, "uva_jax": described}
+    torch_file.write(out, payload, head)
+    return _finish(out, state, names, beside)
 
 
-def _facts(out: str | os.PathLike, state: Mapping, names: list[str]) -> dict:
-    return {"tensors": len(state), "bytes": Path(out).stat().st_size, "state_dicts": names}
+def _finish(out: str | os.PathLike, state: Mapping, names: list[str], beside: Path | None) -> dict:
+    facts = {"tensors": len(state), "bytes": Path(out).stat().st_size, "state_dicts": names}
+    if beside is None:
+        return facts
+    standalone.write(beside)
+    return facts | {"head": str(beside)}

@@ -1,7 +1,7 @@
 """`verify CKPT`: the checkpoint in torch and in Flax, side by side on the same random inputs.
 
 Each part is fed what torch's part before it gave, so that a line that fails names the part. The
-torch side is `torch_reference.py`, into which the checkpoint must load with strict=True.
+torch side is `torch/reference.py`, into which the checkpoint must load with strict=True.
 """
 
 from __future__ import annotations

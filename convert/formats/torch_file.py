@@ -153,16 +153,18 @@ def read(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(archive.path, payload, archive)
 
 
-def write(path: str | os.PathLike, payload: object) -> None:
+def write(path: str | os.PathLike, payload: object, head: object = None) -> None:
     """Write `payload` as a file for torch.load(path, weights_only=False).
 
     arrays, LazyArrays and LazyTensors become contiguous CPU tensors, records the calls they hold.
-    Tensors are copied one after another. Raises UserError for what cannot be written, and leaves
-    nothing behind then.
+    Tensors are copied one after another. `head`, plain containers with some of the payload's
+    tensors, is a second pickle that shares their bytes: `head.pkl`, which torch.load does not look
+    at. Raises UserError for what cannot be written, and leaves nothing behind then.
     """
     tensors = _Tensors(str(path))
     pickled = dumps(payload, str(path), tensors.translate)
     identity = int.from_bytes(hashlib.sha256(pickled).digest(), "big") % 10**40
+    plain = {} if head is None else {"head.pkl": dumps(head, str(path), tensors.translate)}
     small = {
         "data.pkl": pickled,
         ".format_version": b"1",
@@ -171,7 +173,7 @@ def write(path: str | os.PathLike, payload: object) -> None:
         "version": b"3\n",
         ".data/serialization_id": b"%040d" % identity,
     }
-    texts = [Member(name, len(content), [content]) for name, content in small.items()]
+    texts = [Member(name, len(content), [content]) for name, content in (small | plain).items()]
     members = texts[:4] + list(tensors.members.values()) + texts[4:]
     total = sum(member.size + 256 for member in members)
     write_archive(path, members, total)

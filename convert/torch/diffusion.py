@@ -1,7 +1,8 @@
 """Gaussian diffusion with a learned-range variance, in torch: what a diffusion head needs.
 
-Formulas as in improved DDPM (arXiv 2102.09672); the same process as `uva_jax/diffusion.py`, written
-without jax so that the torch modules here run where only torch is installed.
+Formulas as in improved DDPM (arXiv 2102.09672); the same process as `uva_jax/models/diffusion.py`.
+
+Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 
@@ -46,25 +46,24 @@ class Schedule:
             for i in range(num_steps)
         ]
         self.timesteps = kept_steps(num_steps, respacing)
-        bar = np.cumprod(1.0 - np.array(full))[self.timesteps]
-        previous = np.append(1.0, bar[:-1])
+        full = torch.tensor(full, dtype=torch.float64, device="cpu")
+        bar = (1.0 - full).cumprod(0)[self.timesteps]
+        previous = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
         beta = 1.0 - bar / previous
         variance = beta * (1.0 - previous) / (1.0 - bar)
         # The first variance is 0; the second stands in for it under the logarithm.
-        clipped = (
-            np.append(variance[1], variance[1:]) if len(bar) > 1 else np.maximum(variance, 1e-20)
-        )
+        clipped = torch.cat([variance[1:2], variance[1:]]) if len(bar) > 1 else variance + 1e-20
         tables = {
-            "signal": np.sqrt(bar),
-            "noise": np.sqrt(1.0 - bar),
-            "inverse_signal": np.sqrt(1.0 / bar),
-            "inverse_noise": np.sqrt(1.0 / bar - 1.0),
-            "mean_x0": beta * np.sqrt(previous) / (1.0 - bar),
-            "mean_xt": (1.0 - previous) * np.sqrt(1.0 - beta) / (1.0 - bar),
-            "log_low": np.log(clipped),
-            "log_high": np.log(beta),
+            "signal": bar.sqrt(),
+            "noise": (1.0 - bar).sqrt(),
+            "inverse_signal": (1.0 / bar).sqrt(),
+            "inverse_noise": (1.0 / bar - 1.0).sqrt(),
+            "mean_x0": beta * previous.sqrt() / (1.0 - bar),
+            "mean_xt": (1.0 - previous) * (1.0 - beta).sqrt() / (1.0 - bar),
+            "log_low": clipped.log(),
+            "log_high": beta.log(),
         }
-        self.tables = {k: torch.tensor(v, dtype=torch.float32) for k, v in tables.items()}
+        self.tables = {name: values.float() for name, values in tables.items()}
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -91,7 +90,7 @@ class Schedule:
 
 
 def _binned_nll(x0, mean, log_std):
-    """See `_discretized_nll` of `uva_jax/diffusion.py` for why this is a product."""
+    """See `_discretized_nll` of `uva_jax/models/diffusion.py` for why this is a product."""
 
     def logit(x):
         return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
@@ -153,7 +152,7 @@ def sample_loop(
             f"one a step), but {len(noise)} were given."
         )
     x = noise[0]
-    for draw, i in zip(noise[1:], reversed(range(len(schedule))), strict=True):
+    for i in reversed(range(len(schedule))):
         t = torch.tensor(i, device=x.device)
         eps, raw = denoise(x, schedule.timesteps[i]).chunk(2, dim=-1)
         x0 = schedule.predicted_x0(x, t, eps)
@@ -161,5 +160,5 @@ def sample_loop(
             x0 = x0.clamp(-1.0, 1.0)
         x = schedule.posterior_mean(x0, x, t)
         if i:
-            x = x + torch.exp(0.5 * schedule.log_variance(raw, t)) * temperature * draw
+            x = x + torch.exp(0.5 * schedule.log_variance(raw, t)) * temperature * noise[-1 - i]
     return x

@@ -1,16 +1,17 @@
 """The grafted action head as a torch module with the interface of UVA's own (`DiffActLoss`).
 
-A user of the PyTorch policy runs a graft by replacing one attribute:
+A user of the PyTorch policy runs a graft by replacing one attribute, after loading the rest of that
+checkpoint:
 
     policy.model.diffactloss = GraftedActionHead.from_checkpoint("grafted.ckpt")
 
-after loading the rest of that checkpoint. The module needs torch and einops alone. Its parts stand
-one to one for those of `uva_jax/models/{grafted_head,operators}.py`, and share their names.
+Its parts stand one to one for those of `uva_jax/models/grafted_head.py`, and share their names.
+
+Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -20,27 +21,17 @@ from einops import rearrange, reduce
 from torch import nn
 from torch.nn import functional
 
-from convert.torch import diffusion
-from convert.torch.layers import Aggregator, attend, modulate, timestep_features
-
-_PREFIX = "model.diffactloss."
-_FAMILIES = ("cross_attn", "self_attn", "mlp")
-
-
-def _norm(width: int, affine: bool = True) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
-
-
-def _zero_linear(width: int, out: int) -> nn.Linear:
-    """A Linear that starts at zero: a closed gate, a modulation that changes nothing."""
-    layer = nn.Linear(width, out)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _table(*shape: int) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(shape))
+from convert.torch.diffusion import Schedule, sample_loop, training_losses
+from convert.torch.head_file import read_head
+from convert.torch.layers import (
+    Aggregator,
+    layer_norm,
+    modulate,
+    table,
+    timestep_features,
+    zero_linear,
+)
+from convert.torch.operators import OPERATORS, make_operator
 
 
 class TimestepEmbedder(nn.Module):
@@ -56,9 +47,9 @@ class TimestepEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm_final = _norm(width, affine=False)
-        self.linear = _zero_linear(width, out)
-        self.adaLN_modulation = _zero_linear(width, 2 * width)
+        self.norm_final = layer_norm(width, affine=False)
+        self.linear = zero_linear(width, out)
+        self.adaLN_modulation = zero_linear(width, 2 * width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x, y (b, n, width) -> (b, n, out)."""
@@ -73,13 +64,13 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         c, width = config.z_channels, config.memory_width
-        self.norm = _norm(c)
+        self.norm = layer_norm(c)
         if config.adapter == "conv":
             self.conv = nn.Conv2d(c, c, 3, padding=1)
         self.proj = nn.Linear(c, width)
         if config.memory == "video+aggregate":
             self.aggregator = Aggregator(config)
-            self.aggregate_norm = _norm(c)
+            self.aggregate_norm = layer_norm(c)
             self.aggregate_proj = nn.Linear(c, width)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -98,93 +89,13 @@ class Memory(nn.Module):
         return memory
 
 
-def _memory_tokens(config: SimpleNamespace) -> int:
-    rows, cols = config.pool if config.adapter == "conv" else config.grid
-    aggregate = config.n_actions if config.memory == "video+aggregate" else 0
-    return config.n_frames * rows * cols + aggregate
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: SimpleNamespace):
-        super().__init__()
-        width, hidden = config.width, config.cross_mlp_ratio * config.width
-        self.heads = config.num_heads
-        self.norm, self.norm_ff = _norm(width), _norm(width)
-        self.q = nn.Linear(width, width)
-        self.k, self.v = (nn.Linear(config.memory_width, width) for _ in range(2))
-        self.query_position = _table(1, config.n_actions, width)
-        self.key_position = _table(1, _memory_tokens(config), width)
-        self.proj = nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        if config.cross_attention == "residual":
-            self.adaLN_modulation = _zero_linear(width, 3 * width)
-
-    def forward(
-        self, s: torch.Tensor, memory: torch.Tensor, y: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """s (b, n, width), memory (b, m, memory_width), y like s -> residual (b, n, width)."""
-        x, gate = self.norm(s), 1.0
-        if hasattr(self, "adaLN_modulation"):
-            shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
-            x, gate = modulate(x, shift, scale), 1.0 + gate
-        q, k = self.q(x) + self.query_position, self.k(memory) + self.key_position
-        q, k, v = (
-            rearrange(a, "b n (h d) -> b n h d", h=self.heads) for a in (q, k, self.v(memory))
-        )
-        attended = self.proj(attend(q, k, v))
-        hidden = functional.gelu(self.fc1(self.norm_ff(s + attended)))
-        return gate * (attended + self.fc2(hidden))
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: SimpleNamespace):
-        super().__init__()
-        width = config.width
-        self.heads = config.self_attn_heads
-        self.norm = _norm(width)
-        self.position = _table(1, config.n_actions, width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.adaLN_modulation = _zero_linear(width, 3 * width)
-
-    def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """h, y (b, n, width) -> residual (b, n, width)."""
-        shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
-        x = modulate(self.norm(h), shift, scale) + self.position
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        return gate * self.proj(attend(q, k, v))
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: SimpleNamespace):
-        super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
-        self.in_ln = _norm(width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.adaLN_modulation = _zero_linear(width, 3 * width)
-
-    def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """h, y (b, n, width) -> residual (b, n, width)."""
-        shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
-        x = modulate(self.in_ln(h), shift, scale)
-        return gate * self.fc2(functional.silu(self.fc1(x)))
-
-
-_OPERATORS = {
-    "cross_attn": {"cross_attn": CrossAttention},
-    "self_attn": {"self_attn": SelfAttention},
-    "mlp": {"mlp": Mlp},
-}
-
-
 class GraftedBlock(nn.Module):
-    """One operator of each family."""
+    """One operator of each family; `names` in the order of `OPERATORS`."""
 
     def __init__(self, config: SimpleNamespace, names: tuple[str, str, str]):
         super().__init__()
-        for family, name in zip(_FAMILIES, names, strict=True):
-            if name not in _OPERATORS[family]:
-                raise ValueError(f"operator {name!r} is not a {family} that this module knows.")
-            setattr(self, family, _OPERATORS[family][name](config))
+        for family, name in zip(OPERATORS, names):
+            setattr(self, family, make_operator(family, name, config))
 
 
 class GraftedActionHead(nn.Module):
@@ -199,38 +110,27 @@ class GraftedActionHead(nn.Module):
         self.time_embed = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, 2 * config.channels)
         self.memory = Memory(config)
-        self.queries = _table(1, config.n_actions, width)
+        self.queries = table(1, config.n_actions, width)
         self.condition_scale = nn.Parameter(torch.ones(width))
         self.condition_shift = nn.Parameter(torch.zeros(width))
-        names = config.operators or [_FAMILIES] * config.depth
+        names = config.operators or [tuple(OPERATORS)] * config.depth
         self.blocks = nn.ModuleList(GraftedBlock(config, triple) for triple in names)
-        self.train_schedule = diffusion.Schedule(config.train_steps)
+        self.train_schedule = Schedule(config.train_steps)
         # Sampling is respaced from 1000 steps whatever the training length, as in the original.
-        self.sample_schedule = diffusion.Schedule(1000, config.sampling_steps)
+        self.sample_schedule = Schedule(1000, config.sampling_steps)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | os.PathLike, *, weights: str = "ema_model"
-    ) -> GraftedActionHead:
-        """The head in a checkpoint that `python -m convert to_torch` wrote of a grafted policy.
+    def from_checkpoint(cls, path: str | os.PathLike) -> GraftedActionHead:
+        """The head in a .ckpt or .safetensors file that this project exported.
 
-        The file is unpickled by torch: load only files that you trust.
+        Nothing that the file holds is executed.
 
         Raises:
           ValueError: the file holds no grafted head.
         """
-        payload = torch.load(path, map_location="cpu", weights_only=False)
-        described = json.loads(payload["uva_jax"]) if "uva_jax" in payload else {}
-        config = described.get("policy", {}).get("action_head") or {}
-        if config.get("kind") != "grafted":
-            raise ValueError(
-                f"{path} holds no grafted action head: export a grafted policy with "
-                "'python -m convert to_torch'."
-            )
+        config, state = read_head(path)
         head = cls(config)
-        state = payload["state_dicts"][weights]
-        own = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
-        head.load_state_dict(own, strict=True)
+        head.load_state_dict(state, strict=True)
         return head
 
     def condition(self, z: torch.Tensor) -> torch.Tensor:
@@ -280,7 +180,7 @@ class GraftedActionHead(nn.Module):
             noise = torch.randn_like(target)
         x_t = self.train_schedule.diffuse(target, t, noise)
         output = self.denoise(x_t, t, self.condition(z))
-        rows = diffusion.training_losses(self.train_schedule, output, target, x_t, t, noise)
+        rows = training_losses(self.train_schedule, output, target, x_t, t, noise)
         return rows["loss"].mean()
 
     @torch.no_grad()
@@ -324,6 +224,6 @@ class GraftedActionHead(nn.Module):
             half = free + cfg * (with_z - free)
             return torch.cat([torch.cat([half, half]), rest], dim=-1)
 
-        return diffusion.sample_loop(
+        return sample_loop(
             self.sample_schedule, denoise, noise, temperature=temperature, clip=config.clip
         )

@@ -1,6 +1,6 @@
 """Torch layers that the grafted head's twin and the reference of the original share.
 
-Written without jax, so that the twin runs where only torch is installed.
+Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,23 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b h n d -> b n (h d)")
+
+
+def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
+def zero_linear(width: int, out: int) -> nn.Linear:
+    """A Linear that starts at zero: a closed gate, a modulation that changes nothing."""
+    layer = nn.Linear(width, out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def table(*shape: int) -> nn.Parameter:
+    """Learned positions or queries, small at the start."""
+    return nn.Parameter(0.02 * torch.randn(shape))
 
 
 class Aggregator(nn.Module):

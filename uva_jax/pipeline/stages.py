@@ -183,7 +183,7 @@ def _held_out_windows(context: Context, policy: Policy):
 
 
 def run_export(context: Context) -> dict:
-    """finetune/policy -> export/grafted.ckpt, in the original's layout."""
+    """finetune/policy -> export/grafted.ckpt, in the original's layout, and grafted_head.py."""
     out, policy = context.folder / context.config.export.filename, context.inputs["finetune"]
     _, about = policy_folder.read_description(policy / "policy")
     # What no policy keeps (CLIP's vision half beside a language tower) comes from the teacher.
@@ -192,7 +192,9 @@ def run_export(context: Context) -> dict:
     if not context.is_primary:
         return {}
     found = export_policy(policy / "policy", out, base=base)
-    context.metrics.say(f"{out} ({found['bytes'] / 1e6:.1f} MB, {found['tensors']} tensors)")
+    context.metrics.say(
+        f"{out} ({found['bytes'] / 1e6:.1f} MB, {found['tensors']} tensors); {found['head']}"
+    )
     return {"file": str(out), "bytes": found["bytes"]}
 
 
