@@ -288,7 +288,7 @@ def test_a_stop_signal_leaves_cleanly_and_says_how_to_go_on(tmp_path, name, stat
     process = run_script(tmp_path, COUNTING.format(end=4, signal=name), stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert out.splitlines()[-1].startswith(f"stopped by {name}: the same command")
+    assert out.splitlines()[-1].startswith(f"stopped by {name}: run the same command")
     assert err == ""
 
 
@@ -321,7 +321,7 @@ def test_a_stop_signal_that_a_finalizer_swallows_counts_at_the_next_safe_point(
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 143
     assert out.count("still here") == 1
-    assert out.splitlines()[-1].startswith("stopped by SIGTERM: the same command")
+    assert out.splitlines()[-1].startswith("stopped by SIGTERM: run the same command")
 
 
 def test_a_workdir_in_use_by_a_live_process_is_refused_with_its_holder(tmp_path):

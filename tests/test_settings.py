@@ -186,7 +186,7 @@ def test_a_missing_setting_is_named():
         ("pretrain.modes", {"policy_model": 0.0}, "needs a share above 0"),
         ("distill.operators", ("mlp", "conv"), "can be 'cross_attn', 'self_attn', 'mlp'"),
         ("distill.loss.mlp", "l3", "can be 'l1', 'l2', 'huber'"),
-        ("evaluate.sampling_steps", "ten", "'ten' says no sampling steps"),
+        ("evaluate.sampling_steps", "ten", "'ten' is no number of sampling steps"),
         ("evaluate.sampling_steps", "0", "'0' says no sampling steps"),
         ("evaluate.sampling_steps", "1001", "cannot give 1001 steps"),
         ("evaluate.sampling_steps", "ddim300", "no integer stride gives 300"),

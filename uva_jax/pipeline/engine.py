@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.guards import end_if_stopped, full_disk_is_told, locked, stops_are_told
+from uva_jax.runtime.guards import end_if_stopped, full_disk_as_user_error, locked, stop_signals
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.atomic import new_folder, read_json, write_json
 from uva_jax.storage.identity import Identity, external_hash, shaping_values
@@ -125,8 +125,8 @@ def run_pipeline(
     chosen = [name for name in table if name in wanted]
     engine = _Engine(table, FrozenConfigDict(config), Path(workdir).absolute(), is_primary, barrier)
     with ExitStack() as guards:
-        guards.enter_context(stops_are_told(engine.say))
-        guards.enter_context(full_disk_is_told(engine.workdir))
+        guards.enter_context(stop_signals(engine.say))
+        guards.enter_context(full_disk_as_user_error(engine.workdir))
         if is_primary:
             guards.enter_context(locked(engine.workdir, engine.say))
             write_json(engine.workdir / "config.json", engine.config.to_dict())
