@@ -36,7 +36,7 @@ def headers() -> Made:
         "length of 100 MB": ({"a": good}, word, 100_000_001),
         "length one more than the file": (b"{}", b"", 3),
         "length 0": (b"", b"", 0),
-        "header is no json": (b"{evil", word),
+        "header is not a json": (b"{evil", word),
         "header is a list": (b"[1]", word),
         "header of noise": (b"{" + np.random.default_rng(0).bytes(100), word),
         "endless header": (b'{"a":' + b"[" * 100_000, word),

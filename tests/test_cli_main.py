@@ -31,9 +31,9 @@ def copy(finished, tmp_path):
 def outcome(printed: str) -> dict[str, str]:
     """ "skipped" or "ran" of every stage, by what the run printed."""
     return {
-        name: "skipped" if f"{name}: done already" in printed else "ran"
+        name: "skipped" if f"{name}: skipped" in printed else "ran"
         for name in STAGES
-        if f"{name}: done already" in printed or f"{name}: finished" in printed
+        if f"{name}: skipped" in printed or f"{name}: finished" in printed
     }
 
 
@@ -378,7 +378,7 @@ def test_a_finished_workdir_serves_a_single_distillation(finished, make_config, 
     given += ["--operators", str(finished.workdir / "operators"), "--epochs", "1", "--batch", "8"]
     assert steps.main(["distill-operator", *given, *settings(make_config())]) == 0
     assert steps.main(["distill-operator", *given, *settings(make_config())]) == 0
-    assert "distill-mlp: done already" in capsys.readouterr().out
+    assert "distill-mlp: skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_a_cache_made_from_something_else_is_refused_or_replaced(folder, change,
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="files that are no cache"):
+    with pytest.raises(UserError, match="files but no cache"):
         create(tmp_path, replace=True)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

@@ -303,11 +303,11 @@ def test_the_mesh_has_automatic_axes_and_takes_what_is_left():
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused():
+def test_a_batch_that_does_not_divide_evenly_is_refused():
     alone = make_mesh(devices=jax.devices()[:1])
     assert shard_batch(alone, {"x": np.zeros((3, 2))})["x"].shape == (3, 2)
     message = answer(start(refuse_a_batch, devices=2))
-    assert message.startswith("a batch of 3 samples cannot be dealt evenly to the mesh's 2 data")
+    assert message.startswith("a batch of 3 samples does not divide evenly over the mesh's 2 data")
 
 
 def refuse_a_batch():

@@ -82,7 +82,7 @@ def test_finished_stages_are_skipped_with_one_line_each(tmp_path, capsys):
     assert recorder.calls == []
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert lines[1].startswith("capture: done already (") and lines[1].endswith("skipped")
+    assert lines[1].startswith("capture: skipped, finished ")
 
 
 def test_a_changed_key_reruns_the_stage_and_its_dependents_and_is_named(tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_a_stage_cut_off_resumes_in_its_folder(tmp_path, capsys):
     recorder.run(tmp_path)
     assert recorder.calls == ["capture", "distill", "probe"]
     assert seen == ["half"]
-    assert "capture: resuming where it was cut off" in capsys.readouterr().out
+    assert "capture: resuming" in capsys.readouterr().out
     assert json.loads((tmp_path / "activations" / "done.json").read_text())["resumed"] is True
 
 
@@ -129,7 +129,7 @@ def test_a_stage_cut_off_under_another_configuration_starts_afresh_and_says_so(t
     recorder.before_write["capture"] = lambda c: seen.append((c.folder / "partial").exists())
     recorder.run(tmp_path, make_config(capture={"windows": 9}))
     assert seen == [False]
-    assert "capture: was cut off with other settings" in capsys.readouterr().out
+    assert "capture: was started with other settings" in capsys.readouterr().out
 
 
 def test_metrics_of_an_earlier_configuration_are_hidden_after_a_rerun(tmp_path):
@@ -288,7 +288,7 @@ def test_a_stop_signal_leaves_cleanly_and_says_how_to_go_on(tmp_path, name, stat
     process = run_script(tmp_path, COUNTING.format(end=4, signal=name), stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert out.splitlines()[-1].startswith(f"stopped by {name}: the same command")
+    assert out.splitlines()[-1].startswith(f"stopped by {name}: run the same command")
     assert err == ""
 
 
@@ -321,7 +321,7 @@ def test_a_stop_signal_that_a_finalizer_swallows_counts_at_the_next_safe_point(
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 143
     assert out.count("still here") == 1
-    assert out.splitlines()[-1].startswith("stopped by SIGTERM: the same command")
+    assert out.splitlines()[-1].startswith("stopped by SIGTERM: run the same command")
 
 
 def test_a_workdir_in_use_by_a_live_process_is_refused_with_its_holder(tmp_path):
@@ -426,5 +426,5 @@ def test_a_secondary_process_runs_stages_but_writes_no_records(tmp_path):
 
 def test_a_table_with_a_stage_before_its_needs_is_refused(tmp_path):
     stages = Recorder().stages
-    with pytest.raises(ValueError, match="come after all that it needs"):
+    with pytest.raises(ValueError, match="a place after the stages it needs"):
         run_pipeline(stages[::-1], make_config(), tmp_path)

@@ -99,7 +99,7 @@ def test_arguments_of_stage_2_are_the_state_the_frozen_and_the_batch(on_eight):
     trained = float(re.search(r"([\d.]+) M train", on_eight)[1]) * 1e6
     # parameter, average and two moments of what trains; the grafted head is larger than the MLP's
     least = 4 * (3 * trained + programs.parameters(teacher))
-    found = number(rows_of(on_eight, 2)["arguments, MiB a chip"][1]) * 2**20
+    found = number(rows_of(on_eight, 2)["arguments, MiB per chip"][1]) * 2**20
     assert least * 0.95 < found < least * 1.3
 
 
@@ -109,7 +109,7 @@ def test_stage_2_compiles_for_a_tpu_slice():
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 chips on 2 host(s), 16 GiB each; bfloat16 products" in done.stdout
     rows = rows_of(done.stdout, columns=1)
-    assert 0 < number(rows["memory in all, GiB a chip"][0]) < 16
+    assert 0 < number(rows["memory in total, GiB per chip"][0]) < 16
     assert number(rows["all-reduce, count"][0]) > 0
 
 

@@ -73,7 +73,7 @@ def test_damaged_arrays_are_one_sentence_and_write_nothing(streamed, tmp_path):
     largest = max((folder / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     data = bytearray(largest.read_bytes())
     largest.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="damaged.*make the policy folder anew") as caught:
+    with pytest.raises(UserError, match="damaged.*make the policy folder again") as caught:
         to_torch.export_policy(folder, tmp_path / "out.ckpt")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]

@@ -136,7 +136,7 @@ def test_a_language_policy_predicts_from_an_observation_without_a_truth(folder, 
     arguments = ("--policy", folder / "libero10", "--obs", folder / "libero10_blind.npz")
     settings = ("--mode", "video_model", "--num-iter", 1, "--sampling-steps", 2)
     printed = sample(*arguments, *settings, "--out", tmp_path / "strip.png")
-    assert "no truth" in printed and "PSNR" not in printed
+    assert "no future" in printed and "PSNR" not in printed
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.width == 8 * 192 + 7 * 8 and strip.height < 2 * 192  # one row
 
@@ -249,7 +249,7 @@ def test_bad_options_are_one_sentence(arguments, words, folder, capsys):
     [
         (("--episode", 3), "has episodes 0 to 2"),
         (("--episode", 0, "--step", 31), "can begin at steps 0 to 30"),
-        (("--step", 3), "say which with --episode"),
+        (("--step", 3), "give --episode too"),
         (("--windows", 0), "--windows is 0"),
         (("--wrist-key", ""), "wrist camera"),
         (("--image-key", "nope"), "lacks data/nope"),
@@ -334,4 +334,4 @@ def test_a_file_that_is_no_npz_is_refused(folder, tmp_path, capsys):
 def test_a_prediction_that_goes_nowhere_is_refused(folder, capsys):
     arguments = ("--policy", folder / "plain", "--obs", folder / "plain_blind.npz")
     assert main([str(a) for a in arguments]) == 2
-    assert "say with --out" in capsys.readouterr().err
+    assert "give --out" in capsys.readouterr().err

@@ -186,8 +186,8 @@ def test_a_missing_setting_is_named():
         ("pretrain.modes", {"policy_model": 0.0}, "needs a share above 0"),
         ("distill.operators", ("mlp", "conv"), "can be 'cross_attn', 'self_attn', 'mlp'"),
         ("distill.loss.mlp", "l3", "can be 'l1', 'l2', 'huber'"),
-        ("evaluate.sampling_steps", "ten", "'ten' says no sampling steps"),
-        ("evaluate.sampling_steps", "0", "'0' says no sampling steps"),
+        ("evaluate.sampling_steps", "ten", "'ten' is no number of sampling steps"),
+        ("evaluate.sampling_steps", "0", "'0' is no number of sampling steps"),
         ("evaluate.sampling_steps", "1001", "cannot give 1001 steps"),
         ("evaluate.sampling_steps", "ddim300", "no integer stride gives 300"),
         ("export.filename", "../mine.ckpt", "without a folder"),
@@ -209,8 +209,14 @@ def test_sampling_steps_are_what_a_schedule_takes(steps):
     [
         ({"finetune__steps": 500}, "config.finetune.warmup is 1000, which leaves nothing of"),
         ({"pretrain__vae_training__steps": 50}, "config.pretrain.vae_training.warmup is 100"),
-        ({"finetune__accumulate": 3}, "config.finetune.batch is 256, which cannot be cut into 3"),
-        ({"pretrain__vae_training__decode_every": 5}, "it has to divide the batch of 48"),
+        (
+            {"finetune__accumulate": 3},
+            "config.finetune.batch is 256, which cannot be divided into 3",
+        ),
+        (
+            {"pretrain__vae_training__decode_every": 5},
+            "but must divide config.pretrain.vae_training.batch=48",
+        ),
         ({"pretrain__score__every": 1500}, "config.pretrain.score.every is 1500, but"),
         ({"pretrain__model__wrist": True}, "config.pretrain.model.wrist needs states"),
         ({"pretrain__model__heads": 7}, "does not divide config.pretrain.model.width=768"),

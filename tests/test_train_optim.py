@@ -134,7 +134,7 @@ def test_a_state_carried_over_keeps_what_trained_and_starts_the_rest_at_zero():
 
 
 def test_a_state_of_another_model_is_not_carried_over():
-    with pytest.raises(ValueError, match=r"head had shape \(2,\) before and has \(3,\) now"):
+    with pytest.raises(ValueError, match=r"head had shape \(2,\) before and now has \(3,\)"):
         carry_optimizer_state({"head": jnp.zeros(2)}, {"head": jnp.zeros(3)})
 
 

@@ -241,9 +241,9 @@ def test_releasing_at_step_0_makes_exceptions_to_freezing(policy_paths):
     [
         ({"freeze": ["mar/decoder"]}, "'mar/decoder' matches no parameter"),
         ({"unfreeze_at": {7: ["mar/nothing"]}}, "'mar/nothing' matches no parameter"),
-        ({"unfreeze_at": {7: ["vae"]}}, r"unfreeze_at\[7\] frees 'vae', which .* does not reach"),
-        ({"unfreeze_at": {7: ["text_model"]}}, "frees 'text_model', which .* does not reach"),
-        ({"unfreeze_at": {7: ["video_head"]}}, "frees 'video_head'"),
+        ({"unfreeze_at": {7: ["vae"]}}, r"unfreeze_at\[7\] names 'vae', which .* does not reach"),
+        ({"unfreeze_at": {7: ["text_model"]}}, "names 'text_model', which .* does not reach"),
+        ({"unfreeze_at": {7: ["video_head"]}}, "names 'video_head'"),
         ({"unfreeze_at": {-1: ["mar"]}}, "step -1"),
         ({"freeze": ["*"]}, "no parameter that trains at step 0"),
     ],

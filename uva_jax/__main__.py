@@ -1,4 +1,4 @@
-"""`python -m uva_jax COMMAND`: everything beside the pipeline itself, one line of help each.
+"""`python -m uva_jax COMMAND`: lists the commands and runs one of them.
 
 `python -m uva_jax.main --config ...` runs the pipeline, `python -m convert` converts checkpoints.
 """
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from uva_jax.runtime.errors import exit_status
 from uva_jax.runtime.startup import quiet_libraries
 
-# command -> (module with `main(argv)`, what it does). A module is imported when it is called.
+# command -> (module with `main(argv)`, help line). A module is imported when its command runs.
 COMMANDS = {
     "settings": ("uva_jax.cli.settings", "every setting with its default, range and comment"),
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
     "sample": ("uva_jax.cli.sample", "predicted video and actions beside the real ones"),
-    "ablate": ("uva_jax.cli.ablate", "what each part of a policy's training costs and gives"),
-    "bench": ("uva_jax.cli.bench", "conversion and training steps beside their alternatives"),
-    "import": ("uva_jax.cli.import_recordings", "recordings of other projects as a zarr"),
-    "cache-activations": ("uva_jax.cli.steps", "capture alone: the teacher's activations"),
+    "ablate": ("uva_jax.cli.ablate", "time and score of each part of a policy's training"),
+    "bench": ("uva_jax.cli.bench", "speed of conversion and of training steps"),
+    "import": ("uva_jax.cli.import_recordings", "convert recordings of other projects to a zarr"),
+    "cache-activations": ("uva_jax.cli.steps", "capture the teacher's activations"),
     "distill-operator": ("uva_jax.cli.steps", "Stage 1 of one operator family"),
     "fine-tune": ("uva_jax.cli.steps", "Stage 2 from given operators"),
     "quick-test": ("uva_jax.cli.steps", "Stage 2 in under a minute, to see that it runs"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The list of commands."""
+    """Returns the list of commands as text."""
     rows = [f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
@@ -43,7 +43,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status, 2 where there is no such command."""
+    """Runs one command and returns its exit status: 2 for an unknown command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _run(argv))
 
@@ -58,7 +58,7 @@ def _run(argv: list[str]) -> int:
         return 2
     quiet_libraries()
     module = importlib.import_module(COMMANDS[name][0])
-    # Commands that share a module find their own name before their arguments.
+    # A module that serves several commands gets the command's name as its first argument.
     shared = [other for other, (path, _) in COMMANDS.items() if path == COMMANDS[name][0]]
     return module.main([name, *rest] if len(shared) > 1 else rest)
 

@@ -1,7 +1,7 @@
 """The command line: `python -m uva_jax.main --config configs/pusht_tiny.py --workdir runs/tiny`.
 
-Reads flags, checks the configuration, and hands over to the pipeline. With `--checkpoint FILE` in
-the place of `--config`, the checkpoint says which configuration is its own.
+Reads flags, checks the configuration and runs the pipeline. `--checkpoint FILE` in the place of
+`--config` selects the configuration file that fits the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _STAGE = flags.DEFINE_list(
 
 
 def run(config, workdir: str, only: list[str] | None) -> dict:
-    """Checks the configuration and runs its stages; see `pipeline.run_pipeline`."""
+    """Checks the configuration and runs its stages; see `pipeline.engine.run_pipeline`."""
     config = check(config)
-    # After the check, because importing jax and its company takes seconds.
+    # Importing jax takes seconds, so a wrong configuration is refused before.
     from uva_jax.pipeline import stages
     from uva_jax.pipeline.engine import run_pipeline
     from uva_jax.runtime import parallel
@@ -56,10 +56,10 @@ def _main(argv: list[str]) -> int:
             "say what to run and where: --config configs/pusht_tiny.py (or --checkpoint FILE) "
             "--workdir runs/tiny"
         )
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
     try:
         _CONFIG.value.keys()
-    except OSError as error:  # ml_collections keeps it until the configuration is used
+    except OSError as error:  # ml_collections raises it when the configuration is first used
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the --config file cannot be read: {reason}") from error
     run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
@@ -67,13 +67,13 @@ def _main(argv: list[str]) -> int:
 
 
 def main() -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs the command line; bad input prints one sentence on stderr and returns status 2."""
     quiet_libraries()
     return exit_status(lambda: app.run(_main, flags_parser=_parse))
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with a sentence in place of a traceback."""
+    """Parses flags with absl; raises UserError where absl would print a traceback."""
     for argument in argv[1:]:
         if argument.startswith("--config."):
             check_name(argument.removeprefix("--config.").partition("=")[0], inside=False)
@@ -81,14 +81,14 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        # What `get_config` raised is told in its own words, not as the traceback made of it.
-        raise _said_by_config(error) or UserError(f"{error}") from error
+        # absl wraps what `get_config` raised in a traceback; show the original sentence.
+        raise _raised_by_config(error) or UserError(f"{error}") from error
     except (SyntaxError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the --config file does not work: {error!r}") from error
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """The arguments with what `--checkpoint` stands for: its configuration and its setting."""
+    """Replaces `--checkpoint FILE` by `--config` and `--config.teacher.checkpoint`."""
     names = ("--checkpoint", "-checkpoint")
     given = [(i, a) for i, a in enumerate(argv) if a.partition("=")[0] in names]
     if not given:
@@ -100,11 +100,11 @@ def _with_config(argv: list[str]) -> list[str]:
         from convert.describe import config_file_of
 
         added.insert(0, f"--config={Path(__file__).parents[1] / config_file_of(path)}")
-    # A configuration has to be known before its settings are.
+    # absl needs --config before the settings that change it.
     return [argv[0], *added[:-1], *argv[1:], added[-1]]
 
 
-def _said_by_config(error: BaseException | None) -> UserError | None:
+def _raised_by_config(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, UserError) and "Traceback" not in str(error):
             return error

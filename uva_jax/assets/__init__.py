@@ -1,4 +1,4 @@
-"""Files that ship with the package: a small PushT policy and the demonstrations it learnt from."""
+"""Files that ship with the package: a small PushT policy and the demonstrations it learned from."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""What each part of the training recipe costs and gives, in one table.
+"""Measures the time and the effect of each part of the training recipe, in one table:
 
     python -m uva_jax ablate --config configs/pretrain_tiny.py --workdir runs/ablate \
         --config.data.max_episodes=60
 
-Trains the configuration's policy from nothing for a short while on a few episodes, once as it is
-configured and once for every part that is taken away or added, with the same VAE, seed and steps.
-Encoding in every step, as upstream does, is not trained but timed: it gives the same.
+The configuration's policy is trained from random weights for a few steps on a few episodes: once as
+configured and once for every part that is removed or added, with the same VAE, seed and steps.
+Encoding frames in every step, as upstream does, is only timed, because it trains the same policy.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from uva_jax.runtime import settings as settings
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.guards import locked
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
+from uva_jax.runtime.sections import EMBEDDED
 from uva_jax.runtime.settings import section
 from uva_jax.storage.atomic import read_json, write_json
 from uva_jax.storage.site import Site
 
 _TIMED = 256  # frames whose encoding is timed
-_JUDGED = 128  # held-out windows that actions are sampled for
+_JUDGED = 128  # held-out windows for which actions are sampled
 
 
 class Variant(NamedTuple):
-    """One row of the table: what differs from the configuration."""
+    """One row of the table: the difference from the configuration."""
 
     name: str
     changes: Mapping = {}  # to PretrainOptions
@@ -57,7 +58,7 @@ class Variant(NamedTuple):
 
 
 def variants(options: joint.PretrainOptions, *, mirror: bool, readout: bool) -> list[Variant]:
-    """The configuration as it is, then with one part less, then with one part more."""
+    """Returns the configuration as it is, then with one part removed, then with one added."""
     other = "adamw" if options.optimizer == "muon" else "muon"
     found = [Variant("as configured", mirror=mirror, readout=readout)]
     base = found[0]
@@ -70,7 +71,7 @@ def variants(options: joint.PretrainOptions, *, mirror: bool, readout: bool) -> 
     if mirror:
         add("no mirror", mirror=False)
     if readout:
-        add("no read-out", readout=False)
+        add("no readout head", readout=False)
     add(f"{other} in place of {options.optimizer}", changes={"optimizer": other})
     add("crops and blurs, one view", views=1)
     add("random history spacing", changes={"different_history_freq": True})
@@ -78,7 +79,7 @@ def variants(options: joint.PretrainOptions, *, mirror: bool, readout: bool) -> 
 
 
 class Bench:
-    """A few episodes, encoded once with all that any variant needs, and a VAE for them."""
+    """The episodes, encoded once with the copies that all variants need, and their VAE."""
 
     def __init__(self, config, vae_of: Policy, workdir: Path, metrics: MetricsWriter):
         self.config, self.workdir, self.metrics = config, workdir, metrics
@@ -89,13 +90,13 @@ class Bench:
         wanted = architecture.model_config(model, shape[-1])
         if WindowSpec.of(wanted).more_than_images:
             raise UserError(
-                "this table is of policies that see one camera and nothing else: leave "
-                "config.pretrain.model.text_dim, past_actions, states and wrist as they are"
+                "ablate supports only policies that observe one camera and nothing else: leave "
+                "config.pretrain.model.text_dim, past_actions, states and wrist at their defaults"
             )
         if wanted.vae != vae_of.config.vae or wanted.image_size != vae_of.config.image_size:
             raise UserError(
-                "the VAE of --policy is not of the configuration's size: give a policy that was "
-                "trained with this configuration"
+                "the VAE of --policy differs in size from the configuration's: give a policy that "
+                "was trained with this configuration"
             )
         fresh = Policy(wanted, dtype=inputs.compute_dtype(config), rngs=nnx.Rngs(config.seed))
         self.policy = architecture.fit_normalizer(fresh, self.buffer, self.data)
@@ -124,7 +125,7 @@ class Bench:
         ).first(_JUDGED)
 
     def encoding_seconds(self) -> float:
-        """What encoding one frame takes."""
+        """Returns the seconds of encoding one frame."""
         mesh = parallel.make_mesh(devices=jax.local_devices())
         encode = latents.encoder(self.policy, mesh)
         frames = self.copies.read(
@@ -147,7 +148,7 @@ class Bench:
         )
 
     def row(self, variant: Variant, options: joint.PretrainOptions) -> dict:
-        """Trains one variant (or reads what an earlier call found) and judges it."""
+        """Trains and evaluates one variant, or reads the result of an earlier call."""
         folder = self.workdir / variant.name.replace(" ", "_").replace(",", "")
         if (found := read_json(folder / "row.json")) is not None:
             return found
@@ -177,12 +178,11 @@ class Bench:
 
     def _figures(self, policy: Policy, folder: Path, options: joint.PretrainOptions) -> dict:
         lines = read_metrics(folder, "pretrain")
-        # From the second line on: the first call compiles.
+        # The first line is left out, because the first call compiles.
         timed = [line for line in lines if "policy/loss" in line][1:]
         if len(timed) < 2:
             raise UserError(
-                f"{options.steps} steps are too few to time: take at least "
-                f"{4 * options.log_every} (--steps)"
+                f"--steps {options.steps} is too few to time: give at least {4 * options.log_every}"
             )
         seconds = (timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
         (judged,) = [line for line in lines if "policy/held_out/policy_model/act_loss" in line]
@@ -197,7 +197,7 @@ class Bench:
 
 
 def table(rows: Mapping[str, Mapping], encoding: float) -> str:
-    """The figures for people; `encoding` is what encoding a step's frames takes, in seconds."""
+    """Formats the results; `encoding` is the time of encoding a step's frames, in seconds."""
     first = next(iter(rows.values()))
     lines = [f"{'':<30}{'s/step':>8}{'x':>7}{'action loss':>13}{'action MSE':>12}"]
 
@@ -211,7 +211,17 @@ def table(rows: Mapping[str, Mapping], encoding: float) -> str:
 
 
 def run(config, workdir: Path, policy: str, steps: int) -> None:
-    """Makes the table; a cut-off run goes on at the row it was at."""
+    """Trains all variants and prints the table; an interrupted run resumes at its variant.
+
+    Args:
+      config: the configuration.
+      workdir: folder of the variants.
+      policy: path of the policy whose VAE is used.
+      steps: of each variant.
+
+    Raises:
+      UserError: the configuration, the policy or the workdir does not fit.
+    """
     config = settings.check(config)
     vae_of = sample.load(policy, "ema")
     options = section(config.pretrain, joint.PretrainOptions)
@@ -228,7 +238,7 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
     with locked(workdir, print), MetricsWriter(workdir, "ablate") as metrics:
         about = {k: str(v) for k, v in settings.leaves(config).items()} | {"steps": steps}
         if read_json(workdir / "ablate.json") not in (None, about):
-            raise UserError(f"{workdir} holds a table of other settings: choose another --workdir")
+            raise UserError(f"{workdir} holds results of other settings: choose another --workdir")
         write_json(workdir / "ablate.json", about)
         bench = Bench(config, vae_of, workdir, metrics)
         encoding, rows = bench.encoding_seconds(), {}
@@ -240,14 +250,14 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
             rows[variant.name] = bench.row(variant, options)
         print(
             f"{bench.buffer.n_episodes} episodes, {steps} steps of {options.batch} windows; "
-            f"encoding takes {encoding * 1e3:.1f} ms a frame, once for each copy of the recording"
+            f"encoding takes {encoding * 1e3:.1f} ms per frame, once for each copy of the recording"
         )
         frames = 2 * bench.policy.config.mar.n_frames * options.batch
         print(table(rows, encoding * frames), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", None, "Configuration file (see configs/).", flag_values=values
@@ -255,8 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     flags.DEFINE_string("workdir", None, "Folder of the runs.", flag_values=values)
     flags.DEFINE_string(
         "policy",
-        "embedded",
-        "Whose VAE is used: a policy folder, a UVA .ckpt or 'embedded'.",
+        EMBEDDED,
+        f"Policy whose VAE is used: a policy folder, a UVA .ckpt or '{EMBEDDED}'.",
         flag_values=values,
     )
     flags.DEFINE_integer("steps", 400, "Steps of every run.", lower_bound=8, flag_values=values)

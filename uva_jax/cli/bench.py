@@ -1,4 +1,4 @@
-"""`python -m uva_jax bench`: what conversion and a training step cost, beside the alternatives."""
+"""Measures the speed of conversion and of a training step beside alternatives."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m uva_jax bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     conversion = commands.add_parser(
-        "conversion", help="a whole policy both ways, beside a plain copy of its file"
+        "conversion", help="convert a whole policy in both directions and copy its file"
     )
     conversion.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to work (5 GB for pusht); removed afterwards"
+        "--out", metavar="DIR", type=Path, help="folder for temporary files (5 GB for pusht)"
     )
     training = commands.add_parser(
-        "training", help="a training step beside the same model's in PyTorch"
+        "training", help="run a training step here and of the same model in PyTorch"
     )
-    training.add_argument("--batch", type=int, default=16, help="windows of that step")
+    training.add_argument("--batch", type=int, default=16, help="windows of a step")
     for command in (conversion, training):
         command.add_argument("--size", choices=bench_conversion.SIZES, default="pusht")
-        command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+        command.add_argument("--json", metavar="FILE", type=Path, help="write the results to FILE")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 

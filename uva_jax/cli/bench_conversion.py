@@ -1,9 +1,9 @@
-"""`bench conversion`: what converting a whole policy costs, beside a plain copy of its file.
+"""`bench conversion`: measures time and memory of converting a whole policy.
 
-A checkpoint with random weights is made in the original's layout. It holds one state dict,
-`ema_model`, as a published file that was stripped for use does (the original's loader takes it for
-the model too); a training checkpoint with `model` and the optimiser's state only makes the copy
-slower. Every step runs in a process of its own, because the peak of memory is counted by process.
+The comparison is a plain copy of its file, a checkpoint with random weights in the original's
+layout. It holds one state dict, `ema_model`; a training checkpoint with `model` and the optimiser's
+state would only make the copy slower. Every step runs in a separate process, because peak memory is
+counted per process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARM_RUNS = 3
 
 
 def architecture(size: str) -> PolicyConfig:
-    """That of the published PushT policy, or of the small one that ships with this project."""
+    """Returns the architecture of the published PushT policy or of the embedded one."""
     if size == "tiny":
         from convert.architecture import infer_policy
         from convert.state_dicts import state_tensors
@@ -49,7 +49,7 @@ def architecture(size: str) -> PolicyConfig:
 
 
 def torch_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the original's state dict of such a policy."""
+    """Returns the name and shape of every tensor in the original's state dict of a policy."""
     found = {}
     for path, leaf in surgery.shapes(surgery.abstract_policy(config)).items():
         name, layout = rules.to_torch(path)
@@ -58,12 +58,12 @@ def torch_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make(path: Path, size: str, seed: int = 0) -> None:
-    """Writes a checkpoint with random float32 weights, in the layout of the original's."""
+    """Writes a checkpoint with random float32 weights in the original's layout."""
     config = architecture(size)
     shapes = torch_shapes(config)
     largest = max(int(np.prod(shape)) for shape in shapes.values())
     rng = np.random.default_rng(seed)
-    # Each tensor is a stretch of the same numbers, so that making the file takes little memory.
+    # All tensors are slices of the same numbers, so that making the file takes little memory.
     pool = rng.standard_normal(2 * largest, np.float32) * np.float32(0.02)
     state = {"_dummy_variable": np.zeros(0, np.float32)}
     for name, shape in shapes.items():
@@ -79,7 +79,7 @@ def make(path: Path, size: str, seed: int = 0) -> None:
 
 
 def _resident(field: str) -> int:
-    """Bytes of memory that this process holds (VmRSS) or held at most (VmHWM)."""
+    """Returns the bytes of memory that this process uses (VmRSS) or has used at most (VmHWM)."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
@@ -88,7 +88,7 @@ def _resident(field: str) -> int:
 
 
 def _step(name: str, source: Path, out: Path) -> dict:
-    """Runs one step and measures it, beyond what a process with jax loaded takes."""
+    """Runs one step and returns its time, and its memory beyond that of a process with jax."""
     if name == "make":
         make(out, str(source))
         return {}
@@ -112,11 +112,11 @@ def _steps() -> dict[str, Callable[[Path, Path], object]]:
 def _copy(source: Path, out: Path) -> None:
     subprocess.run(["cp", source, out], check=True)
     with open(out, "rb") as file:
-        os.fsync(file.fileno())  # the conversions do so too
+        os.fsync(file.fileno())  # as the conversions do
 
 
 def _forget(path: Path) -> None:
-    """Takes a file, or a folder's files, out of the system's cache (where it can be asked to)."""
+    """Removes a file, or a folder's files, from the system's page cache, if it supports that."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and hasattr(os, "posix_fadvise"):
             with open(file, "rb") as opened:
@@ -125,10 +125,10 @@ def _forget(path: Path) -> None:
 
 
 def _touch_memory(folder: Path, size: int) -> None:
-    """Writes and removes a file of so many bytes.
+    """Writes and removes a file of `size` bytes.
 
-    A virtual machine's host can take unused memory back; whoever touches it next then waits for
-    it several times as long as a copy takes. So no step is the first to do so, the copy included.
+    A virtual machine's host can take back unused memory, and the first use of it then takes several
+    times as long as a copy. So no measured step should be the first.
     """
     scratch, block = folder / "scratch", bytes(1 << 24)
     with open(scratch, "wb") as file:
@@ -146,12 +146,19 @@ def _apart(name: str, source: object, out: Path) -> dict:
 
 
 def bench(size: str, folder: Path) -> dict:
-    """Measures a copy and both conversions, in turn: once with nothing cached, then warm.
+    """Measures a copy and both conversions, first with an empty page cache, then with a warm one.
+
+    Args:
+      size: one of `SIZES`.
+      folder: for the files.
 
     Returns:
       "size", "parameters", "kept" (bytes of the policy in float32), "file" (bytes), and "steps":
-      for each "copy", "from_torch", "to_torch" its "cold" and "warm" seconds (warm: the median
+      for each of "copy", "from_torch" and "to_torch" its "cold" and "warm" seconds (warm: median
       of `WARM_RUNS`) and "peak" bytes of memory.
+
+    Raises:
+      UserError: a step failed.
     """
     source, policy = folder / "made.ckpt", folder / "policy"
     outputs = {"copy": folder / "copy.ckpt", "from_torch": policy, "to_torch": folder / "back.ckpt"}
@@ -191,10 +198,10 @@ def _remove(path: Path) -> None:
 
 
 def table(result: dict) -> str:
-    """The figures for people."""
+    """Formats the result of `bench`."""
     lines = [
         f"{result['size']}: {result['parameters']:,} parameters, {result['file'] / 1e6:,.0f} MB, "
-        "random weights; cold: the source is not in the system's cache; all files are synced",
+        "random weights; cold: the source is not in the page cache; all files are synced",
         f"{'step':<12}{'cold s':>8}{'x copy':>8}{'MB/s':>8}{'warm s':>8}{'x copy':>8}{'MB/s':>8}"
         f"{'peak MB':>9}{'x tensors':>11}",
     ]
@@ -214,13 +221,13 @@ def table(result: dict) -> str:
 
 
 def bench_conversion(size: str, out: Path | None) -> dict:
-    """`bench` in a temporary folder, in `out` if that is given.
+    """Runs `bench` in a temporary folder, inside `out` if that is given.
 
     Raises:
-      UserError: `out` is no folder.
+      UserError: `out` is not a folder, or a step failed.
     """
     if out is not None and not out.is_dir():
-        raise UserError(f"--out {out} is no folder; make it, or leave --out away.")
+        raise UserError(f"--out {out} is not a folder: make it, or leave out --out")
     with tempfile.TemporaryDirectory(prefix="bench", dir=out) as folder:
         return bench(size, Path(folder))
 

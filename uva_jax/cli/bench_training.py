@@ -1,9 +1,9 @@
-"""`bench --training`: what a training step costs, in PyTorch and here, with and without the cache.
+"""`bench training`: measures a training step in PyTorch and here, with and without cached latents.
 
-One step of `policy_model`, the mode that acts: forward, backward and AdamW, one noise draw a window
-as upstream (a row of four draws beside it). From frames, the VAE encodes eight frames a window in
-every step, as upstream does; from latents, it does not run at all. Every row is measured in a
-process of its own, because the thread pools of two frameworks disturb each other.
+A step is forward, backward and AdamW in mode `policy_model`, with one noise draw per window as
+upstream; one further row has four draws. From frames, the VAE encodes eight frames per window in
+every step, as upstream does; from latents, it does not run. Every row runs in a separate process,
+because the thread pools of two frameworks disturb each other.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from uva_jax.envs.workers import usable_cores
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 
-_REPEATS = 5  # timed calls, of which the fastest counts
-_FRAME_SIZE = 96  # what a simulator or a camera gives, resized to the policy's size
+_REPEATS = 5  # timed calls; the fastest counts
+_FRAME_SIZE = 96  # of the recorded frames, which are resized to the policy's size
 
 
 class Row(NamedTuple):
-    """One measurement: who steps, what a batch holds, the dtype of products, noise draws."""
+    """One measurement: framework, content of a batch, precision of products, noise draws."""
 
     backend: str  # torch or uva_jax
     source: str  # frames or latents
-    precision: str  # float32, bfloat16, or mixed: float32 but for the factors of matrix products
+    precision: str  # float32, bfloat16, or mixed: float32 with factors of products in bfloat16
     draws: int = 1
 
 
@@ -64,7 +64,7 @@ def _batch(config: PolicyConfig, row: Row, size: int) -> dict[str, np.ndarray]:
 
 
 def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
-    """A call is one step of `size` windows, finished when it returns."""
+    """Returns a function that runs one step of `size` windows to its end."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -96,7 +96,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
         else:
             found = latents.sample(model, batch, key)
             cond, target = found[:, :n], found[:, n:]
-        # As `pretrain.matmul_precision`.
+        # As the setting `pretrain.matmul_precision`.
         with jax.default_matmul_precision("bfloat16" if row.precision == "mixed" else "default"):
             total, _ = losses.latent_loss(
                 model,
@@ -125,7 +125,7 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
 
 
 def _torch_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]:
-    """The same in torch."""
+    """Returns the same function for torch."""
     from convert.torch.training_step import make_step
 
     dtype = "float32" if row.precision == "mixed" else row.precision
@@ -133,22 +133,33 @@ def _torch_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], objec
 
 
 def measure(row: Row, size: str, batch: int) -> float:
-    """Seconds of one step of `batch` windows."""
+    """Returns the seconds of one step of `batch` windows."""
     config = architecture(size)
     step = (_torch_step if row.backend == "torch" else _jax_step)(config, row, batch)
     times = []
     for number in range(_REPEATS + 2):
         start = time.perf_counter()
         step()
-        if number >= 2:  # compilation, and the first touch of all memory
+        if number >= 2:  # the first calls compile and allocate memory
             times.append(time.perf_counter() - start)
     return min(times)
 
 
 def bench_training(size: str, batch: int) -> dict:
-    """{"size", "batch", "rows": [{"backend", "source", "precision", "draws", "seconds"}]}."""
+    """Measures all rows.
+
+    Args:
+      size: of the policy, one of `bench_conversion.SIZES`.
+      batch: windows of a step.
+
+    Returns:
+      {"size", "batch", "rows": [{"backend", "source", "precision", "draws", "seconds"}]}.
+
+    Raises:
+      UserError: a step failed.
+    """
     environment = dict(os.environ)
-    # What configs/pretrain_tiny.py advises: a device a core, and large pages.
+    # As configs/pretrain_tiny.py advises: one device per core, and huge pages.
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     devices = f"--xla_force_host_platform_device_count={usable_cores()}"
     environment.setdefault("XLA_FLAGS", devices)
@@ -170,7 +181,7 @@ def bench_training(size: str, batch: int) -> dict:
 
 
 def table(result: dict) -> str:
-    """The figures for people."""
+    """Formats the result of `bench_training`."""
     lines = [
         f"{result['size']}: a step of {result['batch']} windows",
         f"{'':<10}{'from':<9}{'dtype':<10}{'draws':>5}{'seconds':>9}{'steps/s':>9}{'windows/s':>11}",

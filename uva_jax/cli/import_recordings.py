@@ -1,10 +1,10 @@
-"""`python -m uva_jax import`: recordings of Libero, robomimic and UMI as replay buffers.
+"""Imports recordings of Libero, robomimic and UMI as replay buffers:
 
     python -m uva_jax import --kind libero data/libero_10 --out libero_10.zarr
     python -m uva_jax import --kind robomimic image_abs.hdf5 --out tool_hang.zarr
     python -m uva_jax import --kind zarr cup.zarr.zip --task cup --out cup.zarr
 
-An interrupted run goes on where it stopped.
+An interrupted run resumes when the command is run again.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ def _parser() -> argparse.ArgumentParser:
         "--kind",
         required=True,
         choices=(*LAYOUTS, "zarr"),
-        help="libero: *_demo.hdf5, one a task; robomimic: image_abs.hdf5; zarr: upstream's own "
-        "buffers, whose images have codecs that only Python's imagecodecs reads",
+        help="libero: *_demo.hdf5, one per task; robomimic: image_abs.hdf5; zarr: upstream's own "
+        "buffers, whose image codecs need the package imagecodecs",
     )
     parser.add_argument("--out", required=True, type=Path, help="the replay buffer to write")
-    parser.add_argument("--limit", type=int, help="take the first LIMIT episodes of every file")
+    parser.add_argument("--limit", type=int, help="import the first LIMIT episodes of every file")
     parser.add_argument(
-        "--task", action="append", help="zarr: a file's task as a sentence, once for every SRC"
+        "--task", action="append", help="zarr: the task of a SRC as a sentence, once for each SRC"
     )
     parser.add_argument(
         "--vocabulary",
         type=Path,
-        help="zarr: the folder of CLIP's vocab.json, to read the sentences of a Libero cache",
+        help="zarr: folder of CLIP's vocab.json, to decode the sentences of a Libero cache",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; bad input is one sentence and status 2."""
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
     args = _parser().parse_args(argv)
     return exit_status(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, but at least one episode is needed")
+        raise UserError(f"--limit is {args.limit}, but must be at least 1")
     if args.kind == "zarr":
         recordings = open_zarr(args.sources, args.task, args.vocabulary, args.limit)
     elif args.task or args.vocabulary:
-        raise UserError("--task and --vocabulary go with --kind zarr only")
+        raise UserError("--task and --vocabulary need --kind zarr: leave them out")
     else:
         recordings = open_hdf5(args.kind, args.sources, args.limit)
     with tqdm(unit="step", unit_scale=True) as bar:

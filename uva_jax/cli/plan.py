@@ -1,11 +1,11 @@
-"""What a configuration costs on a TPU slice that is not there: memory, FLOPs, traffic, time.
+"""Estimates memory, FLOPs, traffic and time of a configuration on a TPU slice:
 
     python -m uva_jax plan --config configs/pusht.py --topology v5e:4x4
 
-Compiles the capture, the condition fit of Stage 1, the step of Stage 2 and the policy call with
-the TPU compiler (`pip install 'uva_jax[plan]'`), from shapes alone: no chip, no weights, no data.
-`--topology cpu:8` compiles for simulated devices instead. What the compiler cannot know is left
-out: reading data, waiting for other hosts, and how far real kernels stay from its estimate.
+The TPU compiler (`pip install 'uva_jax[plan]'`) compiles the capture, the condition fit of Stage 1,
+the step of Stage 2 and the policy call from shapes alone; chip, weights and data are not needed.
+`--topology cpu:8` compiles for simulated devices instead. The estimates leave out reading data and
+waiting for other hosts, and real kernels may be slower than the compiler assumes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from uva_jax.runtime.startup import do_without_tpu
 TOPOLOGIES = (
     "v4:2x2x1 v4:2x2x4 v5e:2x4 v5e:4x4 v5e:16x16 v5p:2x2x1 v5p:4x4x4 v6e:2x4 v6e:4x4"
 ).split()
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB per chip
 GIB = 2**30
 
 
@@ -46,11 +46,11 @@ class Slice(NamedTuple):
 
     name: str
     devices: Sequence[jax.Device]
-    hbm: float | None  # GiB a chip
+    hbm: float | None  # GiB per chip
 
 
 def open_slice(name: str) -> Slice:
-    """Describes a slice, such as "v5e:4x4", or "cpu:8" for simulated devices.
+    """Returns the devices of a slice such as "v5e:4x4", or of "cpu:8", simulated devices.
 
     Raises:
       UserError: there is no such slice, or no compiler for it.
@@ -60,8 +60,8 @@ def open_slice(name: str) -> Slice:
         return Slice(name, jax.devices("cpu"), None)
     family = name.split(":")[0]
     unknown = UserError(
-        f"--topology {name!r} is no slice that the compiler knows; these work: "
-        f"{', '.join(TOPOLOGIES)}, and cpu:N for N simulated devices"
+        f"--topology {name!r} is not a slice that the compiler supports: give one of "
+        f"{', '.join(TOPOLOGIES)}, or cpu:N for N simulated devices"
     )
     if family not in HBM:
         raise unknown
@@ -70,7 +70,7 @@ def open_slice(name: str) -> Slice:
             f"compiling for {name} needs libtpu, which is not installed: pip install "
             "'uva_jax[plan]', or give --topology cpu:8 to compile for simulated devices"
         )
-    # On v4 and v5p the two cores of a chip work as one device, as on the real machines.
+    # On v4 and v5p the two cores of a chip are one device, as on real machines.
     options = {"chip_config_name": "megacore"} if family in ("v4", "v5p") else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
@@ -80,7 +80,7 @@ def open_slice(name: str) -> Slice:
 
 
 def architecture(config, name: str | None) -> PolicyConfig:
-    """The teacher's architecture: by name, from the checkpoint, or that of a published file.
+    """Returns the teacher's architecture: by name, or from its checkpoint or published file.
 
     Raises:
       UserError: the name is unknown, or there is neither a name nor a file.
@@ -110,21 +110,21 @@ PROGRAMS = {
     "policy": programs.policy_call,
 }
 
-# ---- what the compiler says ----
+# ---- the compiler's estimates ----
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how many, and the bytes of their results on each chip."""
+    """Collectives of one kind: their number, and the bytes of their results on each chip."""
 
     count: int
     size: int
 
 
 class Cost(NamedTuple):
-    """A compiled program, for each chip; memory in bytes, `seconds` is the compiler's estimate.
+    """The cost of a compiled program on each chip; memory in bytes, `seconds` is an estimate.
 
-    Where the program does not fit, `needed` is what the compiler asked for, and nothing else is
-    known.
+    If the program does not fit, `needed` is the memory that the compiler asked for, and the other
+    fields are unknown.
     """
 
     memory: Mapping[str, int] = {}
@@ -135,7 +135,7 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Bytes in use at once; results that take over an argument's memory count once."""
+        """Bytes in use at once; a result that reuses an argument's memory counts once."""
         if self.needed is not None:
             return self.needed
         return sum(self.memory.values())
@@ -153,7 +153,7 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """The collectives of a compiled program by kind, from its HLO text; a loop's count once."""
+    """Returns the collectives of a program by kind, from its HLO text; a loop's count once."""
     found: dict[str, Traffic] = {}
     for line in text.splitlines():
         if not (match := _COLLECTIVE.search(line)):
@@ -162,7 +162,7 @@ def collectives(text: str) -> dict[str, Traffic]:
         sizes = [
             math.prod(map(int, dims.split(","))) * max(8, int(bits or 8)) // 8
             for _, bits, dims in _SHAPE.findall(result)
-            if dims  # scalars are the flags of an asynchronous form
+            if dims  # scalars are flags of the asynchronous form
         ]
         if started and kind != "all-reduce":  # (operands, results)
             sizes = sizes[len(sizes) // 2 :]
@@ -172,7 +172,7 @@ def collectives(text: str) -> dict[str, Traffic]:
 
 
 def measure(lowered: jax.stages.Lowered) -> Cost:
-    """Compiles a program and asks what it costs."""
+    """Compiles a program and returns the compiler's estimates."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -196,7 +196,7 @@ def measure(lowered: jax.stages.Lowered) -> Cost:
 
 
 def with_loop(cost: Cost, loop: programs.Loop | None) -> Cost:
-    """The cost with the loop's further rounds."""
+    """Returns the cost with the loop's further iterations added."""
     if loop is None or cost.needed is not None:
         return cost
     body = measure(loop.body)
@@ -211,23 +211,23 @@ def with_loop(cost: Cost, loop: programs.Loop | None) -> Cost:
 
 
 def table(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> str:
-    """One column a program."""
+    """Formats the costs, with one column per program."""
     lines = [["", *(p.name for p, _ in rows)], ["chips", *(str(p.chips) for p, _ in rows)]]
 
     def line(label, show):
         lines.append([label, *(show(p, c) for p, c in rows)])
 
     for name in ("arguments", "outputs", "temporaries", "code"):
-        line(f"{name}, MiB a chip", lambda p, c, n=name: _number(c.memory.get(n), 2**20))
-    line("memory in all, GiB a chip", lambda p, c: _number(c.total, GIB))
+        line(f"{name}, MiB per chip", lambda p, c, n=name: _number(c.memory.get(n), 2**20))
+    line("memory in total, GiB per chip", lambda p, c: _number(c.total, GIB))
     if hbm is not None:
         line("  share of the chip's", lambda p, c: f"{c.total / GIB / hbm:.0%}")
-    line("TFLOP a chip", lambda p, c: _number(c.flops, 1e12))
+    line("TFLOP per chip", lambda p, c: _number(c.flops, 1e12))
     line("TFLOP on all chips", lambda p, c: _number(c.flops, 1e12 / p.chips))
     kinds = sorted({kind for _, cost in rows for kind in cost.traffic})
     for kind in kinds:
         line(f"{kind}, count", lambda p, c, k=kind: str(c.traffic.get(k, Traffic(0, 0)).count))
-        line("  MiB a chip", lambda p, c, k=kind: _number(c.traffic.get(k, (0, 0))[1], 2**20))
+        line("  MiB per chip", lambda p, c, k=kind: _number(c.traffic.get(k, (0, 0))[1], 2**20))
     if not kinds:
         line("collectives", lambda p, c: "-" if c.needed else "none")
     line("ms at best", lambda p, c: _number(c.seconds, 1e-3))
@@ -253,16 +253,16 @@ def _duration(seconds: float | None) -> str:
 
 
 def hints(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> list[str]:
-    """A sentence for every program that does not fit, or hardly."""
+    """Returns a sentence for every program that does not fit, or hardly fits."""
     found = []
     for program, cost in rows:
         share = cost.total / GIB / hbm if hbm else 0
         if cost.needed is None and share <= 0.9:
             continue
         said = "does not fit" if cost.needed is not None or share > 1 else "hardly fits"
-        change = "; or ".join(program.advice) or "a slice with more memory a chip"
+        change = "; or ".join(program.advice) or "a slice with more memory per chip"
         found.append(
-            f"{program.name} {said}: it needs {cost.total / GIB:.1f} of {hbm} GiB a chip. "
+            f"{program.name} {said}: it needs {cost.total / GIB:.1f} of {hbm} GiB per chip. "
             f"Change: {change}."
         )
     return found
@@ -272,7 +272,7 @@ def hints(rows: Sequence[tuple[programs.Program, Cost]], hbm: float | None) -> l
 
 
 class Row(NamedTuple):
-    """A program of `PROGRAMS`, its cost, and the seconds that it took to find out."""
+    """A program of `PROGRAMS`, its cost, and the seconds of its compilation."""
 
     key: str
     program: programs.Program
@@ -281,12 +281,12 @@ class Row(NamedTuple):
 
 
 def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
-    """Compiles programs, each as soon as it is done.
+    """Compiles programs and yields each when it is compiled.
 
     Args:
       keys: of `PROGRAMS`.
-      jobs: how many at a time. The compiler uses about two cores for each.
-      facts: what the functions of `PROGRAMS` take.
+      jobs: programs compiled at a time; the compiler uses about two cores for each.
+      facts: arguments of the functions in `PROGRAMS`.
     """
 
     def compile_one(key: str) -> Row:
@@ -296,7 +296,7 @@ def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
         return Row(key, program, cost, time.monotonic() - start)
 
     with futures.ThreadPoolExecutor(jobs) as pool:
-        # The longest first: what runs last, beside nothing else, is short.
+        # The longest compilation starts first, so that a short one ends last.
         order = sorted(keys, key=["finetune", "capture", "policy", "distill"].index)
         running = [pool.submit(compile_one, key) for key in order]
         try:
@@ -306,12 +306,23 @@ def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
 
 
 def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int = 1) -> None:
-    """Compiles the chosen programs of a configuration and prints what they cost."""
+    """Compiles programs of a configuration and prints their costs.
+
+    Args:
+      config: the configuration.
+      topology: a slice, see `open_slice`.
+      name: of a published architecture, or None for that of the configuration's checkpoint.
+      only: keys of `PROGRAMS`; empty: all.
+      jobs: programs compiled at a time.
+
+    Raises:
+      UserError: an argument is unknown, or the configuration does not fit the slice.
+    """
     from uva_jax.pipeline import inputs
 
     config = settings.check(config)
     if unknown := [x for x in only if x not in PROGRAMS]:
-        raise UserError(f"--only names {unknown[0]!r}; it can name {', '.join(PROGRAMS)}")
+        raise UserError(f"--only names {unknown[0]!r}; it can be {', '.join(PROGRAMS)}")
     where, teacher = open_slice(topology), architecture(config, name)
     on_cpu = where.hbm is None
     dtype = inputs.compute_dtype(config, where.devices[0].platform)
@@ -321,9 +332,9 @@ def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int 
     print(f"{topology}: {len(where.devices)} chips on {hosts} host(s){memory}; {products} products")
     print(
         f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
-        f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens a window\n"
+        f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens per window\n"
     )
-    # In the "residual" form there is no condition to fit.
+    # With cross_attention="residual" there is no condition to fit.
     fitted = config.head.cross_attention == "condition"
     keys = list(dict.fromkeys(only)) or [k for k in PROGRAMS if fitted or k != "distill"]
     print(f"compiling {', '.join(keys)}", flush=True)
@@ -336,16 +347,16 @@ def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int 
     rows = [found[key] for key in keys]
     print(f"\n{table(rows, where.hbm)}\n")
     print(
-        "FLOPs and times are the compiler's estimates, collectives' waiting and input not "
-        "counted; Stage 1 has the fit of the blocks besides."
+        "FLOPs and times are the compiler's estimates, without input and waiting for collectives; "
+        "Stage 1 also fits the blocks."
     )
     for hint in hints(rows, where.hbm):
         print(hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
-    # No chip is used, even where there is one, and another process may be using it.
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
+    # An existing chip is not used, because another process may be using it.
     do_without_tpu()
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
@@ -359,10 +370,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = flags.DEFINE_string(
         "architecture",
         None,
-        f"Plan for a published checkpoint that is not here: {', '.join(ARCHITECTURES)}.",
+        f"Published architecture, in place of a checkpoint: {', '.join(ARCHITECTURES)}.",
         flag_values=values,
     )
-    only = flags.DEFINE_list("only", [], f"Some of {', '.join(PROGRAMS)}.", flag_values=values)
+    only = flags.DEFINE_list("only", [], f"Programs: {', '.join(PROGRAMS)}.", flag_values=values)
     jobs = flags.DEFINE_integer(
         "jobs",
         max(1, usable_cores() // 2),

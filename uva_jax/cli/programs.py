@@ -1,7 +1,7 @@
-"""The pipeline's programs, lowered from shapes alone, for devices that need not be there.
+"""The pipeline's programs, lowered from shapes alone, for devices that this machine may lack.
 
-Each function asks a stage for what it runs again and again: the stage's own builder makes the
-function, mesh and shardings, and takes shapes in the place of arrays.
+Each function lowers the repeated program of a stage by the stage's own builder, which makes the
+function, mesh and shardings and takes shapes in place of arrays.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ Devices = Sequence[jax.Device]
 
 
 class Loop(NamedTuple):
-    """The body of a program's loop. The compiler counts it once; `more` is how often it runs on."""
+    """The body of a program's loop. The compiler counts it once; it runs `more` further times."""
 
     body: jax.stages.Lowered
     more: int
 
 
 class Program(NamedTuple):
-    """One program to compile: what runs on how many chips, and how often."""
+    """One program to compile, with the number of chips and of steps."""
 
     name: str
     about: str
     chips: int
     lowered: jax.stages.Lowered
-    steps: int = 0  # of the stage; 0: it is no stage
-    advice: tuple[str, ...] = ()  # what to change where it does not fit
+    steps: int = 0  # of the stage; 0: it is not a stage
+    advice: tuple[str, ...] = ()  # settings to change if it does not fit
     loop: Loop | None = None
 
 
 def _frame_size(config) -> tuple[int, int]:
-    """Height and width of the data's frames; PushT's where the data is not here yet."""
+    """Returns height and width of the data's frames; PushT's if there are no data yet."""
     path = Path(config.data.path).expanduser()
     if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
@@ -64,12 +64,12 @@ def _frame_size(config) -> tuple[int, int]:
 
 
 def _one(devices: Devices) -> NamedSharding:
-    """All on the first device."""
+    """Returns the sharding of arrays on the first device."""
     return parallel.replicated(parallel.make_mesh(devices=devices[:1]))
 
 
 def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
-    """One step of the capture, mapped over all chips."""
+    """Lowers one step of the capture, on all chips."""
     options = section(config.capture, CaptureOptions)
     policy = surgery.abstract_policy(teacher, dtype=dtype)
     capture, frame = Capture(policy, options, devices), _frame_size(config)
@@ -77,7 +77,7 @@ def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Prog
     per_step, size = capture.strips * options.strip, options.encode_frames
     return Program(
         "capture",
-        f"{options.batch * options.strip} windows a chip",
+        f"{options.batch * options.strip} windows per chip",
         len(devices),
         capture.lower(batch_shapes.strip_shapes(teacher, capture.strips, options.strip, frame)),
         sum(math.ceil(n / per_step) for n in (options.num_samples, options.held_out)),
@@ -92,7 +92,7 @@ def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Prog
 
 
 def _encoding(policy, frames: tuple[int, ...], more: int, devices: Devices) -> Loop:
-    """The VAE's loop over parts of a batch."""
+    """Lowers the VAE's loop over parts of a batch."""
     graph, state = nnx.split(policy)
 
     def encode(state, frames):
@@ -103,7 +103,11 @@ def _encoding(policy, frames: tuple[int, ...], more: int, devices: Devices) -> L
 
 
 def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
-    """One step of the condition fit, on one chip, with all samples' features in its memory."""
+    """Lowers one step of the condition fit, on one chip that holds all samples' features.
+
+    Raises:
+      UserError: the head has no condition to fit.
+    """
     del dtype  # Stage 1 computes in float32
     options = section(config.distill, distill.DistillOptions)
     head = _grafted(config, surgery.abstract_policy(teacher)).action_head
@@ -127,14 +131,14 @@ def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
 
 
 def _grafted(config, teacher: Policy) -> Policy:
-    """The assembled graft, without arrays."""
+    """Returns the assembled graft without arrays."""
     head = assemble.grafted_config(teacher, section(config.head, assemble.HeadOptions))
     grafted = dataclasses.replace(teacher.config, action_head=head)
     return surgery.abstract_policy(grafted, dtype=teacher.dtype)
 
 
 def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
-    """One step of Stage 2 on the configuration's mesh, in the phase that trains the most.
+    """Lowers one step of Stage 2 on the configuration's mesh, in the phase that trains the most.
 
     Raises:
       UserError: the mesh or the batch does not fit the devices.
@@ -144,8 +148,8 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch % shares:
         raise UserError(
-            f"config.finetune.batch is {options.batch}, which cannot be dealt evenly to the mesh's "
-            f"{shares} data shares (data x fsdp): use a multiple"
+            f"config.finetune.batch is {options.batch}, which does not divide evenly over the "
+            f"mesh's {shares} data shares (data x fsdp): use a multiple of {shares}"
         )
     old = surgery.abstract_policy(teacher, dtype=dtype)
     reference = old if options.teacher_weight else None
@@ -178,10 +182,9 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
 
 
 def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
-    """The teacher's actions for one observation, on one chip.
+    """Lowers the teacher's prediction of actions for one observation, on one chip.
 
-    The call that rollouts make; for a policy that reads more than the simulator's images
-    `predict_action`, which a robot calls.
+    It is the call of rollouts or, for a policy that observes more than images, `predict_action`.
     """
     policy, one = surgery.abstract_policy(teacher, dtype=dtype), _one(devices)
     graph, state = nnx.split(policy)
@@ -221,6 +224,6 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
 
 
 def parameters(config: PolicyConfig) -> int:
-    """How many parameters a policy has."""
+    """Returns the number of parameters of a policy."""
     state = nnx.state(surgery.abstract_policy(config), nnx.Param)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(state))

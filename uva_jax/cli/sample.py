@@ -1,13 +1,13 @@
-"""Samples a policy's video and actions, and shows them beside what really happened:
+"""Samples a policy's video and actions and compares them with the recording:
 
     python -m uva_jax sample --policy runs/tiny/teacher/policy --dataset embedded --windows 4 \\
         --mode full_dynamic_model --out video.mp4
 
-A window is 16 steps of history and 16 of future, of which the policy sees four frames each.
-`--obs FILE` takes an observation in the place of `--dataset`: an .npz without batch axes, with
-"image" (16 or 4 frames, h, w, 3) uint8 and whatever else the policy reads, by its names:
-"wrist_image", "text_latents", "past_action", the states of its proprioception, and "action" for
-dynamic_model. It may also hold what came after, as "future_image" and "future_wrist_image".
+A window is 16 steps of history and 16 of future, with four frames of each.
+`--obs FILE` takes an observation in place of `--dataset`: an .npz without batch axes, with "image"
+(16 or 4 frames, h, w, 3) uint8 and the other inputs of the policy by name: "wrist_image",
+"text_latents", "past_action", the states of its proprioception, and "action" for dynamic_model. It
+may also hold the future frames, "future_image" and "future_wrist_image".
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ from uva_jax.data.windows import Strips, WindowSpec, plan_strips
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.settings import section, specs
 
-# Everything that takes seconds to import is imported by the function that needs it.
+# Modules that take seconds to import are imported by the functions that need them.
 
-_WIDE = 3.0  # a spread of latents that no working video head gives
-# Options that stand for settings of `config.data`; their defaults are those of the file in configs/
-# that fits the policy.
+_WIDE = 3.0  # a spread of latents above that of any working video head
+# Options for settings of `config.data`; the file in configs/ that fits the policy gives defaults.
 _DATA = "max_episodes layout image_key wrist_key action_key language vocabulary".split()
 Window = Mapping[str, np.ndarray]
 
 
 def load(name: str, weights: str):
-    """A policy from a folder, a PyTorch checkpoint, or "embedded".
+    """Loads a policy from a folder, a PyTorch checkpoint, or "embedded".
+
+    Args:
+      name: path, or "embedded".
+      weights: of a checkpoint: "ema" or "model".
 
     Raises:
-      UserError: nothing is there, or it is no policy.
+      UserError: the path does not exist or is not a policy.
     """
     from convert.from_torch import convert_checkpoint
     from uva_jax.models import policy_folder
@@ -58,7 +61,12 @@ def load(name: str, weights: str):
 
 
 def open_reader(policy, path: str, options: Mapping[str, object]):
-    """The data as the policy reads it, with the wrist camera's future if it predicts that.
+    """Opens the data for a policy, with the wrist camera's future if the policy predicts it.
+
+    Args:
+      policy: the policy.
+      path: of the data, or "embedded".
+      options: fields of `config.data` that differ from the defaults.
 
     Raises:
       UserError: the data is missing or lacks what the policy reads.
@@ -73,7 +81,7 @@ def open_reader(policy, path: str, options: Mapping[str, object]):
         section(config.data, source.DataOptions), path=path, mirror="", **options
     )
     spec = WindowSpec.of(policy.config)
-    # A camera whose future is predicted is read even where its past is no input.
+    # A camera whose future is predicted is read even if its past is not an input.
     spec = dataclasses.replace(spec, wrist=spec.wrist or policy.config.mar.wrist)
     return open_data(data, policy, spec=spec, progress=_rendering)
 
@@ -84,10 +92,13 @@ def _rendering(done: int, total: int) -> None:
 
 
 def choose(reader, episode: int | None, step: int | None, count: int, seed: int):
-    """Which windows: arrays (count,) of episodes, and of current steps within them.
+    """Chooses windows.
 
     Without an episode they are held-out windows in a seeded order; without a step they are spread
-    over the episode; else they follow each other from that step, one horizon of actions apart.
+    over the episode; otherwise they follow each other from `step`, one horizon of actions apart.
+
+    Returns:
+      arrays (count,) of episodes and of current steps within them.
 
     Raises:
       UserError: there is no such episode or step.
@@ -99,7 +110,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
         raise UserError(f"--windows is {count}, but should be at least 1")
     if episode is None:
         if step is not None:
-            raise UserError(f"--step {step} is a step of an episode: say which with --episode")
+            raise UserError(f"--step {step} is a step of an episode: give --episode too")
         _, held_out = source.split(buffer, options)
         strips = plan_strips(
             buffer.episode_ends,
@@ -132,7 +143,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
 
 
 def read_windows(reader, episode: np.ndarray, step: np.ndarray) -> list[Window]:
-    """Windows with their future: a strip of windows up to the one that ends with the future."""
+    """Reads windows with their future, as strips up to the window that ends with the future."""
 
     n_frames = reader.spec.n_frames
     current = step[:, None] + reader.stride * np.arange(n_frames + 1)
@@ -147,10 +158,10 @@ def read_windows(reader, episode: np.ndarray, step: np.ndarray) -> list[Window]:
 
 
 def read_observation(path: str) -> Window:
-    """The arrays of an .npz.
+    """Reads the arrays of an .npz.
 
     Raises:
-      UserError: it is missing or cannot be read.
+      UserError: the file is missing or cannot be read.
     """
     if not Path(path).is_file():
         raise UserError(f"--obs is {path}, but there is no such file")
@@ -164,10 +175,10 @@ def read_observation(path: str) -> Window:
 
 
 def check_out(out: str | None, mode: str, with_video: bool) -> Path | None:
-    """Where to write, with its folder made, so that a bad name is told before the work is done.
+    """Checks --out and makes its folder before any work is done; returns its path.
 
     Raises:
-      UserError: the name ends in nothing that can be written, or nothing can be written there.
+      UserError: the suffix is unknown, or the file cannot be written.
     """
     from uva_jax.eval import film
 
@@ -179,19 +190,22 @@ def check_out(out: str | None, mode: str, with_video: bool) -> Path | None:
         raise UserError(f"--out is {out}; its name should end in {', '.join(film.SUFFIXES)}")
     if suffix != ".npz" and not with_video:
         raise UserError(
-            f"{mode} predicts actions and no video: give --out a name that ends in .npz, or none"
+            f"{mode} predicts actions and no video: give --out a name that ends in .npz, or leave "
+            "it out"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: it is a folder, or its folder is closed")
+        raise UserError(
+            f"--out {out} cannot be written: it is a folder, or its folder is not writable"
+        )
     return path
 
 
 def lines(name: str, figures: Mapping) -> list[str]:
-    """The table's rows for one window, a row a camera; see `predict.figures`."""
+    """Returns the table's rows for one window, one per camera; see `predict.figures`."""
     error = f"{figures['action_mse']:10.5f}" if "action_mse" in figures else ""
     rows = []
     for camera, found in figures["cameras"].items():
@@ -204,8 +218,8 @@ def lines(name: str, figures: Mapping) -> list[str]:
 
 
 def header(figures: Mapping) -> list[str]:
-    """What stands above `lines`."""
-    titles = ("predicted", "last frame held", "VAE of truth") if figures["cameras"] else ()
+    """Returns the table's header."""
+    titles = ("predicted", "last frame", "VAE of truth") if figures["cameras"] else ()
     above = "".join(f"{title:>15}  " for title in titles)
     below = f"{'    PSNR   SSIM  ' * len(titles)}"
     error = "action MSE" if "action_mse" in figures else ""
@@ -216,7 +230,11 @@ def header(figures: Mapping) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Samples, prints, writes."""
+    """Samples windows, prints the table and writes the files.
+
+    Raises:
+      UserError: an option is wrong or does not fit the policy or the data.
+    """
     from uva_jax.eval import film, predict
     from uva_jax.models.losses import VIDEO_MODES
     from uva_jax.storage.atomic import write_json
@@ -255,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
         names = [f"ep. {e}, step {s}" for e, s in zip(*chosen, strict=True)]
     if args.obs and not (out or {"action", "future_image"} & windows[0].keys()):
         raise UserError(
-            f"{args.obs} holds no truth to compare with: say with --out where the prediction goes"
+            f"{args.obs} holds no future to compare with: give --out to write the prediction"
         )
     windows = [
         predict.checked_window(config, args.mode, w, args.obs or args.dataset) for w in windows
@@ -277,12 +295,13 @@ def run(args: argparse.Namespace) -> None:
     if len(rows) > 1:
         print("\n".join(lines(f"all {len(rows)}", whole)))
     elif not lines("", whole):
-        print(f"{names[0]} holds no truth to compare with")
+        print(f"{names[0]} holds no future to compare with")
     spread = whole.get("latent_spread")
     if spread is not None and not spread <= _WIDE:
         print(
-            f"note: the sampled latents spread {spread:.3g} times as wide as real ones: sampling "
-            "diverged, and the frames mean nothing; --sampling-steps 1000 takes every step there is"
+            f"note: the spread of sampled latents is {spread:.3g} times that of real ones: "
+            "sampling diverged and the frames are useless; --sampling-steps 1000 takes every "
+            "diffusion step"
         )
     if out is not None:
         film.write(out, predictions, names)
@@ -301,30 +320,30 @@ def run(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m uva_jax sample",
-        description="Predicted video and actions beside real ones.",
+        description="Samples a policy's video and actions and compares them with the recording.",
     )
     add = parser.add_argument
-    add("--policy", required=True, help="policy folder, UVA .ckpt, or 'embedded'")
+    add("--policy", required=True, help="a policy folder, a UVA .ckpt, or 'embedded'")
     add("--weights", default="ema", help="weights of a .ckpt: ema or model (default: ema)")
     add("--dataset", help="diffusion-policy zarr (folder or .zip), or 'embedded'")
-    add("--obs", metavar="FILE", help=".npz with an observation, in the place of --dataset")
-    add("--episode", type=int, help="whose windows (default: held-out episodes)")
-    add("--step", type=int, help="current step of the first window (default: spread out)")
-    add("--windows", type=int, default=1, metavar="B", help="how many (default: 1)")
+    add("--obs", metavar="FILE", help=".npz with an observation, in place of --dataset")
+    add("--episode", type=int, help="episode of the windows (default: held-out episodes)")
+    add("--step", type=int, help="current step of the first window (default: evenly spaced)")
+    add("--windows", type=int, default=1, metavar="B", help="number of windows (default: 1)")
     add(
         "--mode",
         default="full_dynamic_model",
         help="full_dynamic_model (default), video_model, dynamic_model, policy_model or "
         "inverse_model",
     )
-    add("--num-iter", type=int, metavar="N", help="rounds (default: the policy's)")
+    add("--num-iter", type=int, metavar="N", help="token rounds (default: the policy's)")
     add("--guidance", type=float, metavar="G", help="scale, 1: none (default: the policy's)")
     add("--schedule", help="of guidance: linear or constant (default: the policy's)")
-    add("--temperature", type=float, metavar="T", help="default: the policy's")
+    add("--temperature", type=float, metavar="T", help="of sampling (default: the policy's)")
     add("--sampling-steps", type=int, default=0, metavar="S", help="default: the policy's")
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add("--out", metavar="FILE", help="what to write: .mp4, .gif, .png (a strip) or .npz")
-    add("--json", metavar="FILE", help="write the table and the settings there")
+    add("--out", metavar="FILE", help="file to write: .mp4, .gif, .png (one image) or .npz")
+    add("--json", metavar="FILE", help="write the table and the settings to FILE")
     for name in _DATA:
         spec = specs()[f"data.{name}"]
         text = f"{spec.rule.comment} (default: as in configs/)"
@@ -333,11 +352,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
     from absl import logging
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
     args = _parser().parse_args(argv)
     return exit_status(lambda: run(args))
 

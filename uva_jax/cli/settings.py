@@ -1,6 +1,6 @@
-"""Every setting with its default, range and comment: `python -m uva_jax settings [PATTERN]`.
+"""Lists settings with default, range and comment: `python -m uva_jax settings [PATTERN]`.
 
-A pattern such as `finetune`, `lr` or `*.steps` chooses those whose names hold it.
+A pattern such as `finetune`, `lr` or `*.steps` selects the settings whose names contain it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from uva_jax.runtime.settings import specs
 
 
 def table(pattern: str = "", width: int = 100) -> str:
-    """A line for each setting that the pattern chooses, and its comment below.
+    """Returns a line for each selected setting, with its comment below.
+
+    Args:
+      pattern: part of the name; * stands for any text.
+      width: characters per line.
 
     Raises:
-      UserError: no setting's name holds the pattern.
+      UserError: no setting's name contains the pattern.
     """
     chosen = [s for s in specs().values() if fnmatch.fnmatchcase(s.name, f"*{pattern}*")]
     if not chosen:
         raise UserError(
-            f"no setting's name holds {pattern!r}: python -m uva_jax settings lists them all"
+            f"no setting's name contains {pattern!r}: python -m uva_jax settings lists them all"
         )
     lines = []
     for spec in chosen:
@@ -38,12 +42,12 @@ def table(pattern: str = "", width: int = 100) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs the command; bad input prints one sentence on stderr and returns status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m uva_jax settings",
-        description="Lists settings: name = default (range), and what each is.",
+        description="Lists settings: name = default (range), and a comment.",
     )
-    parser.add_argument("pattern", nargs="?", default="", help="part of the name; * stands for any")
+    parser.add_argument("pattern", nargs="?", default="", help="part of the name; * is any text")
     args = parser.parse_args(argv)
 
     def command() -> None:

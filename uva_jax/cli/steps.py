@@ -1,4 +1,4 @@
-"""The pipeline's steps as commands of their own, for those who know the graft as separate scripts.
+"""The stages of a graft as single commands, for users of the separate scripts of the PyTorch graft.
 
 Run them with `python -m uva_jax COMMAND`:
 
@@ -7,10 +7,9 @@ Run them with `python -m uva_jax COMMAND`:
     fine-tune --checkpoint pusht.ckpt --dataset pusht.zarr --operators operators --out tuned
     quick-test --operators operators --out quick
 
-Each runs stages of the pipeline, so each skips what is done, resumes what was cut off, and keeps
-the layout of a workdir: a workdir serves as `--cache`, its operators/ as `--operators`. Every
-option is a setting (`python -m uva_jax settings`), whose default counts; `--set` reaches all
-others.
+Each command runs stages of the pipeline, so it skips finished work, resumes interrupted work, and
+keeps the layout of a workdir: a workdir can be the `--cache`, its operators/ the `--operators`.
+Every option is a setting (`python -m uva_jax settings`) with its default; `--set` sets any other.
 """
 
 from __future__ import annotations
@@ -56,9 +55,12 @@ def cache_activations(args: argparse.Namespace) -> None:
 def distill_operator(args: argparse.Namespace) -> None:
     """Distils one family of operators from a cache into OUT/<target layer>.
 
-    Families are distilled in the order cross_attn, self_attn, mlp, each beside those before it in
-    OUT, or beside all in `--operators`. Self-attention and MLP learn under the condition that the
-    cross-attention predicts, so that has to be there.
+    The order is cross_attn, self_attn, mlp. Each family trains with the families before it, from
+    OUT or `--operators`. Self-attention and MLP need the condition that the cross-attention
+    predicts.
+
+    Raises:
+      UserError: the cache is unfinished, or there is no cross-attention yet.
     """
     from uva_jax.pipeline import engine
 
@@ -72,9 +74,9 @@ def distill_operator(args: argparse.Namespace) -> None:
     form = config.head.cross_attention
     if form == "condition" and layer != "cross_attn" and "cross_attn" not in found:
         raise UserError(
-            f"{layer} operators learn under the condition that cross_attn operators predict, but "
-            f"{given / 'cross_attn'} holds none: distil --target_layer cross_attn first, or say "
-            "with --operators where they are"
+            f"{layer} operators need the condition that cross_attn operators predict, but "
+            f"{given / 'cross_attn'} holds none: distil --target_layer cross_attn first, or give "
+            "their folder with --operators"
         )
     stage = engine.Stage(
         f"distill-{layer}",
@@ -82,7 +84,7 @@ def distill_operator(args: argparse.Namespace) -> None:
         needs=(),
         config_keys=("seed", "distill", "head"),
         folder=layer,
-        describe=f"{layer} operators learn the teacher's activations",
+        describe=f"trains {layer} operators on the teacher's activations",
         fingerprint=lambda config: {
             "teacher": cache / "teacher" / "done.json",
             "activations": cache / "activations" / "done.json",
@@ -114,9 +116,9 @@ def _distill_stage(context, cache: Path, layer: str) -> dict:
         folder=context.folder,
         metrics=context.metrics,
     )
-    # The stage's folder becomes the operator itself; operator.json comes last, as it says so.
+    # The stage's folder becomes the operator itself; operator.json, which marks it, comes last.
     made = context.folder / layer
-    shutil.rmtree(context.folder / "params", ignore_errors=True)  # of a run killed in here
+    shutil.rmtree(context.folder / "params", ignore_errors=True)  # left by a killed run
     for name in ("params", "metrics.json", "operator.json"):
         os.replace(made / name, context.folder / name)
     made.rmdir()
@@ -124,14 +126,18 @@ def _distill_stage(context, cache: Path, layer: str) -> dict:
 
 
 def fine_tune(args: argparse.Namespace) -> None:
-    """Converts, puts the operators in, and fine-tunes: OUT/grafted and OUT/finetune."""
+    """Converts, assembles and fine-tunes a graft: OUT/grafted and OUT/finetune.
+
+    Raises:
+      UserError: the folder of operators holds none.
+    """
     from uva_jax.main import run
 
     found = _operators(Path(args.operators), FAMILIES)
     if not found:
         raise UserError(
-            f"--operators {args.operators} holds no operators: give a folder with "
-            f"{', '.join(FAMILIES)} (any may be left out) that distillation wrote"
+            f"--operators {args.operators} holds no operators: give a folder of distill-operator "
+            f"with some of {', '.join(FAMILIES)}"
         )
     config = _config(args, _FINETUNE, _head_settings(found))
     config.head.init_paths.update(found)
@@ -139,7 +145,7 @@ def fine_tune(args: argparse.Namespace) -> None:
 
 
 def quick_test(args: argparse.Namespace) -> None:
-    """Stage 2 alone from given operators, in under a minute: configs/quick_test.py."""
+    """Runs Stage 2 from given operators in under a minute, by configs/quick_test.py."""
     from configs import quick_test
     from uva_jax.main import run
 
@@ -148,13 +154,16 @@ def quick_test(args: argparse.Namespace) -> None:
 
 
 def _operators(folder: Path, families: Sequence[str]) -> dict[str, str]:
-    """The folders of those families that are there."""
+    """Returns the folders of the families that exist."""
     found = {family: folder / family for family in families}
     return {k: str(v) for k, v in found.items() if (v / "operator.json").exists()}
 
 
 def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
-    """The head that operators were distilled for, as settings; loading tells if they disagree."""
+    """Returns the settings of the head that the operators were distilled for.
+
+    Loading the operators raises an error if they disagree.
+    """
     from uva_jax.storage.atomic import read_json
 
     about = read_json(Path(next(iter(found.values()))) / "operator.json")
@@ -172,7 +181,7 @@ def _config(
     given: Mapping[str, object] | None = None,
     start: ConfigDict | None = None,
 ) -> ConfigDict:
-    """The defaults with what the options say; `--set` comes last."""
+    """Returns the defaults changed by the options and then by `--set`."""
     config = settings.defaults() if start is None else start
     given = dict(given or {})
     for option, name in table.items():
@@ -198,7 +207,7 @@ def _literal(text: str):
 def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, str]) -> None:
     specs = settings.specs()
     for option, name in table.items():
-        # One setting a layer: all have one type and one comment.
+        # The settings of the layers have one type and one comment.
         named = {layer: specs[name.format(layer=layer)] for layer in FAMILIES}
         spec, shown = named[FAMILIES[0]], f"{named[FAMILIES[0]].default}"
         if "{layer}" in name:
@@ -212,7 +221,7 @@ def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, str]) -> N
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m uva_jax", description="The steps of a graft, one at a time."
+        prog="python -m uva_jax", description="Runs single stages of a graft."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, table in (
@@ -225,24 +234,24 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         if function is distill_operator:
-            command.add_argument("--cache", required=True, help="what cache-activations wrote")
+            command.add_argument("--cache", required=True, help="folder of cache-activations")
             command.add_argument("--target_layer", required=True, choices=FAMILIES)
-            command.add_argument("--operators", help="operators distilled before (default: OUT)")
+            command.add_argument("--operators", help="folder of earlier operators (default: OUT)")
         elif function is not cache_activations:
-            command.add_argument("--operators", required=True, help="what distill-operator wrote")
+            command.add_argument("--operators", required=True, help="folder of distill-operator")
         _add_options(command, table)
         command.add_argument("--out", required=True, help="folder to write to; made if missing")
         command.add_argument(
-            "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting"
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="set any other setting"
         )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: bad input is one sentence on stderr and exit status 2."""
+    """Runs a command; bad input prints one sentence on stderr and returns status 2."""
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
     args = _parser().parse_args(argv)
     return exit_status(lambda: args.function(args))
 

@@ -1,8 +1,8 @@
-"""gym-pusht made to agree with UVA's evaluation protocol, one environment and many episodes.
+"""gym-pusht under UVA's evaluation protocol.
 
-Nothing here imports jax or flax: this module is loaded by worker processes, which should start in
-a second and never touch an accelerator. The checked facts behind it: physics, reward, threshold
-and pixels of gym-pusht equal UVA's own environment; only the seeding differs.
+Physics, reward, success threshold and pixels of gym-pusht equal UVA's own environment; only the
+seeding differs, so it is done here. The module does not import jax, because worker processes load
+it: they should start within a second and not use an accelerator.
 """
 
 import os
@@ -18,12 +18,15 @@ IMAGE_SIZE = 96
 CANVAS = 512
 SUCCESS_COVERAGE = 0.95
 _COVERAGE_DIGITS = 9
-# The byte order that lets the surface's buffer be read as B, G, R, unused.
+# Masks of a surface whose buffer holds the bytes B, G, R, unused.
 _BGR_MASKS = (0xFF0000, 0xFF00, 0xFF)
 
 
 def initial_state(seed: int) -> np.ndarray:
-    """UVA's start for a seed: agent x, y, block x, y in pixels, angle in radians; float64 (5,)."""
+    """Returns UVA's initial state for a seed, float64 (5,).
+
+    It holds agent x, y and block x, y in pixels and the block's angle in radians.
+    """
     rng = np.random.RandomState(seed)
     agent = [rng.randint(50, 450), rng.randint(50, 450)]
     block = [rng.randint(100, 400), rng.randint(100, 400)]
@@ -31,92 +34,94 @@ def initial_state(seed: int) -> np.ndarray:
 
 
 def random_goal(seed: int) -> np.ndarray:
-    """A goal of PushT-M for a seed: x, y within 100 pixels of the centre, any angle; float64 (3,).
+    """Returns a goal of PushT-M for a seed, float64 (3,): x, y in pixels and angle in radians.
 
-    Distributed as in UVA's environment with `fix_goal: false`, which draws it from unseeded noise.
+    x and y are within 100 pixels of the centre. The distribution is that of UVA's environment with
+    `fix_goal: false`, which does not seed the goal.
     """
     rng = np.random.RandomState((seed, 1))
     return np.array([*rng.uniform(156, 356, 2), rng.uniform(0, 2 * np.pi)])
 
 
 class _Simulator(PushTEnv):
-    """gym-pusht whose coverage, a third of a step's time, is left out where nobody asks."""
+    """gym-pusht that can skip the coverage, which takes a third of a step's time."""
 
     measure = True
 
     def _get_coverage(self):
-        # The order in which pymunk hands out a body's shapes differs from run to run, and with it
-        # the last bits of the overlap.
+        # pymunk's order of a body's shapes differs between runs, which changes the last bits of
+        # the overlap.
         return round(super()._get_coverage(), _COVERAGE_DIGITS) if self.measure else 0.0
 
 
 class PushT:
-    """The T-pushing task: 10 Hz, actions are target positions of the agent in 0..512.
+    """The T-pushing task at 10 Hz; actions are target positions of the agent in pixels, 0..512.
 
-    An episode is successful, and over, when the block covers more than 0.95 of the goal.
+    An episode ends with success when the block covers more than 0.95 of the goal.
     """
 
     def __init__(self):
         self._env = _Simulator(obs_type="state", render_mode="rgb_array")
 
     def reset(self, seed: int, *, fix_goal: bool = True) -> None:
-        """Starts UVA's episode of that seed (its `legacy_test: true`), or one with another goal."""
+        """Starts UVA's episode of a seed (`legacy_test: true`), or one with a random goal."""
         self.reset_to(initial_state(seed))
         if not fix_goal:
             self._env.goal_pose = random_goal(seed)
 
     def reset_to(self, state: np.ndarray) -> None:
-        """Starts an episode as a recording does: position before angle, then 0.01 s of physics.
+        """Starts an episode at `state` (5,) as recordings do.
 
-        Setting the angle after the position shifts the block, so the state seen is not `state`.
+        Like UVA it sets the position before the angle, which shifts the block, and then runs 0.01 s
+        of physics, so the observed state differs from `state`.
         """
         self._env.reset(options={"reset_to_state": np.asarray(state, np.float64)})
 
     def set_state(self, state: np.ndarray) -> None:
-        """Puts agent and block at rest exactly at `state` (5,), as `state` reports it.
+        """Puts agent and block at rest exactly at `state` (5,), as the property `state` reports it.
 
-        Velocities are no part of a state (to go on in the middle of an episode, replay it), nor
-        are contacts, which the renderer marks by red dots: they come back with the first step.
+        Velocities are not part of a state: to continue an episode, replay it. Contacts, which are
+        rendered as red dots, are not part of it either and return with the first step.
         """
         env = self._env
-        env._setup()  # without the physics step of a reset, whose contacts would be drawn
+        env._setup()  # a reset would run a physics step, whose contacts would be drawn
         env.block.angle = float(state[4])
         env.block.position = (float(state[2]), float(state[3]))
         env.agent.position = (float(state[0]), float(state[1]))
         for body in (env.agent, env.block):
             body.velocity = (0.0, 0.0)
             body.angular_velocity = 0.0
-            env.space.reindex_shapes_for_body(body)  # otherwise renders show the old pose
+            env.space.reindex_shapes_for_body(body)  # otherwise rendering shows the old pose
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        """Runs 0.1 s towards the target `action` (2,).
+        """Simulates 0.1 s towards the target `action` (2,), in pixels.
 
         Returns:
-          coverage of the goal in 0..1 and whether the episode is over (coverage > 0.95).
+          the coverage of the goal in 0..1 and whether it exceeds 0.95, which ends the episode.
         """
         self._env.measure = True
         *_, info = self._env.step(np.asarray(action, np.float64))
         return float(info["coverage"]), bool(info["is_success"])
 
     def advance(self, action: np.ndarray) -> None:
-        """`step` without measuring the coverage: the same motion in two thirds of the time."""
+        """Simulates like `step` without the coverage, in two thirds of the time."""
         self._env.measure = False
         self._env.step(np.asarray(action, np.float64))
 
     @property
     def state(self) -> np.ndarray:
-        """Agent x, y, block x, y, angle in 0..2π; float64 (5,)."""
+        """Agent x, y and block x, y in pixels, block angle in 0..2π; float64 (5,)."""
         return self._env.get_obs()
 
     @property
     def agent_position(self) -> np.ndarray:
+        """Agent x, y in pixels; float64 (2,)."""
         return np.array(self._env.agent.position)
 
     def render(self) -> np.ndarray:
-        """The scene as uint8 (96, 96, 3), RGB: the pixels of gym-pusht's own observation.
+        """Renders the scene as RGB, uint8 (96, 96, 3), equal to gym-pusht's own observation.
 
-        The surface's raw buffer goes through the resize as it is, which is three times faster
-        than turning it into an RGB array first.
+        The surface's raw buffer is resized before it becomes RGB, which is three times faster.
         """
         surface = self._env._draw()
         if surface.get_masks()[:3] != _BGR_MASKS or surface.get_pitch() != 4 * CANVAS:
@@ -127,7 +132,7 @@ class PushT:
 
 
 class _Episode:
-    """One environment under UVA's multi-step protocol: history in, chunks of actions out."""
+    """One environment under UVA's multi-step protocol: observation history, chunks of actions."""
 
     def __init__(
         self, seed: int, record: bool, n_obs_steps: int, chunk: int, frames: tuple, fix_goal: bool
@@ -142,7 +147,7 @@ class _Episode:
         self._frame_indices = np.array(frames)
         self._record = record
         self._chunk = chunk
-        # The steps a chunk apart at which some later observation will want the picture.
+        # Steps modulo the chunk whose pictures a later observation includes.
         self._phases = {(i - n_obs_steps + 1) % chunk for i in frames}
         self._pictures = {0: self.env.render()}
 
@@ -161,9 +166,9 @@ class _Episode:
                 return
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 (f, 96, 96, 3) and agent positions float32 (n_obs_steps, 2).
+        """Returns pictures uint8 (f, 96, 96, 3) and agent positions float32 (n_obs_steps, 2).
 
-        Before the start the first observation is repeated.
+        The first observation is repeated for steps before the start.
         """
         now = len(self.positions) - 1
         steps = np.maximum(now - self._n_obs_steps + 1 + np.arange(self._n_obs_steps), 0)
@@ -176,7 +181,7 @@ class _Episode:
 
 
 class RolloutWorker:
-    """Steps several episodes; lives in a worker process, driven by `eval.rollout`."""
+    """Runs several episodes in a worker process; `eval.rollout` calls its methods."""
 
     def __init__(self, fix_goal: bool = True):
         cv2.setNumThreads(1)  # the processes are the parallelism
@@ -184,6 +189,15 @@ class RolloutWorker:
         self._episodes: list[_Episode] = []
 
     def start(self, seeds, records, n_obs_steps, chunk, frames):
+        """Starts one episode per seed and observes all of them; see `step` for the result.
+
+        Args:
+          seeds: of the episodes.
+          records: for each episode whether it is recorded as video.
+          n_obs_steps: steps of the observation history.
+          chunk: actions per call of `step`.
+          frames: indices of the history whose pictures are observed.
+        """
         self._episodes = [
             _Episode(seed, record, n_obs_steps, chunk, frames, self._fix_goal)
             for seed, record in zip(seeds, records, strict=True)
@@ -191,14 +205,19 @@ class RolloutWorker:
         return self._observe(range(len(seeds)))
 
     def step(self, actions: np.ndarray, max_steps: int):
-        """Runs a chunk (n, chunk, 2) in every unfinished episode."""
+        """Runs a chunk of actions (n, chunk, 2), in pixels, in every unfinished episode.
+
+        Returns:
+          the indices of unfinished episodes, and lists of their pictures uint8 (f, 96, 96, 3) and
+          agent positions float32 (n_obs_steps, 2).
+        """
         running = [i for i, episode in enumerate(self._episodes) if not episode.done]
         for i in running:
             self._episodes[i].run(actions[i], max_steps)
         return self._observe([i for i in running if not self._episodes[i].done])
 
     def results(self):
-        """For every episode: score, best coverage, steps and the video or None."""
+        """Returns for every episode (score in 0..1, best coverage, steps, video or None)."""
         episodes, self._episodes = self._episodes, []
         return [(e.reward, e.best_coverage, len(e.positions) - 1, e.video()) for e in episodes]
 

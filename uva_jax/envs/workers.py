@@ -1,6 +1,6 @@
-"""Objects that live in Python processes of their own, called by method name.
+"""Objects in separate Python processes whose methods are called over a socket.
 
-Nothing here imports jax or flax: a worker should start in a second and never touch an accelerator.
+The module does not import jax, so that a worker starts within a second and uses no accelerator.
 """
 
 import importlib
@@ -15,22 +15,22 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """Returns the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class WorkerError(RuntimeError):
-    """A worker process ended although it still had work."""
+    """A worker process ended before it answered a call."""
 
 
 class WorkerProcess:
-    """An object that lives in a Python process of its own, called by method name.
+    """An object in a separate Python process.
 
-    The process is a fresh interpreter that imports the object's module alone. Unlike
-    multiprocessing's spawn it does not import the main script again, which would load jax (and
-    run an unguarded script twice). A worker that dies, for whatever reason, closes its end of the
-    socket, so that `receive` raises WorkerError with the worker's last words at once.
+    The process is a new interpreter that imports only the object's module. Unlike
+    multiprocessing's spawn it does not import the main script again, which would load jax and run
+    an unguarded script twice. When a worker dies, its end of the socket closes, and `receive`
+    raises WorkerError with the worker's last output at once.
     """
 
     def __init__(self, target: str, *args):
@@ -42,18 +42,18 @@ class WorkerProcess:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "OMP_NUM_THREADS": "1",
         }
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         code = f"from {__name__} import serve; serve({theirs.fileno()}, {target!r})"
         with warnings.catch_warnings():
-            # jax warns of any fork; this one is followed by exec at once, so it cannot deadlock.
+            # jax warns of any fork; exec follows this one at once, so it cannot deadlock.
             warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=self._words,
-                stderr=self._words,
+                stdout=self._output,
+                stderr=self._output,
             )
         theirs.close()
         self.connection = Connection(ours.detach())
@@ -61,45 +61,54 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
+        """The id of the process."""
         return self._process.pid
 
     def send(self, method: str, *args) -> None:
-        """Asks for a call; the answer is fetched with `receive`, in order."""
+        """Starts a call; `receive` returns the results in order.
+
+        Raises:
+          WorkerError: the process has ended.
+        """
         try:
             self.connection.send((method, args))
         except OSError as error:
-            raise self._obituary() from error
+            raise self._death() from error
 
     def receive(self):
-        """The answer to the oldest call that was not answered yet."""
+        """Returns the result of the oldest call that has not been received.
+
+        Raises:
+          WorkerError: the process has ended.
+        """
         try:
             return self.connection.recv()
         except (EOFError, OSError) as error:
-            raise self._obituary() from error
+            raise self._death() from error
 
     def close(self) -> None:
-        """Ends the process: it leaves when its connection closes, and is killed if it does not."""
+        """Ends the process by closing its connection, and kills it if that takes 5 s."""
         self.connection.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._words.close()
+        self._output.close()
 
-    def _obituary(self) -> WorkerError:
+    def _death(self) -> WorkerError:
         status = self._process.wait()
-        self._words.seek(0)
-        words = self._words.read().decode(errors="replace").strip()[-2000:]
+        self._output.seek(0)
+        output = self._output.read().decode(errors="replace").strip()[-2000:]
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return WorkerError(
-            f"the worker process {self.pid} {how} in the middle of its work"
-            + (f"; its last words:\n{words}" if words else " (out of memory?)")
+            f"the worker process {self.pid} {how} before it finished its work"
+            + (f"; its last output:\n{output}" if output else " (out of memory?)")
         )
 
 
 def serve(descriptor: int, target: str) -> None:
-    """The worker's side of `WorkerProcess`: answers calls until the other side hangs up."""
+    """Runs the worker's side of `WorkerProcess`: answers calls until the connection closes."""
     connection = Connection(descriptor)
     module, name = target.split(":")
     served = None

@@ -1,8 +1,7 @@
-"""Action figures on held-out windows: how far a policy's actions are from the demonstrated ones.
+"""Action metrics on held-out windows: error, accuracy and average precision of sampled actions.
 
-These need no simulator, so they exist for every task. Each policy draws several samples a window
-from equal noise; their spread says how sure it is, and average precision asks whether it is right
-where it is sure.
+They need no simulator, so they exist for every task. Each policy draws several samples per window
+from the same noise. Average precision ranks predictions by the spread of their samples.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # distances in normalised units, whose rang
 
 
 def average_precision(correct: np.ndarray, confidence: np.ndarray) -> float:
-    """The mean precision at each correct prediction, walking from the surest to the least sure.
+    """Computes average precision: the mean of the precision at each correct prediction.
 
     Args:
-      correct, confidence: (n,) booleans, and numbers that rank (ties keep their order).
+      correct: (n,) booleans.
+      confidence: (n,) numbers that rank the predictions; ties keep their order.
 
     Returns:
-      A number in 0..1; 0 if nothing is correct.
+      a number in 0..1; 0 if nothing is correct.
     """
     ranked = np.asarray(correct, bool)[np.argsort(-np.asarray(confidence), kind="stable")]
     if not ranked.any():
@@ -41,10 +41,10 @@ def average_precision(correct: np.ndarray, confidence: np.ndarray) -> float:
 def action_figures(
     samples: np.ndarray, truth: np.ndarray, tolerances: Sequence[float] = TOLERANCES
 ) -> dict:
-    """Error, accuracy and mean average precision of sampled actions.
+    """Computes error, accuracy and mean average precision of sampled actions.
 
-    A predicted step is right if its distance to the demonstrated one (root mean square over the
-    action's dimensions) is within a tolerance. It is ranked by how little the samples differ.
+    A predicted step is correct if its distance to the demonstrated one (root mean square over the
+    action's dimensions) is within a tolerance. A smaller spread of samples is more confidence.
 
     Args:
       samples: (draws, windows, n, a) normalised; the first draw is the prediction.
@@ -77,15 +77,15 @@ def sample_actions(
     seed: int,
     batch: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A policy's actions on single windows; the noise depends on the seed and the window alone.
+    """Samples a policy's actions on windows; the noise depends only on the seed and the window.
 
     Args:
-      policy: whose actions.
-      reader, strips: the windows, strips of one.
-      draws: samples a window.
-      sampling_steps: respacing of the head's diffusion ("": its own).
+      policy: the policy.
+      reader, strips: the windows, as strips of one window.
+      draws: samples per window.
+      sampling_steps: respacing of the head's diffusion ("": the policy's own).
       seed: of all noise.
-      batch: windows at a time.
+      batch: windows per call of the policy.
 
     Returns:
       samples (draws, windows, n, a) and truth (windows, n, a), normalised.
@@ -110,7 +110,7 @@ def sample_actions(
         z = policy.video_tokens(cond, streams)
         noise = normal(2, (draws, loop, head.n_actions, head.channels))
 
-        def sample(noise):  # the condition does not depend on the draw, so it is made once
+        def sample(noise):  # the condition does not depend on the noise, so it is computed once
             return policy.action_head.sample(
                 z, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
             )
@@ -121,7 +121,7 @@ def sample_actions(
     samples, truth = [], []
     for start in range(0, len(strips), batch):
         rows = np.arange(start, start + batch)
-        # Repeats fill the last batch and are cut off again.
+        # Repeated windows fill the last batch and are dropped afterwards.
         obs = source.single_windows(reader.read(strips, np.minimum(rows, len(strips) - 1)))
         found = run(variables, obs, rows)
         kept = min(batch, len(strips) - start)

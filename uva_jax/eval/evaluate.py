@@ -1,4 +1,4 @@
-"""Evaluation: teacher and grafts on the same seeds, windows and noise."""
+"""Evaluation of teacher and grafts on the same seeds, windows and noise."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_json
 
-ENCODE_FRAMES = 16  # frames the VAE takes at a time: what fits a CPU's cache
+ENCODE_FRAMES = 16  # frames that the VAE encodes at a time: they fit a CPU's cache
 
 
 class Actor:
-    """A policy as `RolloutPool` calls it.
+    """A policy as the `predict` function of `RolloutPool`.
 
-    Neighbouring observations share frames, so the VAE's moments of those are kept from call to
-    call; the VAE's sampling noise is drawn anew for every call, as in `Policy.predict_action`.
-    Noise depends on (seed, call) alone, so two actors with one `noise_seed` see the same.
+    Successive observations share frames, so the VAE's moments of these are reused; the latents are
+    sampled again in every call, as in `Policy.predict_action`. Noise depends only on
+    (noise_seed, seed, call), so two actors with one `noise_seed` get the same noise.
     """
 
     def __init__(self, policy: Policy, sampling_steps: str = "", noise_seed: int = 0):
-        """`sampling_steps` are those of the action head; "": the policy's own."""
+        """Compiles nothing yet.
+
+        Args:
+          policy: the policy.
+          sampling_steps: diffusion steps of the action head; "": the policy's own.
+          noise_seed: of all noise.
+        """
         self.load(policy)
         graph, head = nnx.graphdef(policy), policy.config.action_head
         steps = sampling_steps or head.sampling_steps
@@ -69,9 +75,9 @@ class Actor:
     def lower(
         self, frames: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
     ) -> jax.stages.Lowered:
-        """An episode's first call, on frames (n, n_frames, h, w, 3), as one program.
+        """Lowers an episode's first call, on frames (n, n_frames, h, w, 3) uint8, as one program.
 
-        From shapes alone: the policy may be one without arrays (`surgery.abstract_policy`).
+        It needs only shapes: the policy may be one without arrays (`surgery.abstract_policy`).
         """
 
         def call(variables, frames, seed_index, call_index):
@@ -84,7 +90,7 @@ class Actor:
         )
 
     def load(self, policy: Policy) -> None:
-        """Takes the parameters of another policy of the same architecture."""
+        """Uses the parameters of another policy of the same architecture."""
         self.variables = nnx.state(policy)
         self._frames = self._moments = None
 
@@ -113,22 +119,21 @@ def evaluate(
     folder: Path,
     metrics: MetricsWriter,
 ) -> dict:
-    """Judges every policy; writes metrics.json and videos/. A run that was cut off resumes by
-    policy.
+    """Evaluates every policy; writes metrics.json and videos/. A killed run resumes by policy.
 
     Args:
       policies: "teacher", "graft_stage1" and "graft".
       windows: held-out windows on which actions are compared, or None.
-      options: how policies are judged.
+      options: of rollouts and action samples.
       folder: of the stage.
-      metrics: a MetricsWriter.
+      metrics: writer of progress and messages.
 
     Returns:
-      what metrics.json holds: by policy its figures, and "paired_difference" (graft - teacher) and
-      "paired_difference_stage1" where there were rollouts.
+      the content of metrics.json: the results of each policy and, with rollouts,
+      "paired_difference" (graft - teacher) and "paired_difference_stage1".
 
     Raises:
-      UserError: the simulator cannot give what the policy observes.
+      UserError: the simulator does not provide the policy's observations.
     """
     found: dict = {name: {} for name in policies}
     if windows is not None:
@@ -137,8 +142,8 @@ def evaluate(
     if seeds := rollout_seeds(options):
         if WindowSpec.of(policies["teacher"].config).more_than_images:
             raise UserError(
-                f"config.evaluate.simulator={options.simulator!r} shows a policy images alone, but "
-                "this one takes more: set it to ''"
+                f"config.evaluate.simulator={options.simulator!r} provides only images, but this "
+                "policy observes more: set it to ''"
             )
         _roll_out_all(policies, found, seeds, options, folder, metrics)
     write_json(folder / "metrics.json", found)
@@ -146,13 +151,13 @@ def evaluate(
 
 
 def rollout_seeds(options: EvaluateOptions) -> list[int]:
-    """The episodes that every policy is rolled out in; none without a simulator."""
+    """Returns the seeds of the rollouts; none without a simulator."""
     count = options.num_seeds if options.simulator else 0
     return list(range(options.start_seed, options.start_seed + count))
 
 
 def summary(found: Mapping) -> dict:
-    """What the stage's record keeps of `evaluate`'s figures: a number a policy, the differences."""
+    """Returns the main result of each policy and the differences, from `evaluate`'s results."""
     result = {k: v for k, v in found.items() if k.startswith("paired")}
     for name, figures in found.items():
         if name not in result:
@@ -161,7 +166,7 @@ def summary(found: Mapping) -> dict:
 
 
 def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics) -> dict:
-    """Action figures of one policy; kept for a run that goes on."""
+    """Returns action metrics of one policy; stored, so that a resumed run reuses them."""
     path = folder / f"actions_{name}.json"
     found = read_json(path)
     if found is None:
@@ -183,7 +188,7 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
 
 
 def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> None:
-    """Adds the scores of every policy, and the paired differences, to `results`."""
+    """Adds the scores of every policy and the paired differences to `results`."""
     recorded = seeds[: options.videos]
     fix_goal = options.simulator != "pusht_multitask"
     with RolloutPool(options.workers or None, fix_goal=fix_goal) as pool:
@@ -254,7 +259,7 @@ def _rollout(
 
 
 def _side_by_side(folder, recorded: list[int]) -> None:
-    """Teacher and graft in one video a seed."""
+    """Writes one video per seed with teacher and graft side by side."""
     for seed in recorded:
         clips = [folder / "videos" / f"{name}_{seed}.npy" for name in ("teacher", "graft")]
         if all(clip.exists() for clip in clips):

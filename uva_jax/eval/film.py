@@ -1,4 +1,4 @@
-"""Predictions as films: real frames above predicted ones, as video, strip of pictures or arrays."""
+"""Writes predictions as a video, an image or arrays, with real frames above predicted ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from uva_jax.storage.atomic import new_file
 
 SUFFIXES = (".mp4", ".gif", ".png", ".npz")
 _TILE = 192  # frames are enlarged to about this many pixels
-_FPS = 2.5  # frames are four steps apart, and most policies act ten times a second
+_FPS = 2.5  # frames are four steps apart, and most policies act at 10 Hz
 
 
 def film(predictions: Sequence[Prediction], names: Sequence[str]) -> np.ndarray:
-    """Windows side by side as one clip (2 n_frames, h, w, 3) uint8.
+    """Returns windows side by side as one clip (2 n_frames, h, w, 3) uint8.
 
-    Each camera has a row of real frames, where the future is known, above one that shows the given
-    history and then what was predicted.
+    Each camera has a row with the real frames, if the future is known, and below it a row with the
+    given history followed by the predicted frames.
     """
     cameras = predictions[0].cameras
     halves = []
@@ -35,7 +35,7 @@ def film(predictions: Sequence[Prediction], names: Sequence[str]) -> np.ndarray:
             for kind, row in rows.items():
                 said = "given" if past and kind == "predicted" else kind
                 said = said if len(cameras) == 1 else f"{camera} {said}"
-                # Names stand in the top row alone: labels have little room.
+                # Only the top row shows names, because labels are narrow.
                 labels += [said if labels else f"{said}: {n}" for n in names]
                 blank = np.full_like(shown[0].predicted, 255)
                 clips += [blank if clip is None else clip for clip in row]
@@ -45,10 +45,10 @@ def film(predictions: Sequence[Prediction], names: Sequence[str]) -> np.ndarray:
 
 
 def write(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
-    """Writes what was predicted in the form that the name asks for: video, strip or arrays.
+    """Writes predictions in the format of the file name's suffix: video, image or arrays.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     suffix = path.suffix.lower()
     try:
@@ -61,7 +61,7 @@ def write(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -
                 found["action"] = np.stack([p.action for p in predictions])
             with new_file(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **found)
-        elif suffix == ".png":  # time goes to the right, so windows go below each other
+        elif suffix == ".png":  # time runs to the right, so windows are placed below each other
             parts = [film([p], [name]) for p, name in zip(predictions, names, strict=True)]
             video.write_strip(path, np.concatenate(parts, axis=1))
         else:

@@ -1,4 +1,4 @@
-"""The report of a graft: scores and figures of the evaluation beside what its stages logged."""
+"""The report of a graft: results of the evaluation and what the stages have logged."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ def write_graft_report(
     workdir: Path,
     stages: Mapping[str, Path],
 ) -> Path:
-    """Writes the page from `evaluate`'s figures and from what the stages have logged.
+    """Writes the page from `evaluate`'s results and from what the stages have logged.
 
     Args:
-      path: of the page; videos are in videos/ beside it.
-      policies: what was judged; "teacher" and "graft" among them.
-      found: from `evaluate`.
+      path: of the page; its folder holds videos/.
+      policies: the evaluated policies, with "teacher" and "graft".
+      found: the results of `evaluate`.
       config: the run's configuration.
       workdir: holds metrics.jsonl.
       stages: folder of each earlier stage by name.
+
+    Returns:
+      the page's path.
     """
     options = section(config.evaluate, EvaluateOptions)
     seeds = rollout_seeds(options)

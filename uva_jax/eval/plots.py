@@ -1,6 +1,6 @@
-"""The report's plots, each drawn twice: once for light pages and once for dark ones.
+"""The report's plots, each drawn once for light pages and once for dark ones.
 
-matplotlib's object interface with the Agg canvas, so that no display and no global state is needed.
+They use matplotlib's object interface with the Agg canvas, which needs no display or global state.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SERIES = {
 }
 _TEXT = {"light": "#334155", "dark": "#cbd5e1"}
 _GRID = {"light": "#e2e8f0", "dark": "#334155"}
-_SMOOTHED_FROM = 60  # points from which a curve is drawn faint, with its running mean on top
+_SMOOTHED_FROM = 60  # from so many points on, a running mean is drawn over the faint curve
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture as PNG bytes for either page, transparent where nothing is drawn."""
+    """One plot as PNG bytes for light and dark pages, with a transparent background."""
 
     light: bytes
     dark: bytes
@@ -41,7 +41,8 @@ def curves_plot(
 
     Args:
       series: (steps, values) by label; None values leave gaps.
-      log: logarithmic values, when all of them are positive.
+      ylabel: label of the value axis.
+      log: use a logarithmic axis if all values are positive.
     """
     arrays = {
         label: (np.asarray(steps, float), np.asarray(values, float))
@@ -72,7 +73,7 @@ def curves_plot(
 
 
 def paired_plot(seeds: Sequence[int], teacher: Sequence[float], graft: Sequence[float]) -> Plot:
-    """Draws the two scores of every seed, joined by a line, ordered by the teacher's."""
+    """Draws both scores of every seed, joined by a line, in the order of the teacher's scores."""
     first, second = np.asarray(teacher, float), np.asarray(graft, float)
     order = np.lexsort((second, first))
     names = np.asarray(seeds)[order]

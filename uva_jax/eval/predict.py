@@ -1,9 +1,9 @@
-"""Predicted futures beside real ones: one window in, frames, actions and their errors out.
+"""Samples frames and actions for one window and compares them with the real ones.
 
-A window is a mapping of arrays without a batch axis, an observation as `Policy.predict_action`
-takes it and, as far as it is known, what came after: "future_image" and "future_wrist_image" like
-"image", and "action", the actions that were taken. The noise depends on the seed and the window's
-number alone, so a window's prediction does not change with the others.
+A window is a mapping of arrays without a batch axis: an observation as `Policy.predict_action`
+takes it and, if known, its future: "future_image" and "future_wrist_image" (shaped like "image")
+and "action", the executed actions. The noise depends only on the seed and the window's number, so a
+window's prediction does not depend on the other windows.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from uva_jax.models.policy_config import TASK_MODES, PolicyConfig
 from uva_jax.models.token_sampler import masked_counts, sample_tokens
 from uva_jax.runtime.errors import UserError
 
-CAMERAS = {"main": "", "wrist": "wrist_"}  # what the names of a camera's arrays begin with
+CAMERAS = {"main": "", "wrist": "wrist_"}  # camera -> prefix of the names of its arrays
 SCHEDULES = ("linear", "constant")
 _IMAGES = tuple(f"{when}{prefix}image" for when in ("", "future_") for prefix in CAMERAS.values())
-_NUMBERS = ("fiu", "float")  # kinds of dtypes, and what they are called
+_NUMBERS = ("fiu", "float")  # kinds of dtypes, and their name in messages
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How futures are sampled; see `token_sampler.sample_tokens`.
+    """Options of sampling; see `token_sampler.sample_tokens`.
 
     Attributes:
       mode: one of TASK_MODES.
       num_iter, guidance, schedule, temperature: of the token sampler.
-      sampling_steps: steps of every diffusion loop; 0: each head's own number.
+      sampling_steps: steps of every diffusion loop, 1..1000; 0: each head's own number.
       seed: of all noise.
     """
 
@@ -51,40 +51,47 @@ class Sampling:
     seed: int = 0
 
     def check(self, policy: Policy) -> None:
-        """Raises UserError unless the policy can be sampled like that."""
+        """Checks the options against a policy.
+
+        Raises:
+          UserError: an option is out of range, or the policy lacks what the mode needs.
+        """
         if self.mode not in TASK_MODES:
-            raise UserError(f"mode {self.mode!r} is unknown; known are {', '.join(TASK_MODES)}.")
+            raise UserError(f"mode {self.mode!r} is unknown: use one of {', '.join(TASK_MODES)}")
         if self.mode in VIDEO_MODES and policy.video_head is None:
-            raise UserError(f"{self.mode} predicts video, but this policy has no video head.")
+            raise UserError(
+                f"{self.mode} predicts video, but this policy has no video head: "
+                "choose another mode"
+            )
         if policy.action_head is None and self.mode not in VIDEO_MODES:
             raise UserError(
                 f"{self.mode} predicts actions, but this policy was trained for video alone and "
-                f"has no action head; choose one of {', '.join(VIDEO_MODES)}."
+                f"has no action head: choose one of {', '.join(VIDEO_MODES)}"
             )
         masked_counts(policy.config.mar.tokens_per_frame, self.num_iter)
         if self.schedule not in SCHEDULES:
             raise UserError(
-                f"the guidance schedule is {self.schedule!r}; it can be {' or '.join(SCHEDULES)}."
+                f"the guidance schedule is {self.schedule!r}; it can be {' or '.join(SCHEDULES)}"
             )
         for name in ("guidance", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} is {value}; it should be a number of at least 0.")
+                raise UserError(f"{name} is {value}; it should be a number of at least 0")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; it can be 0 to {2**32 - 1}.")
+            raise UserError(f"seed is {self.seed}; it can be 0 to {2**32 - 1}")
         if not 0 <= self.sampling_steps <= 1000:
             raise UserError(
                 f"sampling_steps is {self.sampling_steps}; it can be 1 to 1000, or 0 for the "
-                "policy's own number."
+                "policy's own number"
             )
 
 
 @dataclass(frozen=True)
 class Camera:
-    """What one camera shows, each (n_frames, size, size, 3) uint8 at the policy's size, or None.
+    """Frames of one camera, each (n_frames, size, size, 3) uint8 at the policy's size, or None.
 
-    `history` and `future` are real, `predicted` is sampled, and `reconstruction` is what the VAE
-    makes of the real future (its mean, without sampling noise).
+    `history` and `future` are real, `predicted` is sampled, and `reconstruction` is the real future
+    encoded (to the mean, without noise) and decoded by the VAE.
     """
 
     history: np.ndarray | None
@@ -95,14 +102,14 @@ class Camera:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was sampled for a window.
+    """The sampled future of a window.
 
     Attributes:
       cameras: by name ("main", "wrist"); empty in modes without video.
-      action: (n_actions, action_dim) raw, or None in modes that do not learn actions.
-      action_mse: mean square distance to the truth, normalised; None if either is not there.
-      latent_spread: deviation of the sampled latents over that of the history's: about 1 where a
-        video head works. None in modes without video.
+      action: (n_actions, action_dim) in raw units, or None in modes without actions.
+      action_mse: mean squared error in normalised units; None without actions or truth.
+      latent_spread: standard deviation of the sampled latents over that of the history's latents,
+        about 1 for a working video head; None in modes without video.
     """
 
     cameras: Mapping[str, Camera]
@@ -114,10 +121,16 @@ class Prediction:
 def checked_window(
     config: PolicyConfig, mode: str, window: Mapping[str, np.ndarray], origin: str
 ) -> dict[str, np.ndarray]:
-    """What a mode of a policy reads of a window, images uint8 and all else float32.
+    """Returns the arrays of a window that a policy reads in a mode: images uint8, others float32.
+
+    Args:
+      config: of the policy.
+      mode: one of TASK_MODES.
+      window: the arrays.
+      origin: where they are from, for error messages.
 
     Raises:
-      UserError: an array is missing or has another shape or dtype; `origin` says whose it is.
+      UserError: an array is missing, has another shape or dtype, or is not finite.
     """
     c, past = config.mar, (config.n_obs_steps, config.mar.n_frames)
     widths = dict(config.normalizer_fields)
@@ -132,7 +145,7 @@ def checked_window(
     if missing := [name for name in needed if name not in window]:
         raise UserError(
             f"{origin} lacks {', '.join(missing)}, which this policy reads in {mode}; it holds "
-            f"{', '.join(window) or 'nothing'}."
+            f"{', '.join(window) or 'nothing'}"
         )
     actions = (c.n_actions, c.action_dim)
     shapes: dict[str, tuple] = {"action": actions}
@@ -154,16 +167,16 @@ def checked_window(
             said = " x ".join("any" if n is None else _either(n) for n in shape)
             raise UserError(
                 f"{name} of {origin} is {array.dtype} {array.shape}, but this policy takes "
-                f"{wanted} {said}."
+                f"{wanted} {said}"
             )
         if not np.isfinite(array).all():
-            raise UserError(f"{name} of {origin} has values that are not finite.")
+            raise UserError(f"{name} of {origin} has values that are not finite: correct them")
         found[name] = array if name in _IMAGES else np.asarray(array, np.float32)
     width = sum(window[name].shape[-1] for name in states)
     if width != c.proprio_dim:
         raise UserError(
             f"the states of {origin} ({', '.join(states)}) are {width} numbers wide, "
-            f"but this policy takes {c.proprio_dim}."
+            f"but this policy takes {c.proprio_dim}"
         )
     return found
 
@@ -173,9 +186,9 @@ def _either(n) -> str:
 
 
 def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int], Prediction]:
-    """f(window, number) -> Prediction, compiled at its first call.
+    """Returns f(window, number) -> Prediction, compiled at its first call.
 
-    Windows come from `checked_window`; `number` tells the noise of one from another's.
+    Windows come from `checked_window`; `number` selects the noise.
 
     Raises:
       UserError: see `Sampling.check`.
@@ -224,7 +237,7 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
         return found
 
     def predict(window: Mapping[str, np.ndarray], number: int) -> Prediction:
-        # A first diffusion step magnifies errors by 1e4 and more: no reduced products here.
+        # The first diffusion step magnifies errors by 1e4 and more: no reduced precision here.
         with jax.default_matmul_precision("highest"):
             found = jax.tree.map(np.asarray, run(variables, window, number))
         numbers = {k: float(found[k]) for k in ("action_mse", "latent_spread") if k in found}
@@ -239,7 +252,7 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
 
 
 def _show(policy: Policy, obs: Mapping, prefix: str, sampled: Mapping) -> dict:
-    """The fields of a `Camera`, of the only window of a batch."""
+    """Returns the fields of a `Camera` for a batch of one window."""
     n_frames = policy.config.mar.n_frames
 
     def real(name):
@@ -265,20 +278,20 @@ def _show(policy: Policy, obs: Mapping, prefix: str, sampled: Mapping) -> dict:
 
 
 def _to_uint8(frames: jax.Array) -> jax.Array:
-    """[-1, 1] -> 0..255, rounded; what overflowed on the way shows as grey."""
+    """Converts [-1, 1] to 0..255, rounded; values that are not finite become grey."""
     return jnp.round((jnp.nan_to_num(frames) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def figures(predictions: Sequence[Prediction]) -> dict:
-    """How near predictions are to the truth, over all of them; only what there is a truth for.
+    """Computes the errors of predictions, where the truth is known.
 
-    PSNR is that of the mean square error over all pixels and frames, so that it is finite unless
-    everything is equal; SSIM is the mean over frames.
+    PSNR (dB) is that of the mean squared error over all pixels and frames, so that it is finite
+    unless everything is equal; SSIM is the mean over frames.
 
     Returns:
       {"cameras": {camera: {"predicted" | "last_frame" | "reconstruction": {"psnr", "ssim"}}},
-      "action_mse": normalised, "latent_spread": the widest}. "last_frame" is the last frame of the
-      history, held.
+      "action_mse": in normalised units, "latent_spread": the largest}. "last_frame" repeats the
+      last frame of the history.
     """
     found: dict = {"cameras": {}}
     for name in predictions[0].cameras:
@@ -304,6 +317,6 @@ def figures(predictions: Sequence[Prediction]) -> dict:
 
 
 def _distance(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    # One tall image, because the PSNR of all frames together is wanted.
+    # Frames become one tall image, for the PSNR of all frames together.
     tall = [x.reshape(1, -1, *x.shape[2:]) for x in (frames, truth)]
     return {"psnr": float(psnr(*tall)[0]), "ssim": float(np.mean(ssim(frames, truth)))}

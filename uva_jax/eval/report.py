@@ -1,7 +1,7 @@
-"""The report of a run: one HTML page that holds everything it shows and asks the network nothing.
+"""The report of a run: one self-contained HTML page, which loads nothing from the network.
 
-The caller passes plain dictionaries; a section without data is left out. The look is in
-`report_style.py`, the plots are in `plots.py`.
+The caller passes plain dictionaries; a section without data is left out. `report_style.py` has the
+style sheet and `plots.py` the plots.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from uva_jax.eval.report_style import STYLE
 from uva_jax.runtime.metrics import read_metrics
 from uva_jax.storage.atomic import read_json, write_bytes
 
-MAX_VIDEO_BYTES = 20 * 2**20  # all videos of one page together
+MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of one page
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report shows. Rows are dictionaries; a key that is missing or None shows as a dash.
+    """The content of a report. Rows are dictionaries; a missing key or None is shown as a dash.
 
     Attributes:
       title: heading of the page.
-      config: what the run was, name to value, a dozen entries or so.
+      config: the run's main settings by name, about a dozen.
       stages: rows of `name`, `seconds`, `done` (bool), optionally `note`.
       architecture: rows of `part`, `teacher`, `graft` (numbers of parameters).
       operators: rows of `operator`, `block`, `raw`, `scaled`, `shuffled` (the scaled loss when the
-        operator is given other samples' inputs), `fvu`.
+        operator gets other samples' inputs), `fvu` (fraction of variance unexplained).
       curves: rows of `title`, `series` (label to (steps, values)), optionally `ylabel`, `log`.
       scores: rows of `policy`, `score`, `ci` (low, high), `success` (share), `episodes`.
       paired: `difference` (graft - teacher), `ci` (low, high).
       actions: rows of `policy`, `mse`, `map`, `accuracy` (tolerance to share); see `actions.py`.
-      per_seed: `seeds`, `teacher`, `graft`, lists of one length.
+      per_seed: `seeds`, `teacher`, `graft`, lists of equal length.
       videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
       notes: sentences shown below the heading.
     """
@@ -71,10 +71,12 @@ def stage_rows(folders: Mapping[str, str | os.PathLike]) -> list[dict[str, Any]]
 def curve_series(
     workdir: str | os.PathLike, stage: str, names: Sequence[str]
 ) -> dict[str, tuple[list[int], list[float | None]]]:
-    """Returns (steps, values) of scalars that a stage logged; the ones it never logged are absent.
+    """Returns (steps, values) by name of scalars that a stage has logged.
 
     Args:
-      names: scalars to take from metrics.jsonl, which also label the series.
+      workdir: holds metrics.jsonl.
+      stage: name of the stage.
+      names: of the scalars; those that were never logged are absent from the result.
     """
     records = read_metrics(workdir, stage)
     series = {}
@@ -86,9 +88,9 @@ def curve_series(
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> Path:
-    """Writes the page, atomically, and returns its path.
+    """Writes the page atomically and returns its path.
 
-    Videos beyond MAX_VIDEO_BYTES, and missing ones, are named in the page instead of embedded.
+    The page names videos that are missing or exceed MAX_VIDEO_BYTES instead of embedding them.
     """
     sections = [
         _headline(data),
@@ -165,9 +167,9 @@ def _actions(rows: Sequence[Mapping[str, Any]]) -> str:
         *(_Column(f"Within {t}", t, _percent) for t in rows[0]["accuracy"]),
     ]
     return _table(columns, [dict(row) | dict(row["accuracy"]) for row in rows]) + (
-        '<p class="note">In normalised units, against the demonstrated actions. Within: the share '
-        "of steps whose distance to the demonstrated one is at most that. mAP: average precision, "
-        "ranked by how little a policy’s samples differ, averaged over the distances.</p>"
+        '<p class="note">In normalised units, against the demonstrated actions. Within d: share of '
+        "steps whose distance to the demonstrated one is at most d. mAP: average precision, "
+        "ranked by the spread of a policy’s samples (less is surer), averaged over d.</p>"
     )
 
 
@@ -183,9 +185,9 @@ def _operators(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     return _table(columns, rows) + (
-        '<p class="note">On held-out samples. The scaled loss is over the target’s own scale. '
-        "The shuffled loss is the scaled loss when the operator sees the input of another sample: "
-        "an operator that uses its input does far worse there.</p>"
+        '<p class="note">On held-out samples. The scaled loss is the loss divided by the target’s '
+        "scale. Shuffled input is the scaled loss when the operator gets the input of another "
+        "sample: it is far larger for an operator that uses its input.</p>"
     )
 
 
@@ -250,19 +252,19 @@ def _videos(videos: Sequence[Mapping[str, Any]]) -> str:
     html = f'<div class="grid">{"".join(figures)}</div>' if figures else ""
     if left_out:
         limit = f"{MAX_VIDEO_BYTES / 2**20:.0f} MB"
-        html += f"<p>Not in this page, which holds at most {limit} of videos:</p>"
+        html += f"<p>Not embedded, because a page holds at most {limit} of videos:</p>"
         html += f"<ul>{''.join(left_out)}</ul>"
     return html
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Heading, key of the row, and how a value becomes HTML (escaped text where not given)."""
+    """A column: heading, key of the row, and how a value becomes HTML (default: escaped)."""
 
     heading: str
     key: str
     show: Callable[[Any], str] | None = None
-    number: bool = True  # right-aligned; only where `show` is given
+    number: bool = True  # right-aligned, if `show` is given
 
     def cell(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)

@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet, for light and dark screens."""
+"""The style sheet of the report, for light and dark screens."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0;

@@ -1,4 +1,4 @@
-"""A policy in training as its user watches it: rollouts now and then, and a report at the end."""
+"""Rollouts during a policy's training, and the report of that training."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ _VAE_LOSSES = ("l1", "l2", "edge", "readout")
 
 @contextmanager
 def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score | None]:
-    """Rolls policies of one architecture out in gym-pusht, always on the same seeds and noise.
+    """Yields a function that scores policies in gym-pusht, always on the same seeds and noise.
 
-    Yields None where none are asked for; else a function whose result is {"score": the mean of the
-    largest rewards, its interval, "success": the share of full successes}. As `test_mean_score`,
-    but on seeds of its own: what is tested is not what training is steered by.
+    The score is `test_mean_score` on seeds that no test uses, because it may steer training.
+
+    Yields:
+      None if `options` ask for no scores; otherwise policy -> {"score": mean of the largest
+      rewards in 0..1, its confidence interval, "success": share of successful episodes}.
 
     Raises:
       UserError: there are several processes, none of which holds the whole policy.
@@ -45,7 +47,7 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
         return
     if jax.process_count() > 1:
         raise UserError(
-            "rollouts while training need the whole policy in one process: set "
+            "rollouts during training need the whole policy in one process: set "
             "config.pretrain.score.every=0 and evaluate afterwards"
         )
     seeds = range(options.start_seed, options.start_seed + options.num_seeds)
@@ -79,7 +81,13 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
 
 
 def write_training_report(workdir: Path, config, task: str) -> Path:
-    """`<workdir>/pretrain/report.html` from what the stages logged of a policy for `task`."""
+    """Writes `<workdir>/pretrain/report.html` from what the stages logged; returns its path.
+
+    Args:
+      workdir: of the run.
+      config: the run's configuration.
+      task: name of the policy's task, for the title.
+    """
     lines = read_metrics(workdir, "pretrain")
     names = sorted({k for line in lines for k in line})
     vae = report.curve_series(
@@ -88,7 +96,7 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
     groups = (
         ("Video loss", _with("video_loss", names), {}),
         ("Action loss", _with("act_loss", names), {}),
-        ("State read out, mean square error", [k for k in ("policy/readout",) if k in names], {}),
+        ("Readout head, mean squared error", [k for k in ("policy/readout",) if k in names], {}),
         (
             "Score in rollouts",
             [k for k in names if k.startswith("policy/score")],

@@ -1,6 +1,6 @@
-"""Videos: tiling, files (mp4 that browsers play, gif, png), and the measures PSNR and SSIM.
+"""Tiles clips, writes them as mp4, gif or png, and compares frames by PSNR and SSIM.
 
-Frames are uint8 RGB arrays (t, h, w, 3) throughout.
+Clips are uint8 RGB arrays (t, h, w, 3).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uva_jax.storage.atomic import new_file
 
-_PAPER = 255  # the value of gaps and of label strips
+_PAPER = 255  # value of gaps and of the background of labels
 _INK = (40, 40, 40)
 
 
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) -> Path:
     """Writes frames (t, h, w, 3) uint8 as H.264 in an mp4 file, atomically.
 
-    Odd heights and widths gain one repeated row or column: 4:2:0 colour wants even sizes.
+    4:2:0 colour needs even sizes: for an odd height or width the last row or column is repeated.
 
     Raises:
       ValueError: no frames, or not uint8 RGB.
@@ -33,7 +33,7 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with new_file(path) as temporary, warnings.catch_warnings():
-        # jax warns of any fork; this one is followed by exec at once, so it cannot deadlock.
+        # jax warns of any fork; exec follows this one at once, so it cannot deadlock.
         warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
         with imageio.get_writer(
             temporary,
@@ -50,9 +50,9 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
 
 
 def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) -> Path:
-    """Writes frames (t, h, w, 3) uint8 as a gif that plays for ever, atomically.
+    """Writes frames (t, h, w, 3) uint8 as an endless gif, atomically.
 
-    Equal neighbours become one frame that is shown for longer.
+    Equal successive frames become one frame with a longer duration.
 
     Raises:
       ValueError: no frames, or not uint8 RGB.
@@ -83,24 +83,27 @@ def tile(
     scale: int = 1,
     gap: int = 8,
 ) -> np.ndarray:
-    """Puts clips beside each other, row by row, as one clip.
+    """Arranges clips in a grid, row by row, as one clip.
 
-    Shorter clips hold their last frame until the longest has ended.
+    Shorter clips repeat their last frame until the longest ends.
 
     Args:
       clips: arrays (t_i, h, w, 3) uint8 of one frame size.
       labels: a line of text above each clip.
-      columns: clips a row; all in one row by default.
-      scale: whole-number enlargement, pixels repeated.
+      columns: clips per row; all in one row by default.
+      scale: whole-number enlargement by repeating pixels.
       gap: pixels between clips.
 
     Returns:
       (max t_i, height, width, 3) uint8.
+
+    Raises:
+      ValueError: frame sizes differ, or there are not as many labels as clips.
     """
     clips = [_checked(clip) for clip in clips]
     sizes = {clip.shape[1:] for clip in clips}
     if len(sizes) != 1:
-        raise ValueError(f"tile wants clips of one frame size, got {sorted(sizes)}")
+        raise ValueError(f"tile needs clips of one frame size, got {sorted(sizes)}")
     if labels is not None and len(labels) != len(clips):
         raise ValueError(f"tile got {len(clips)} clips and {len(labels)} labels")
     length = max(len(clip) for clip in clips)
@@ -124,13 +127,16 @@ def tile(
 
 
 def psnr(x: np.ndarray, y: np.ndarray, data_range: float = 255.0) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each frame.
+    """Computes the peak signal-to-noise ratio of each frame.
 
     Args:
-      x, y: (..., h, w, c), values spanning `data_range`.
+      x, y: (..., h, w, c), values within a range of `data_range`.
 
     Returns:
-      (...), infinite where the frames are equal.
+      (...) in dB, infinite for equal frames.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     x, y = _pair(x, y)
     error = np.mean((x - y) ** 2, axis=(-3, -2, -1))
@@ -139,20 +145,23 @@ def psnr(x: np.ndarray, y: np.ndarray, data_range: float = 255.0) -> np.ndarray:
 
 
 def ssim(x: np.ndarray, y: np.ndarray, data_range: float = 255.0) -> np.ndarray:
-    """Structural similarity of each frame, at most 1, mean over pixels and channels.
+    """Computes the structural similarity of each frame, the mean over pixels and channels.
 
-    Wang et al. 2004: an 11 x 11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03, only
-    where the window fits.
+    As Wang et al. 2004: an 11 x 11 Gaussian window with standard deviation 1.5, K1 = 0.01,
+    K2 = 0.03, at pixels where the window fits.
 
     Args:
-      x, y: (..., h, w, c) with h, w >= 11, values spanning `data_range`.
+      x, y: (..., h, w, c) with h, w >= 11, values within a range of `data_range`.
 
     Returns:
-      (...).
+      (...), at most 1.
+
+    Raises:
+      ValueError: the shapes differ, or frames are smaller than the window.
     """
     x, y = _pair(x, y)
     if min(x.shape[-3:-1]) < 11:
-        raise ValueError(f"ssim wants frames of at least 11 x 11 pixels, got {x.shape[-3:-1]}")
+        raise ValueError(f"ssim needs frames of at least 11 x 11 pixels, got {x.shape[-3:-1]}")
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2
@@ -188,7 +197,7 @@ def _checked(frames: np.ndarray) -> np.ndarray:
 
 
 def _label_strip(text: str, width: int) -> np.ndarray:
-    """Returns (height, width, 3) uint8 with the text on paper, left aligned."""
+    """Returns (height, width, 3) uint8 with the text on the background, left aligned."""
     size = max(10, min(18, width // 12))
     strip = Image.new("RGB", (width, size + 8), (_PAPER,) * 3)
     draw = ImageDraw.Draw(strip)

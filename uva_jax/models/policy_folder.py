@@ -182,7 +182,7 @@ def load_policy(
         )
         for path, leaf in expected.items()
     }
-    with policy_arrays.damage_is_told(params):
+    with policy_arrays.damage_as_user_error(params):
         with policy_arrays.checkpointer(expected) as checkpointer:
             found = traverse_util.flatten_dict(
                 checkpointer.metadata(params).item_metadata.tree, sep="/"

@@ -1,9 +1,8 @@
 """The engine that runs stages: skips finished ones, resumes unfinished ones, reruns changed ones.
 
 A stage is identified by a hash of the configuration keys that shape it and of everything it reads.
-That hash stands in `started.json` from the moment its folder exists and in `done.json` once it has
-finished, so the state on disk says all there is to know and a run may be killed at any moment.
-The stages themselves live in `pipeline/stages.py`; nothing here knows what they do.
+`started.json` holds the hash from the moment the stage's folder exists and `done.json` once the
+stage has finished, so a run may be killed at any moment. `pipeline/stages.py` has the stages.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.guards import end_if_stopped, full_disk_is_told, locked, stops_are_told
+from uva_jax.runtime.guards import end_if_stopped, full_disk_as_user_error, locked, stop_signals
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.settings import shapes_results
 from uva_jax.storage.atomic import new_folder, read_json, write_json
@@ -30,17 +29,17 @@ from uva_jax.storage.identity import Identity, external_hash, shaping_values
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage gets to work with.
+    """The inputs of a stage's `run`.
 
     Attributes:
-      config: the whole configuration; a stage may read only its `config_keys` of it.
+      config: the whole configuration; a stage may read only its `config_keys`.
       workdir: the run's folder.
-      folder: the stage's own folder, which exists. It holds what an earlier, cut-off run of the
-        same stage wrote, if there was one.
-      metrics: the writer for this stage.
+      folder: the stage's own folder, which exists. After an interrupted run it holds what that run
+        wrote.
+      metrics: the writer of this stage.
       inputs: folder of each stage in `needs` and `derived`.
       is_primary: this process writes; False on the other processes of a multi-host run.
-      barrier: waits for all processes; takes a name that is the same on all of them.
+      barrier: waits for all processes; takes a name that is equal on all of them.
     """
 
     config: FrozenConfigDict
@@ -57,19 +56,18 @@ class Stage:
     """One step of the pipeline.
 
     Attributes:
-      name: what `--stage` calls it.
-      run: does the work and returns metrics that JSON can hold. It is called again, in the same
-        folder, after a run that was cut off, and should then go on from what it finds.
+      name: its name for `--stage`.
+      run: does the work and returns metrics that JSON can hold. After an interrupted run it is
+        called again in the same folder and should resume.
       needs: names of earlier stages whose folders it reads.
       config_keys: dotted keys that shape the result; a key may name a whole sub-tree.
-      folder: where it writes, relative to the workdir; one stage a folder.
+      folder: where it writes, relative to the workdir; no two stages share one.
       describe: what it does, in a few words.
       fingerprint: from the configuration to the external files or folders it reads, by label. They
         are hashed by content.
-      on_request: it runs only where it, or another one on request that needs it, is named.
-      derived: names of earlier stages that it reads too, whose results follow from `needs` and
-        `config_keys` alone. They are brought up to date without being named, and do not count in
-        this stage's identity.
+      on_request: it runs only if `--stage` names it, or names another such stage that needs it.
+      derived: names of further earlier stages that it reads, whose results depend only on `needs`
+        and `config_keys`. They run without being named and are no part of this stage's identity.
       unrecorded: names of files and folders that an earlier version of the package left in the
         stage's folder without a record; they are replaced.
     """
@@ -97,20 +95,22 @@ def run_pipeline(
 ) -> dict[str, dict[str, Any]]:
     """Brings stages up to date, in order, and returns the metrics of each.
 
-    A finished stage whose configuration and inputs are unchanged is skipped; an unfinished one
-    resumes in its folder; one whose configuration or inputs changed starts again from an empty
-    folder, and so does what depends on it. Each stage ends by writing `done.json`.
+    A finished stage is skipped if its configuration and inputs are unchanged; an unfinished one
+    resumes in its folder. A stage whose configuration or inputs have changed, and every stage that
+    depends on it, starts over in an empty folder. Each stage ends by writing `done.json`.
 
     Args:
       stages: the table, each stage after the ones it needs.
-      only: names of the stages to run; by default all but those on request. What they
-        need must be up to date; what is `derived` for them runs too.
-      is_primary, barrier: for several processes on one shared workdir. Only the primary locks and
-        keeps records; all of them run the stages and meet at the barriers.
+      config: the configuration.
+      workdir: the run's folder, made if missing.
+      only: names of the stages to run; by default all but those `on_request`. Stages that they
+        need must be up to date; stages `derived` for them run too.
+      is_primary, barrier: for several processes on one shared workdir. Only the primary locks it
+        and keeps records; all run the stages and wait at the barriers.
 
     Raises:
-      UserError: an unknown stage name; a prerequisite that is missing or out of date; a workdir
-        that cannot be used, is in use by another run, or whose disk is full.
+      UserError: a stage is unknown, a needed stage is missing or out of date, or the workdir is
+        not writable, used by another run, or on a full disk.
       SystemExit: 143 after SIGTERM, 130 after SIGINT. The same command resumes.
     """
     table = _check_table(stages)
@@ -126,8 +126,8 @@ def run_pipeline(
     chosen = [name for name in table if name in wanted]
     engine = _Engine(table, FrozenConfigDict(config), Path(workdir).absolute(), is_primary, barrier)
     with ExitStack() as guards:
-        guards.enter_context(stops_are_told(engine.say))
-        guards.enter_context(full_disk_is_told(engine.workdir))
+        guards.enter_context(stop_signals(engine.say))
+        guards.enter_context(full_disk_as_user_error(engine.workdir))
         if is_primary:
             guards.enter_context(locked(engine.workdir, engine.say))
             write_json(engine.workdir / "config.json", engine.config.to_dict())
@@ -153,7 +153,7 @@ class _Engine:
         return self.workdir / self.table[name].folder
 
     def identify(self, name: str) -> Identity:
-        """Says what a stage's result must be shaped by, from configuration and files alone."""
+        """Returns the identity of a stage's up-to-date result, from configuration and files."""
         if name in self.identities:
             return self.identities[name]
         stage = self.table[name]
@@ -167,7 +167,7 @@ class _Engine:
             if Path(path).exists():
                 inputs[key] = external_hash(path, self.workdir)
             elif done.get("config") == values and key in done["inputs"]:
-                inputs[key] = done["inputs"][key]  # used, and moved away since: still done
+                inputs[key] = done["inputs"][key]  # a finished stage does not need its file again
             else:
                 raise UserError(
                     f"stage {name!r} reads {path} ({label}), which does not exist: check the path "
@@ -177,10 +177,10 @@ class _Engine:
         return self.identities[name]
 
     def check_prerequisites(self, chosen: Sequence[str]) -> None:
-        """Raises UserError unless all that the chosen stages need is up to date or chosen too."""
+        """Raises UserError if a needed stage is neither up to date nor chosen."""
         for name in chosen:
             self.identify(name)
-        for name in self.table:  # in order, so that the first complaint is the first thing to run
+        for name in self.table:  # in order, so that the error names the first stage to run
             if name in chosen or name not in self.identities:
                 continue
             done = read_json(self.folder(name) / "done.json")
@@ -193,20 +193,20 @@ class _Engine:
                 else f"has not finished in {self.workdir}"
             )
             raise UserError(
-                f"--stage {','.join(chosen)} builds on stage {name!r}, which {state}: run that "
-                f"first with --stage {name}, or leave out --stage to run all that is missing"
+                f"--stage {','.join(chosen)} needs stage {name!r}, which {state}: run it first "
+                f"with --stage {name}, or leave out --stage to run all missing stages"
             )
 
     def run(self, name: str) -> dict[str, Any]:
-        """Runs one stage, from the look at its folder to done.json, and returns its metrics."""
+        """Runs, resumes or skips one stage and returns its metrics."""
         end_if_stopped()
         stage, identity, folder = self.table[name], self.identify(name), self.folder(name)
-        # every process looks before the primary changes anything, so that all decide alike
+        # Every process reads before the primary changes anything, so that all decide alike.
         done, started = read_json(folder / "done.json"), read_json(folder / "started.json")
         self.barrier(f"{name}:decided")
         if identity.matches(done):
             when = done["finished"][:16].replace("T", " ")
-            self.say(f"{name}: done already ({when}, took {done['seconds']:.1f} s), skipped")
+            self.say(f"{name}: skipped, finished {when} in {done['seconds']:.1f} s")
             return done["metrics"]
         resumes = done is None and identity.matches(started)
         clock = time.monotonic()
@@ -215,7 +215,7 @@ class _Engine:
         ) as writer:
             if self.is_primary and not resumes:
                 self._start_afresh(name, done, started)
-            verb = "resuming where it was cut off" if resumes else "starting"
+            verb = "resuming" if resumes else "starting"
             self.say(f"{name}: {verb}" + (f" ({stage.describe})" if stage.describe else ""))
             self.barrier(f"{name}:prepared")
             inputs = {need: self.folder(need) for need in (*stage.needs, *stage.derived)}
@@ -250,11 +250,11 @@ class _Engine:
         return read_json(folder / "done.json")["metrics"]
 
     def _start_afresh(self, name: str, done: Mapping | None, started: Mapping | None) -> None:
-        """Leaves a folder that holds nothing but started.json; never a half-removed old one."""
-        # a stage's folder may be a link to another disk: the link stays, its target is replaced
+        """Replaces the stage's folder atomically by one that holds only started.json."""
+        # The folder may be a link to another disk: the link stays, its target is replaced.
         folder, identity = self.folder(name).resolve(), self.identify(name)
         if done or started:
-            state = "finished" if done else "cut off"
+            state = "finished" if done else "started"
             changes = identity.changes(done or started)
             self.say(f"{name}: was {state} with other settings or inputs, cleared ({changes})")
         elif left := {p.name for p in folder.iterdir()} if folder.exists() else set():
@@ -262,10 +262,10 @@ class _Engine:
                 self.say(f"{name}: {folder} was written by an earlier version, replaced")
             else:
                 raise UserError(
-                    f"{folder} is where stage {name!r} writes, but it holds files that no stage "
-                    "wrote: move them away, or choose another --workdir"
+                    f"stage {name!r} writes to {folder}, but it holds files that no stage wrote: "
+                    "move them away, or choose another --workdir"
                 )
-        with new_folder(folder) as new:  # the lock says that nobody else is at work on it
+        with new_folder(folder) as new:  # the workdir's lock excludes other writers
             write_json(new / "started.json", {"stage": name, **identity.record()})
 
 
@@ -275,8 +275,8 @@ def _check_table(stages: Sequence[Stage]) -> dict[str, Stage]:
         missing = [need for need in (*stage.needs, *stage.derived) if need not in table]
         if missing or stage.name in table or stage.folder in {s.folder for s in table.values()}:
             raise ValueError(
-                f"stage {stage.name!r} wants a name and a folder ({stage.folder!r}) of its own, "
-                f"and to come after all that it needs (not before it: {missing})"
+                f"stage {stage.name!r} needs a unique name, a unique folder (not "
+                f"{stage.folder!r}), and a place after the stages it needs ({missing} are missing)"
             )
         table[stage.name] = stage
     return table

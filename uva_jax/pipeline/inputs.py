@@ -1,4 +1,4 @@
-"""What stages open, as the configuration says: the data, a policy, the teacher's file, the mesh."""
+"""Opens what stages read by the configuration: the data, a policy, the teacher's file, the mesh."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from uva_jax.runtime.settings import section
 
 
 def compute_dtype(config, platform: str | None = None):
-    """The dtype of matrix products, or None for float32; `platform`: that of JAX's devices here."""
+    """Returns the dtype of matrix products, or None for float32.
+
+    Args:
+      config: the configuration.
+      platform: "cpu", "gpu" or "tpu", for precision "auto"; by default that of JAX's devices.
+    """
     choice = config.precision
     if choice == "auto":
         on_cpu = (platform or jax.default_backend()) == "cpu"
@@ -30,12 +35,12 @@ def compute_dtype(config, platform: str | None = None):
 
 
 def policy_path(name: str) -> Path:
-    """A policy's file or folder as a user names it; "embedded" is the one in the package."""
+    """Returns the path of a policy's file or folder; "embedded" is the file in the package."""
     return assets.POLICY if name == EMBEDDED else Path(name).expanduser()
 
 
 def teacher_checkpoint(config) -> Path:
-    """The checkpoint a run starts from.
+    """Returns the path of the teacher's checkpoint.
 
     Raises:
       UserError: there is no such file.
@@ -50,28 +55,28 @@ def teacher_checkpoint(config) -> Path:
 
 
 def mesh_of(config):
-    """The mesh that `config.mesh` describes."""
+    """Returns the mesh of `config.mesh`."""
     return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def load_policy(folder: Path, config) -> Policy:
-    """A policy in the dtype that the configuration asks for."""
+    """Loads a policy folder with the configuration's compute dtype."""
     return policy_folder.load_policy(folder, dtype=compute_dtype(config))
 
 
 def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
-    """The data as the policy reads it; `changes` are those to `config.data`."""
+    """Opens the data for a policy; `changes` override fields of `config.data`."""
     options = section(context.config.data, DataOptions)
     with context.metrics.late_progress("frames", desc="rendering") as progress:
         return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
 
 
 def recording(config) -> dict:
-    """The recording that a stage reads, by label."""
+    """Returns the path of the recording by label; empty for the embedded one."""
     data = section(config.data, DataOptions)
     return {} if data.embedded else {"data": data.path}
 
 
 def data_files(config) -> dict:
-    """All data that a stage reads, by label."""
+    """Returns the paths of the recording and of the language latents by label."""
     return recording(config) | ({"language": config.data.language} if config.data.language else {})

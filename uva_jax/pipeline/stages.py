@@ -1,8 +1,7 @@
-"""The graft as a table: convert, capture, distill, assemble, finetune, evaluate, export.
+"""The stages of a graft: convert, capture, distill, assemble, finetune, evaluate, export.
 
-Each stage reads only what earlier stages wrote; `engine.py` skips, resumes and reruns them. The
-work itself is in `graft/` and `eval/`: a stage opens its inputs, makes options of its sections,
-calls it, and saves.
+Each stage reads only what earlier stages wrote. A stage opens its inputs, turns sections of the
+configuration into options, calls `graft/` or `eval/`, and saves the result.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from uva_jax.storage.identity import external_hash
 
 
 def run_convert(context: Context) -> dict:
-    """torch checkpoint -> teacher/policy."""
+    """Converts the torch checkpoint to teacher/policy."""
     path, weights = teacher_checkpoint(context.config), context.config.teacher.weights
     config, info = from_torch(path, context.folder / "policy", weights=weights, to_graft=True)
     parameters = nnx.state(surgery.abstract_policy(config), nnx.Param)
@@ -41,7 +40,7 @@ def run_convert(context: Context) -> dict:
         f"{head.aggregator} head, {head.depth} x {head.width}"
     )
     for note in info["contradictions"]:
-        context.metrics.say(f"{path.name}: {note}; the tensors are believed")
+        context.metrics.say(f"{path.name}: {note}; the tensors are used")
     return {"parameters": count, "sha256": info["sha256"], "weights": info["weights"]}
 
 
@@ -54,7 +53,7 @@ def _teacher_hash(context: Context) -> str:
 
 
 def run_capture(context: Context) -> dict:
-    """Windows -> activations/train and activations/held_out."""
+    """Captures the teacher's activations into activations/train and activations/held_out."""
     config, teacher = context.config, _teacher(context)
     return record.capture_activations(
         teacher,
@@ -70,9 +69,9 @@ def run_capture(context: Context) -> dict:
 
 
 def run_distill(context: Context) -> dict:
-    """Activations -> operators/<family>, and how good they are."""
+    """Distils operators/<family> from the activations and measures their errors."""
     config = context.config
-    teacher = policy_folder.load_policy(context.inputs["convert"] / "policy")  # float32 throughout
+    teacher = policy_folder.load_policy(context.inputs["convert"] / "policy")  # in float32
     folders = context.inputs["capture"]
     return stage1.distill_operators(
         teacher,
@@ -87,7 +86,7 @@ def run_distill(context: Context) -> dict:
 
 
 def run_assemble(context: Context) -> dict:
-    """Operators back into the policy -> grafted/policy."""
+    """Puts the operators into the policy and writes grafted/policy."""
     config = context.config
     policy = assemble.graft_policy(
         policy_folder.load_policy(context.inputs["convert"] / "policy"),
@@ -101,7 +100,7 @@ def run_assemble(context: Context) -> dict:
 
 
 def run_finetune(context: Context) -> dict:
-    """The assembled policy -> Stage 2 -> finetune/policy."""
+    """Fine-tunes the assembled policy (Stage 2) and writes finetune/policy."""
     config = context.config
     policy = load_policy(context.inputs["assemble"] / "policy", config)
     cached = context.inputs.get("capture")
@@ -127,7 +126,7 @@ def run_finetune(context: Context) -> dict:
 
 
 def _save_like_teacher(context: Context, policy: Policy) -> None:
-    """Saves a graft as the stage's policy, with what an export needs of the teacher's file."""
+    """Saves a graft as the stage's policy, with the teacher's records for an export."""
     teacher = context.inputs["convert"] / "policy"
     policy_folder.save_policy(
         context.folder / "policy",
@@ -138,7 +137,7 @@ def _save_like_teacher(context: Context, policy: Policy) -> None:
 
 
 def run_evaluate(context: Context) -> dict:
-    """Teacher, graft after Stage 1 and graft after Stage 2 on held-out windows and in rollouts."""
+    """Evaluates the teacher and the graft after each stage, on held-out windows and in rollouts."""
     config, folder, inputs = context.config, context.folder, context.inputs
     policies = {"teacher": "convert", "graft_stage1": "assemble", "graft": "finetune"}
     policies = {k: load_policy(inputs[v] / "policy", config) for k, v in policies.items()}
@@ -165,10 +164,10 @@ def run_evaluate(context: Context) -> dict:
 
 
 def _held_out_windows(context: Context, policy: Policy):
-    """(reader, single windows of the held-out episodes), or None if none are wanted."""
+    """Returns (reader, windows of the held-out episodes), or None if the settings ask for none."""
     if not (count := context.config.evaluate.windows):
         return None
-    # Never mirrored: what is asked is how well the demonstrations are met.
+    # Not mirrored, because the actions are compared with the demonstrations.
     reader = open_data(context, policy, mirror="")
     _, held_out = source.split(reader.buffer, reader.options)
     strips = plan_strips(
@@ -183,10 +182,10 @@ def _held_out_windows(context: Context, policy: Policy):
 
 
 def run_export(context: Context) -> dict:
-    """finetune/policy -> export/grafted.ckpt, in the original's layout, and grafted_head.py."""
+    """Exports finetune/policy as export/grafted.ckpt, in the original's layout, and grafted_head.py."""
     out, policy = context.folder / context.config.export.filename, context.inputs["finetune"]
     _, about = policy_folder.read_description(policy / "policy")
-    # What no policy keeps (CLIP's vision half beside a language tower) comes from the teacher.
+    # Tensors that no policy keeps, such as CLIP's vision tower, come from the teacher's file.
     kept = set(about.get("ignored", ())) - {"_dummy_variable"}
     base = teacher_checkpoint(context.config) if kept else None
     if not context.is_primary:
@@ -210,7 +209,7 @@ _STAGES = (
         needs=(),
         config_keys=("teacher",),
         folder="teacher",
-        describe="torch checkpoint to Flax",
+        describe="converts the torch checkpoint",
         fingerprint=lambda config: {"checkpoint": teacher_checkpoint(config)},
     ),
     Stage(
@@ -219,7 +218,7 @@ _STAGES = (
         needs=("convert",),
         config_keys=("seed", "precision", "data", "capture"),
         folder="activations",
-        describe="the teacher's activations",
+        describe="stores the teacher's activations",
         fingerprint=data_files,
     ),
     Stage(
@@ -242,7 +241,7 @@ _STAGES = (
             "head.operators",
         ),
         folder="operators",
-        describe="each operator learns the teacher's activations",
+        describe="trains each operator on the teacher's activations",
     ),
     Stage(
         "assemble",
@@ -250,19 +249,19 @@ _STAGES = (
         needs=("convert", "distill"),
         config_keys=("seed", "head"),
         folder="grafted",
-        describe="the operators back into the policy",
+        describe="puts the operators into the policy",
         fingerprint=_init_paths,
-        # The policy itself, which the fine-tuning of earlier versions put there.
+        # Earlier versions wrote the policy in the stage of fine-tuning.
         unrecorded=("policy.json", "params", "source.records"),
     ),
     Stage(
         "finetune",
         run_finetune,
         needs=("convert", "capture", "distill"),
-        derived=("assemble",),  # made of the first and the last of these
+        derived=("assemble",),  # its result depends on the first and the last of these
         config_keys=("seed", "precision", "data", "capture", "head", "finetune"),
         folder="finetune",
-        describe="the whole policy, end to end",
+        describe="fine-tunes the whole policy",
         fingerprint=lambda config: data_files(config) | _init_paths(config),
     ),
     Stage(
@@ -272,7 +271,7 @@ _STAGES = (
         derived=("assemble",),
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
-        describe="rollouts and report",
+        describe="compares teacher and graft, writes the report",
         fingerprint=data_files,
     ),
     Stage(
@@ -281,14 +280,17 @@ _STAGES = (
         needs=("finetune",),
         config_keys=("teacher", "export"),
         folder="export",
-        describe="back to a torch checkpoint",
+        describe="writes a torch checkpoint",
     ),
 )
 
 
 def stages(config) -> tuple[Stage, ...]:
-    """The table for a configuration: given operators make capture and distillation needless, and
-    a policy whose decoder alone trains needs no latents."""
+    """Returns the stages of a configuration.
+
+    If all operators are given, capture and distillation are left out; if only a policy's decoder
+    trains, the encoding of latents is.
+    """
     skipped = set() if config.pretrain.steps else {"encode"}
     if any(config.head.init_paths.values()):
         skipped |= {"distill"} if config.finetune.reuse_cache else {"capture", "distill"}

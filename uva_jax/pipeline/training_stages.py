@@ -1,4 +1,4 @@
-"""The stages that train a policy: vae -> encode -> pretrain. They run on request alone."""
+"""The stages that train a policy: vae, encode, pretrain. They run only on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _options(config) -> stages.Options:
 
 
 def run_vae(context: Context) -> dict:
-    """A recording's frames -> vae/vae.ckpt."""
+    """Trains a VAE on the recording's frames and writes vae/vae.ckpt."""
     return stages.run_vae(
         functools.partial(open_data, context),
         _options(context.config),
@@ -28,7 +28,7 @@ def run_vae(context: Context) -> dict:
 
 
 def run_encode(context: Context) -> dict:
-    """All frames -> latents/main, and latents/wrist where there is a wrist camera."""
+    """Encodes all frames into latents/main and, with a wrist camera, latents/wrist."""
     return stages.run_encode(
         context.inputs["vae"],
         functools.partial(open_data, context),
@@ -41,7 +41,7 @@ def run_encode(context: Context) -> dict:
 
 
 def run_pretrain(context: Context) -> dict:
-    """Latents -> pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
+    """Trains a policy; writes pretrain/policy, pretrain/policy.ckpt and pretrain/report.html."""
     config, folder = context.config, context.folder
     options = section(config.pretrain.score, training.ScoreOptions)
     with training.scorer(options, context.metrics.say) as score:
@@ -62,7 +62,7 @@ def run_pretrain(context: Context) -> dict:
     return result
 
 
-# What says which frames there are, and how large a policy sees them.
+# The settings that select the frames and their size.
 _FRAMES = (
     *("seed", "precision", "data.path", "data.max_episodes", "data.mirror", "data.image_key"),
     *("data.wrist_key", "pretrain.model.image_size", "pretrain.model.wrist"),
@@ -83,7 +83,7 @@ TRAINING_STAGES = (
             "pretrain.readout_angles",
         ),
         folder="vae",
-        describe="a KL-VAE of a recording's frames",
+        describe="trains a KL-VAE on the recording's frames",
         fingerprint=lambda config: recording(config) | stages.vae_starts(config.pretrain),
         on_request=True,
     ),
@@ -93,7 +93,7 @@ TRAINING_STAGES = (
         needs=("vae",),
         config_keys=(*_FRAMES, "pretrain.augment"),
         folder="latents",
-        describe="every frame's latents",
+        describe="encodes every frame",
         fingerprint=recording,
         on_request=True,
     ),
@@ -103,7 +103,7 @@ TRAINING_STAGES = (
         needs=("vae", "encode"),
         config_keys=("seed", "precision", "data", "pretrain"),
         folder="pretrain",
-        describe="a policy on the latents of a recording",
+        describe="trains a policy on the latents",
         fingerprint=lambda config: data_files(config) | stages.starts(config.pretrain),
         on_request=True,
     ),

@@ -1,4 +1,4 @@
-"""The policy that training from nothing begins with: its sizes and inputs, its normaliser."""
+"""The initial policy of training from random weights: sizes, inputs and normaliser."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def model_config(
     *,
     spaced: bool = False,
 ) -> PolicyConfig:
-    """The architecture of a policy that is trained from nothing.
+    """Returns the architecture of a policy that is trained from random weights.
 
     Args:
       options: sizes and inputs.
       action_dim: width of an action.
       state_dims: widths of `options.states` (by default 1 each).
-      spaced: the past is spaced at random while training (`different_history_freq`).
+      spaced: past frames are spaced at random in training (`different_history_freq`).
 
     Raises:
       UserError: the image size does not give whole latent cells that conv_fc can pool.
@@ -44,7 +44,7 @@ def model_config(
     if rest or side % 4:
         raise UserError(
             f"config.pretrain.model.image_size is {options.image_size}, but with {levels} levels "
-            f"of the VAE it has to be a multiple of {4 * vae_config.stride}"
+            f"of the VAE it must be a multiple of {4 * vae_config.stride}"
         )
     grid, width = (side, side), options.width
 
@@ -91,12 +91,12 @@ def model_config(
 
 
 def fit_normalizer(policy: Policy, buffer: ReplayBuffer, data: source.DataOptions) -> Policy:
-    """The policy with its normaliser fitted to the data (and to the actions' mirror image)."""
+    """Returns the policy with its normaliser fitted to the data, and to the mirrored actions."""
     arrays = surgery.flatten(policy)
     for name, _ in policy.config.normalizer_fields:
         values = buffer.read(data.action_key if name == "action" else name)
         values = np.asarray(values, np.float32)
-        if data.mirror:  # of images and actions alone
+        if data.mirror:  # it changes images and actions only
             values = np.concatenate([values, mirror_pusht({"action": values})["action"]])
         for stat, value in traverse_util.flatten_dict(
             normalizer.fit_field(values), sep="/"

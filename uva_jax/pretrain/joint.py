@@ -1,7 +1,7 @@
-"""Joint training of video and actions on cached latents: UVA's recipe, made cheap.
+"""Joint training of video and actions on cached latents, by UVA's recipe.
 
-Each batch has one task mode, drawn at random, as upstream; the transformer runs once a window and
-its action head sees several diffusion draws. What a step sees depends on (seed, step) alone.
+Each batch has one task mode, drawn at random, as upstream. The transformer runs once per window and
+its heads train on several noise draws. The input of a step depends only on (seed, step).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOSSES = ("video_loss", "act_loss")
 
 
 def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int):
-    """(names of all modes, step -> the number of that step's mode)."""
+    """Returns the names of all modes, and a function from a step to the number of its mode."""
     names = sorted(set(shares) | ({"video_model"} if options.video_steps else set()))
     chosen, cumulative = sorted(shares), np.cumsum([shares[m] for m in sorted(shares)])
 
@@ -49,13 +49,13 @@ def task_modes(shares: Mapping[str, float], options: PretrainOptions, seed: int)
 
 
 class Readout(nnx.Module):
-    """Reads the current state from every action step's condition, while training."""
+    """A readout head: predicts the current state from every action step's condition."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.fc = linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, conditions: jax.Array) -> jax.Array:
-        """(b, n, c) -> (b, n, outputs)."""
+        """Maps conditions (b, n, c) to states (b, n, outputs)."""
         return self.fc(conditions)
 
 
@@ -67,19 +67,19 @@ def pretrain_loss(
     state_size: int = 0,
     train: bool = True,
 ) -> Callable:
-    """The loss of a batch, as `run_loop` takes it.
+    """Returns the loss of a batch for `run_loop`.
 
-    The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z), "action" (b, n, a), raw, "mode"
-    (b,), the same number into `modes` b times, what else `Policy.streams` takes, "wrist_mean" and
-    "wrist_logvar" where a wrist camera is seen, "<state>_next" (b, n, k) where states are
-    predicted, and with `state_size` "state" (b, state_size), roughly of unit variance.
+    The batch holds "mean", "logvar" (b, 2 * n_frames, h', w', z); "action" (b, n, a) in raw units;
+    "mode" (b,), one index into `modes` repeated b times; the other inputs of `Policy.streams`; with
+    a wrist camera "wrist_mean" and "wrist_logvar"; with predicted states "<state>_next" (b, n, k);
+    with `state_size` "state" (b, state_size) of roughly unit variance.
 
     Args:
       policy: gives the structure; its arrays are not used.
-      options: draws and weights.
+      options: noise draws and loss weights.
       modes: the task modes by number.
-      state_size: width of the state that is read out.
-      train: dropout on.
+      state_size: width of the state that the readout head predicts; 0: no readout head.
+      train: apply dropout.
     """
     abstract = surgery.abstract_policy(
         policy.config, dtype=policy.dtype, remat=options.gradient_checkpointing
@@ -117,7 +117,7 @@ def pretrain_loss(
                 noise_draws=options.noise_draws,
                 **more,
             )
-            nothing = jnp.full((), jnp.nan)  # what a mode does not have is not averaged
+            nothing = jnp.full((), jnp.nan)  # losses that a mode lacks are left out of means
             scalars = {
                 "video_loss": parts["video_loss"] if name in VIDEO_MODES else nothing,
                 "act_loss": parts["act_loss"] if name in ACTION_MODES else nothing,
@@ -130,7 +130,7 @@ def pretrain_loss(
                 reader = surgery.replace(readout, part(params, _READOUT))
                 guess = reader(model.action_head.aggregate(parts["z"]))
                 scalars["readout"] = read = jnp.mean((guess - batch["state"][:, None]) ** 2)
-                # From its full weight down to a tenth, in step with the learning rate's fall.
+                # The weight falls to a tenth over the run, as the learning rate falls.
                 total = total + options.readout_weight * (1 - 0.9 * step / options.steps) * read
             return scalars | {"loss": total}
 
@@ -146,7 +146,7 @@ def pretrain_loss(
 
 
 def pretrain_losses(policy: Policy, options: PretrainOptions, modes: Sequence[str]) -> dict:
-    """`pretrain_loss` of every mode alone, without dropout, to judge by."""
+    """Returns `pretrain_loss` of each single mode, without dropout, for validation."""
     return {name: pretrain_loss(policy, options, (name,), train=False) for name in modes}
 
 
@@ -168,14 +168,15 @@ def pretrain(
     """Trains everything but the VAE; returns the policy with averaged parameters.
 
     Args:
-      policy: where to start.
-      moments: latents of every frame; wrist: of the wrist camera's, if the policy sees one.
-      windows, held_out: what to train on and to judge by.
+      policy: the initial policy.
+      moments: latents of every frame.
+      windows, held_out: training and validation windows.
       options: of modes, losses and the loop.
-      state_scale: raw states (b, k) -> what is read out; None: no read-out.
+      mesh, seed, folder, metrics: see `run_loop`.
+      wrist: latents of the wrist camera, if the policy has one.
+      state_scale: raw states (b, k) -> targets of the readout head; None: no readout head.
       score: a policy with averaged parameters -> scalars to log; called every
         `options.score.every` steps and at the end.
-      mesh, seed, folder, metrics: see `run_loop`.
     """
     batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
     shares = options.shares(policy.config.task_modes)
@@ -250,8 +251,10 @@ def pretrain(
 
 
 def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh) -> Callable:
-    """averaged parameters -> losses on the first `count` held-out windows, by mode, with the same
-    draws each time."""
+    """Returns a function from averaged parameters to losses by mode.
+
+    They are those of the first `count` held-out windows, always with the same noise.
+    """
 
     @jax.jit
     def judged(params, frozen, batch, key):
@@ -261,7 +264,7 @@ def _judge(losses: Mapping[str, Callable], frozen: Flat, read, count: int, mesh)
         return {f"held_out/{m}/{k}": v[k] for m, v in found.items() for k in _LOSSES}
 
     def judge(params: Flat) -> dict[str, float]:
-        # Every process reads all of them, for the same numbers, of which one process's are logged.
+        # Every process reads all windows and computes the same numbers; one process logs them.
         params = {k: v for k, v in params.items() if not k.startswith(f"{_READOUT}/")}
         whole = parallel.replicated(mesh)
         sums: dict[str, list[float]] = {}

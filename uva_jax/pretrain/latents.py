@@ -1,7 +1,7 @@
-"""The latent cache: every frame of a recording encoded once, with its augmented copies.
+"""The latent cache: every frame of a recording and its augmented copies, encoded once.
 
-Mean and log-variance are kept, so that a training step still samples its latents. It is an
-activation cache whose samples are frames: it resumes by chunks, and says what it was made from.
+It stores mean and log-variance, from which each training step samples latents. It is a sample store
+whose samples are frames, so it resumes by chunks and records what it was made from.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _CHUNK = 512  # frames
 
 @dataclass(frozen=True)
 class Copies:
-    """What a recording is encoded as: itself, its mirror image, and cropped and blurred views.
+    """The copies of a recording in the cache: plain, mirrored, and cropped and blurred views.
 
-    Copy number c holds all frames once, in their order: the frame's number in the cache is
-    c * n_steps + step. Each episode of a view has a crop and a blur of its own, so that they are
-    the same throughout a window.
+    Copy number c holds all frames once, in order: a frame's number in the cache is
+    c * n_steps + step. Crop and blur of a view are drawn per episode, so that they do not change
+    within a window.
 
     Attributes:
       mirror: every copy is followed by its mirror image.
-      views: augmented copies beside the plain one (0: none).
-      change: what makes them.
-      seed: of their draws.
+      views: augmented copies in addition to the plain one.
+      change: the augmentation.
+      seed: of the augmentation.
     """
 
     mirror: bool = False
@@ -56,11 +56,11 @@ class Copies:
         return (1 + self.views) * (1 + self.mirror)
 
     def number(self, view, mirrored):
-        """The copy that a view (0: the plain frames) is, mirrored or not."""
+        """Returns the copy's number of a view (0: the plain frames), mirrored or not."""
         return view * (1 + self.mirror) + mirrored
 
     def read(self, buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:
-        """Frames (n, h, w, 3) uint8 by their numbers in the cache."""
+        """Reads frames (n, h, w, 3) uint8 by their numbers (n,) in the cache."""
         steps, copies = numbers % buffer.n_steps, numbers // buffer.n_steps
         found = to_uint8(buffer.read_rows({key: steps})[key], key)
         views, mirrored = divmod(copies, 1 + self.mirror)
@@ -76,7 +76,7 @@ class Copies:
 
 
 def encoder_hash(vae: VAE) -> str:
-    """A sha256 of the arrays that encode, and their paths."""
+    """Returns the SHA-256 of the encoder's arrays and their paths."""
     digest = hashlib.sha256()
     for path, x in sorted(surgery.flatten(vae).items()):
         if path.startswith(("encoder/", "quant_conv/")):
@@ -91,17 +91,17 @@ def encode_frames(
     image_key: str,
     copies: Copies,
 ) -> SampleStore:
-    """Encodes all frames of a buffer (or goes on doing so, or opens what is done).
+    """Encodes all frames of a buffer; resumes an unfinished cache and opens a finished one.
 
     Args:
-      site: the cache's folder; progress and processes.
-      policy: its VAE encodes, its image size is what frames are resized to; other parts need no
-        arrays.
-      buffer: the recording; image_key: its array of frames.
-      copies: which augmented copies follow the plain frames.
+      site: the cache's folder, metrics and processes.
+      policy: its VAE encodes frames of its image size; other parts need no arrays.
+      buffer: the recording.
+      image_key: its array of frames.
+      copies: the copies that are encoded.
 
     Returns:
-      The finished cache, with "mean" and "logvar" (copies * frames, h', w', z).
+      the finished cache, with "mean" and "logvar" (copies * frames, h', w', z).
 
     Raises:
       UserError: the folder holds latents of another VAE, other data, or another size.
@@ -133,7 +133,10 @@ def encode_frames(
 
 
 def encoder(policy: Policy, mesh):
-    """frames (n, h, w, 3) uint8 -> "mean", "logvar", 32 frames of each device at a time."""
+    """Returns a function from frames (n, h, w, 3) uint8 to "mean" and "logvar" (n, h', w', z).
+
+    Each device encodes 32 frames at a time.
+    """
     graph, state = nnx.split(policy.vae)
     state = jax.device_put(state, parallel.replicated(mesh))
     rows = NamedSharding(mesh, P(mesh.axis_names))
@@ -156,24 +159,24 @@ def encoder(policy: Policy, mesh):
 
 
 class Latents(NamedTuple):
-    """A cache as a training loop reads it: moments of frames, from memory or from the disk."""
+    """A latent cache as a training loop reads it, from memory or from disk."""
 
     cache: SampleStore
     held: Mapping[str, np.ndarray] | None
 
     @classmethod
     def open(cls, cache: SampleStore, memory_bytes: int) -> Latents:
-        """Loads the cache where it fits in `memory_bytes`."""
+        """Loads the cache into memory if it fits in `memory_bytes`."""
         return cls(cache, cache.load(max_bytes=memory_bytes))
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Frames' numbers (...) -> "mean", "logvar" (..., h', w', z)."""
+        """Reads "mean" and "logvar" (..., h', w', z) by frame numbers (...)."""
         if self.held is not None:
             return {name: array[rows] for name, array in self.held.items()}
         return self.cache.read_rows(("mean", "logvar"), rows)
 
 
 def sample(policy: Policy, moments: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Draws the scaled latents of cached moments (..., h', w', z), float32."""
+    """Samples scaled latents (..., h', w', z), float32, from cached moments of the same shape."""
     mean, logvar = (moments[k].astype(jnp.float32) for k in ("mean", "logvar"))
     return policy.vae.sample(mean, logvar, jax.random.normal(key, mean.shape))

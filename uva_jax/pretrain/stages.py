@@ -1,8 +1,7 @@
-"""From a recording to a policy in three stages: a VAE, every frame's latents, the policy on them.
+"""The three stages of training a policy: the VAE, the latents of every frame, the policy on them.
 
-Each resumes, the VAE and the policy by their loops' states and the encoding by its chunks. What
-another setting of the policy's training does not touch stays: a VAE and its latents serve any
-number of policies.
+Each stage resumes: VAE and policy by the states of their loops, encoding by its chunks. Several
+policies can be trained on one VAE and its latents.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from uva_jax.train.loop import part
 VAE_FILE = "vae.ckpt"
 OpenData = Callable[[Policy], source.WindowReader]
 _BLOCK = 512  # frames read at a time
-_ANY_ACTION_DIM = 2  # where only frames are looked at
+_ANY_ACTION_DIM = 2  # of a policy whose VAE alone is used
 
 
 @dataclass(frozen=True)
 class Options:
-    """What all three stages are told.
+    """The options of all three stages.
 
     Attributes:
       settings: `config.pretrain`.
@@ -61,12 +60,15 @@ class Options:
 
 
 def starts(settings) -> dict[str, str]:
-    """The checkpoint that the policy starts from, by label."""
+    """Returns the checkpoint that the policy starts from, by label."""
     return {"pretrain.mar": settings.mar} if settings.mar else {}
 
 
 def vae_starts(settings) -> dict[str, str]:
-    """The checkpoint that the VAE starts from, by label: a whole policy's decoder is its own."""
+    """Returns the checkpoint that the VAE starts from, by label.
+
+    If only a policy's decoder is trained, it is that policy's checkpoint.
+    """
     path = settings.vae or ("" if settings.steps else settings.mar)
     return {"pretrain.vae": path} if path else {}
 
@@ -79,14 +81,20 @@ def run_vae(
     *,
     is_primary: bool = True,
 ) -> dict:
-    """The first stage: folder/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
+    """Trains the VAE and writes folder/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
 
     Args:
       open_data: a policy -> the reader of its data.
       options: see `Options`.
       folder: of the stage; also holds resumable states.
-      metrics: a MetricsWriter.
+      metrics: writer of progress and messages.
       is_primary: this process writes the file.
+
+    Returns:
+      metrics that JSON can hold.
+
+    Raises:
+      UserError: the settings do not say where to start from, or the data do not fit.
     """
     settings = options.settings
     _check_starts(settings)
@@ -117,12 +125,15 @@ def run_encode(
     is_primary: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
 ) -> dict:
-    """The second stage: folder/main and, with a wrist camera, folder/wrist.
+    """Encodes every frame into folder/main and, with a wrist camera, folder/wrist.
 
     Args:
-      vae_folder: what `run_vae` wrote.
+      vae_folder: the folder of `run_vae`.
       open_data, options, folder, metrics: see `run_vae`.
       is_primary, barrier: see `Site`.
+
+    Returns:
+      metrics that JSON can hold.
     """
     policy = _vae_alone(options)
     _fill_vae(policy, vae_folder / VAE_FILE)
@@ -147,13 +158,16 @@ def run_policy(
     is_primary: bool = True,
     score: Callable[[Policy], Mapping[str, float]] | None = None,
 ) -> dict:
-    """The third stage: folder/policy and folder/policy.ckpt.
+    """Trains the policy and writes folder/policy and folder/policy.ckpt.
 
     Args:
-      vae_folder, latent_folder: what the other stages wrote; no latents where the decoder alone
-        was trained.
+      vae_folder, latent_folder: the folders of the other stages; None for the latents if only the
+        decoder is trained.
       open_data, options, folder, metrics, is_primary: see `run_vae`.
       score: see `joint.pretrain`.
+
+    Returns:
+      metrics that JSON can hold.
     """
     settings, seed = options.settings, options.seed
     how = section(settings, joint.PretrainOptions)
@@ -208,7 +222,7 @@ def run_policy(
 
 
 def _vae_alone(options: Options) -> Policy:
-    """A policy whose VAE has arrays, fresh ones, and nothing else has."""
+    """Returns a policy whose VAE has random arrays and whose other parts have none."""
     wanted = model_config(section(options.settings.model, ModelOptions), _ANY_ACTION_DIM)
     policy = surgery.abstract_policy(wanted, dtype=options.dtype)
     policy.vae = VAE(wanted.vae, dtype=options.dtype, rngs=nnx.Rngs(options.seed))
@@ -216,10 +230,10 @@ def _vae_alone(options: Options) -> Policy:
 
 
 def _fill_vae(policy: Policy, path: Path, trained: tuple[str, ...] = ()) -> str:
-    """Gives the policy's VAE a file's arrays; returns what was matched.
+    """Loads a file's arrays into the policy's VAE; returns a sentence on what matched.
 
     Raises:
-      UserError: arrays are missing in the file that do not begin with one of `trained`.
+      UserError: the file lacks an array whose path does not begin with one of `trained`.
     """
     arrays = {f"vae/{k}": v for k, v in surgery.flatten(policy.vae).items()}
     arrays, said = start_from(arrays, path, "vae", trained=trained)
@@ -228,7 +242,7 @@ def _fill_vae(policy: Policy, path: Path, trained: tuple[str, ...] = ()) -> str:
 
 
 def _cameras(policy: Policy, data: source.DataOptions) -> dict[str, str]:
-    """The cameras seen, and their arrays' names."""
+    """Returns the names of the cameras' arrays by camera."""
     return {"main": data.image_key} | ({"wrist": data.wrist_key} if policy.config.mar.wrist else {})
 
 
@@ -242,8 +256,8 @@ def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
     reader = open_data(policy)
     if reader.options.layout:
         raise UserError(
-            f"config.data.layout is {reader.options.layout!r}, whose windows are more than images "
-            "and actions as they are stored: training knows those alone"
+            f"config.data.layout is {reader.options.layout!r}, but training a policy supports only "
+            "images and actions as they are stored: set it to ''"
         )
     return reader
 
@@ -251,7 +265,7 @@ def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
 def _start(
     open_data: OpenData, options: Options, metrics: MetricsWriter
 ) -> tuple[Policy, source.WindowReader]:
-    """The policy that training begins with, but for its VAE; the reader of its data."""
+    """Returns the initial policy, without its VAE, and the reader of its data."""
     settings = options.settings
     model = section(settings.model, ModelOptions)
     reader = _opened(open_data, surgery.abstract_policy(model_config(model, _ANY_ACTION_DIM)))
@@ -273,9 +287,10 @@ def _check_starts(settings) -> None:
         decoder = settings.vae_training.decoder_steps and not settings.vae_training.steps
         if not decoder or not settings.mar or settings.vae not in ("", settings.mar):
             raise UserError(
-                "config.pretrain.steps=0 trains the decoder of a whole policy alone: give that "
-                "policy as config.pretrain.mar, no other one as pretrain.vae, "
-                "pretrain.vae_training.steps=0 and pretrain.vae_training.decoder_steps"
+                "config.pretrain.steps=0 trains only the decoder of a whole policy: set "
+                "config.pretrain.mar to that policy, config.pretrain.vae to '', "
+                "config.pretrain.vae_training.steps to 0 and "
+                "config.pretrain.vae_training.decoder_steps to a number above 0"
             )
         return
     missing = [kind for kind in ("mar", "vae") if not settings[kind]]
@@ -286,8 +301,8 @@ def _check_starts(settings) -> None:
         )
     if "vae" in missing and not settings.vae_training.steps:
         raise UserError(
-            "config.pretrain.vae names no checkpoint and config.pretrain.vae_training.steps is 0: "
-            "latents of an untrained VAE say nothing; train it or give one"
+            "config.pretrain.vae names no checkpoint and config.pretrain.vae_training.steps is 0, "
+            "but latents of an untrained VAE are useless: train it or give one"
         )
 
 
@@ -297,7 +312,7 @@ def _state_scale(settings, buffer: ReplayBuffer) -> StateScale | None:
     if settings.readout not in buffer.keys:
         raise UserError(
             f"config.pretrain.readout is {settings.readout!r}, but the data holds "
-            f"{', '.join(buffer.keys)}: name one of them, or '' for no read-out"
+            f"{', '.join(buffer.keys)}: name one of them, or '' for no readout head"
         )
     return StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
 
@@ -309,7 +324,7 @@ def _train_vae(
     folder: Path,
     metrics: MetricsWriter,
 ) -> VAE:
-    """The policy's VAE, trained on frames of the training episodes."""
+    """Returns the policy's VAE, trained on frames of the training episodes."""
     settings, seed = options.settings, options.seed
     buffer, data = reader.buffer, reader.options
     how = section(settings.vae_training, vae.VAEOptions)
@@ -341,12 +356,12 @@ def _train_vae(
 
 
 def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndarray) -> np.ndarray:
-    """Frames (n, size, size, 3) uint8 of a buffer's steps, resized as the policy resizes them."""
+    """Reads frames of steps `rows` (n,), at the policy's size: (n, size, size, 3) uint8."""
     resize = jax.jit(lambda x: jnp.round((policy.preprocess(x) + 1.0) * 127.5).astype(jnp.uint8))
     size = policy.config.image_size
     found = np.empty((len(rows), size, size, 3), np.uint8)
     for at in range(0, len(rows), _BLOCK):
-        # The last block is filled up, so that one program does for all.
+        # The last block is padded, so that all blocks share one compiled program.
         some = np.resize(rows[at : at + _BLOCK], _BLOCK)
         frames = to_uint8(buffer.read_rows({key: some})[key], key)
         found[at : at + _BLOCK] = np.asarray(resize(frames))[: len(rows) - at]
@@ -354,8 +369,8 @@ def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndar
 
 
 def rounded(policy: Policy) -> tuple[Policy, bytes]:
-    """The policy with parameters rounded to bfloat16, and records that let an export store them
-    so, in half the bytes."""
+    """Returns the policy with parameters rounded to bfloat16, and records for an export that
+    stores them as bfloat16."""
     arrays = {
         k: v if k.startswith("normalizer/") else v.astype(jnp.bfloat16).astype(v.dtype)
         for k, v in surgery.flatten(policy).items()

@@ -1,8 +1,8 @@
-"""Training of a KL-VAE on a recording's frames: reconstruction, KL, edges, rare pixels first.
+"""Training of a KL-VAE on a recording's frames, with a loss that emphasises rare pixels.
 
-A dot of a few pixels costs nothing in a plain mean, so a VAE leaves it out, and no policy can see
-it again. Every pixel is therefore weighted by how rare its difference from the median frame is: a
-static background counts once, small things that come and go up to `focus` times.
+An object of a few pixels hardly changes a plain mean over pixels, so a VAE drops it, and no policy
+on its latents can see it. Each pixel is therefore weighted by the rarity of its difference from the
+median frame: a static background has weight 1, rare pixels up to `focus`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_training import VAEOptions
 from uva_jax.train.loop import part, run_loop, start_state
 
-_LEVELS = 9  # of a channel's difference from the median frame
-_SAMPLE = 512  # frames that medians and frequencies are taken from
-_BLOCK = 1024  # frames looked at at a time
+_LEVELS = 9  # quantisation levels of a channel's difference from the median frame
+_SAMPLE = 512  # frames from which the median and the frequencies are computed
+_BLOCK = 1024  # frames processed at a time
 _DECODER = ("vae/decoder/", "vae/post_quant_conv/")
 _READOUT = "readout"  # prefix of parameters that are dropped after training
 
 
 class PixelWeights:
-    """How much each pixel of a recording counts, learnt from its frames alone.
+    """The loss weight of each pixel, computed from the frequencies of pixel values.
 
     Attributes:
       median: (h, w, 3) the median frame, in [-1, 1].
-      table: weight of each quantised difference from it; its mean over the frames is 1.
+      table: weight of each quantised difference from it; the mean over the frames is 1.
     """
 
     def __init__(self, frames: np.ndarray, focus: float):
-        """Learns from frames (n, h, w, 3) in [-1, 1]; no pixel counts over `focus` times the
-        background."""
+        """Computes weights from frames (n, h, w, 3) in [-1, 1].
+
+        `focus` limits the weight of a pixel relative to the background.
+        """
         self.median = jnp.asarray(np.median(frames, axis=0), jnp.float32)
         bins = np.asarray(self._bins(jnp.asarray(frames)))
         share = np.bincount(bins.reshape(-1), minlength=_LEVELS**3) / bins.size
@@ -59,15 +61,15 @@ class PixelWeights:
         return (levels[..., 0] * _LEVELS + levels[..., 1]) * _LEVELS + levels[..., 2]
 
     def __call__(self, frames: jax.Array) -> jax.Array:
-        """(n, h, w, 3) in [-1, 1] -> weights (n, h, w)."""
+        """Returns weights (n, h, w) of frames (n, h, w, 3) in [-1, 1]."""
         return self.table[self._bins(frames)]
 
 
 def rarity(frames: np.ndarray) -> np.ndarray:
-    """How rare what a frame shows is where it shows it: the mean of -log p over its pixels.
+    """Computes the rarity of each frame: the mean of -log p over its values.
 
-    p is the share of all frames with that value, of 9 levels, at that place in that channel.
-    What a VAE has seldom seen there, it decodes worst.
+    p is the share of frames with the same value (of 9 levels) in the same channel of the same
+    pixel. A VAE decodes rare frames worst.
 
     Args:
       frames: (n, h, w, 3) uint8.
@@ -91,8 +93,12 @@ def rarity(frames: np.ndarray) -> np.ndarray:
 def weighted_errors(
     frames: jax.Array, decoded: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
-    """Weighted means over pixels (n, h, w, 3): "l1", "l2", and "edge", the L1 of differences of
-    neighbours."""
+    """Returns weighted mean errors: "l1", "l2" and "edge", the L1 of differences of neighbours.
+
+    Args:
+      frames, decoded: (n, h, w, 3).
+      weights: (n, h, w).
+    """
     error, w = decoded - frames, weights[..., None]
     rows = jnp.abs(error[:, 1:] - error[:, :-1]) * jnp.maximum(w[:, 1:], w[:, :-1])
     columns = jnp.abs(error[:, :, 1:] - error[:, :, :-1]) * jnp.maximum(w[:, :, 1:], w[:, :, :-1])
@@ -104,16 +110,16 @@ def weighted_errors(
 
 
 class StateReadout(nnx.Module):
-    """Reads a state from latents while training: linearly, so that the encoder learns to see.
+    """A readout head: predicts the state linearly from latents, in training only.
 
-    What the encoder does not work out, every policy on its latents has to, in every step again.
+    It makes the encoder represent the state in a form that a policy can use directly.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.fc = linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
-        """(n, h', w', z) -> (n, outputs)."""
+        """Maps latents (n, h', w', z) to states (n, outputs)."""
         return self.fc(rearrange(latents, "n h w c -> n (h w c)"))
 
 
@@ -130,16 +136,16 @@ def vae_loss(
     size: int,
     dtype=None,
 ) -> Callable:
-    """The loss of a batch, as `run_loop` takes it.
+    """Returns the loss of a batch for `run_loop`.
 
     The batch holds "frames" (b, h, w, 3) uint8 and, with `state_size`, "state" (b, state_size)
-    float32. Parameters of the read-out are those under "readout/". Decoding costs most: with a
-    read-out only one frame in `decode_every` is decoded, and all are read out.
+    float32. Parameters of the readout head are those under "readout/". Decoding costs most, so with
+    a readout head only one frame in `decode_every` is decoded.
     """
     every = options.decode_every if state_size else 1
 
     def some(x):
-        # Cut so that every device keeps its own frames.
+        # Strided, so that every device keeps its own frames.
         return x.reshape(len(x) // every, every, *x.shape[1:])[:, 0]
 
     vae = _abstract(config, dtype)
@@ -155,14 +161,14 @@ def vae_loss(
         shown = some(frames)
         decoded = model.decode(some(scaled)).astype(jnp.float32)
         scalars = weighted_errors(shown, decoded, weights(shown))
-        # Sums over a frame's latents, as LDM's loss; divided by its values, as the mean above.
+        # LDM sums over a frame's latents; dividing by its number of values matches the mean above.
         kl = 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
         scalars["kl"] = jnp.mean(kl)
         total = scalars["l1"] + scalars["l2"] + options.kl_weight * scalars["kl"]
         total += options.edge_weight * scalars["edge"]
         if state_size:
             reader = surgery.replace(readout, part(params, _READOUT))
-            # L1: its pull does not fade where errors are small already.
+            # L1, because its gradient does not vanish with small errors.
             scalars["readout"] = jnp.mean(jnp.abs(reader(scaled) - batch["state"]))
             total += options.readout_weight * scalars["readout"]
         return total, scalars | {"loss": total}
@@ -171,7 +177,7 @@ def vae_loss(
 
 
 def trained_arrays(options) -> tuple[str, ...]:
-    """What the paths of the arrays begin with that training by these `VAEOptions` changes."""
+    """Returns the path prefixes of the arrays that training with these `VAEOptions` changes."""
     return ("vae/",) if options.steps else _DECODER if options.decoder_steps else ()
 
 
@@ -188,32 +194,31 @@ def train_vae(
     metrics: MetricsWriter,
     dtype=None,
 ) -> VAE:
-    """Trains on a pool of frames, scales the latents to unit variance, then trains the decoder on.
+    """Trains the VAE, scales the latents to unit variance, and then trains the decoder further.
 
-    Most of the first part's time goes into what the latents hold; with them settled, the decoder
-    alone learns from every frame what they look like (`options.decoder_steps`). Without
-    `options.steps` only the second part runs.
+    The first part (`options.steps`) mostly trains the latents; the second (`options.decoder_steps`)
+    trains the decoder on every frame with the latents fixed. Either part may have no steps.
 
     Args:
-      vae: where to start; its config is kept.
+      vae: the initial VAE; its config is kept.
       frames: (n, size, size, 3) uint8.
-      states: (n, k) to read out, or None.
-      prepare: a batch {"image", "state" if there are states} and booleans (b,), of what to mirror
-        -> the batch as it is trained on, states at roughly unit variance.
+      states: (n, k) targets of the readout head, or None.
+      prepare: (batch {"image", and "state" with states}, booleans (b,): mirror it?) -> the batch
+        that is trained on, with states of roughly unit variance.
       options: of the loss and the loop.
       mesh, seed, folder, metrics: see `run_loop`.
       dtype: of matrix products.
 
     Returns:
-      The VAE with averaged parameters.
+      the VAE with averaged parameters.
 
     Raises:
       UserError: there are fewer frames than a batch takes.
     """
     if len(frames) < options.batch:
         raise UserError(
-            f"the VAE trains on batches of {options.batch} frames, but only {len(frames)} are "
-            "there: lower config.pretrain.vae_training.batch"
+            f"the VAE trains on batches of {options.batch} frames, but there are only "
+            f"{len(frames)}: lower config.pretrain.vae_training.batch"
         )
     size, width = frames.shape[1], 0
     if states is not None:
@@ -222,13 +227,13 @@ def train_vae(
     sample = frames[np.random.default_rng(seed).permutation(len(frames))[:_SAMPLE]]
     weights = PixelWeights(sample.astype(np.float32) / 127.5 - 1.0, options.focus)
 
-    # Looked at once, for both parts.
+    # Computed once for both parts.
     rare = rarity(frames) if options.rarity or options.decoder_rarity else None
 
     def drawn_by(power: float) -> np.ndarray | None:
         if not power:
             return None
-        # Frames that are all alike have no rarity, and are drawn alike.
+        # Equal frames have rarity 0 and are drawn uniformly.
         odds = (rare + 1e-6) ** power
         return odds / odds.sum()
 
@@ -287,9 +292,9 @@ def train_vae(
 
 
 def scaled_to_unit(vae: VAE, frames: np.ndarray, key: jax.Array) -> VAE:
-    """The same VAE with scaled latents of unit variance over these frames (n, h, w, 3) uint8.
+    """Returns the VAE with latents scaled to unit variance over frames (n, h, w, 3) uint8.
 
-    The factor goes into the two 1x1 convolutions, so that what it decodes stays the same.
+    The factor goes into the two 1x1 convolutions, so that decoded frames do not change.
     """
     graph, state = nnx.split(vae)
 

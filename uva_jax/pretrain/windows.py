@@ -1,6 +1,6 @@
-"""What a step of training on cached latents reads: numbers of frames, actions, a state to read out.
+"""The windows of training on cached latents: frame numbers, actions and states.
 
-Windows are planned once; a batch of them is a few array look-ups, so that no step waits for data.
+All windows are planned once, and a batch is a few array look-ups, so that no step waits for data.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from uva_jax.runtime.sections import DataOptions
 class Windows:
     """Training windows of a recording: frame numbers in the latent cache, and actions.
 
-    A window has the history's and the future's frames, which end at and follow the current step,
-    and the actions from the current step on; past an episode's ends, its ends are repeated.
+    A window holds the history's frames up to the current step, the future's frames after it, and
+    the actions from the current step on. Beyond an episode its first or last step is repeated.
     """
 
     def __init__(
@@ -41,9 +41,15 @@ class Windows:
         """Plans all windows of the episodes in `mask`.
 
         Args:
-          text: (episodes, text_dim) language vectors, for a policy that takes them.
-          copies: how the cache is laid out; by default it holds the frames, and their mirror
-            images if the data are mirrored.
+          buffer: the recording.
+          mask: (episodes,) booleans.
+          policy: whose windows they are.
+          data: options of the data.
+          seed: of the order and the mirroring.
+          state_key: array of the readout head's states; "": none.
+          text: (episodes, text_dim) language latents, for a policy that takes them.
+          copies: the copies in the cache; by default the frames, and their mirror images if the
+            data are mirrored.
         """
         spec = WindowSpec.of(policy.config)
         self._strips = plan_strips(
@@ -64,15 +70,18 @@ class Windows:
     def read(
         self, windows: np.ndarray, views: np.ndarray | int = 0, past: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """ "frames" (b, 2 * n_frames) numbers in the cache, "action" (b, n, a), raw; "past_action"
-        (b, n, a), raw, and "text_latents" (b, text_dim), where the policy takes them; the robot's
-        states by name (b, steps, k), and "<name>_next" (b, n, k) of the steps that follow, raw;
-        "state" (b, k) of the current step, raw, where a read-out was asked for.
+        """Reads a batch of windows; actions and states are in raw units.
 
         Args:
           windows: (b,) numbers of windows.
-          views: (b,) which augmented view of the frames each sees (0: the plain ones).
-          past: (n_frames,) steps of the history's frames, at most 0, instead of even ones.
+          views: (b,) the augmented view of each window's frames (0: the plain ones).
+          past: (n_frames,) steps of the history's frames, at most 0; even ones by default.
+
+        Returns:
+          "frames" (b, 2 * n_frames), numbers in the cache; "action" (b, n, a); for a policy that
+          takes them "past_action" (b, n, a), "text_latents" (b, text_dim), the robot's states by
+          name (b, steps, k) and "<name>_next" (b, n, k) of the steps that follow; with a
+          `state_key` "state" (b, k) of the current step.
         """
         spec, strips = self._spec, self._strips
         episode, mirror = strips.episode[windows], strips.mirror[windows]
@@ -102,25 +111,25 @@ class Windows:
 
 
 def past_choices(policy: Policy) -> np.ndarray:
-    """Upstream's choices of the history's frames, of which each batch draws one.
+    """Returns upstream's choices of the history's frames; each batch draws one.
 
     Returns:
-      (816, 4) steps from -15 to 0, rising, the current step last.
+      (816, 4) steps from -15 to 0, rising, with the current step last.
 
     Raises:
-      UserError: the policy does not see 4 of 16 steps.
+      UserError: the policy does not observe 4 of 16 steps.
     """
     choices = history_combinations() - 15
     if (policy.config.n_obs_steps, policy.config.mar.n_frames) != (16, choices.shape[1]):
         raise UserError(
-            "config.pretrain.different_history_freq picks 4 of 16 past steps, but this policy sees "
-            f"{policy.config.mar.n_frames} of {policy.config.n_obs_steps}"
+            "config.pretrain.different_history_freq picks 4 of 16 past steps, but this policy "
+            f"observes {policy.config.mar.n_frames} of {policy.config.n_obs_steps}: set it to False"
         )
     return choices
 
 
 class StateScale(NamedTuple):
-    """States as a read-out sees them: unit variance, and angles as cosine and sine."""
+    """Scales states for a readout head: unit variance, and angles as cosine and sine."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -128,7 +137,7 @@ class StateScale(NamedTuple):
 
     @classmethod
     def fit(cls, states: np.ndarray, angles: Sequence[int]) -> StateScale:
-        """Fits states (n, k), of which columns `angles` are radians.
+        """Fits states (n, k) whose columns `angles` are in radians.
 
         Raises:
           UserError: there is no such column.
@@ -142,7 +151,7 @@ class StateScale(NamedTuple):
         return cls(flat.mean(0), np.maximum(flat.std(0), 1e-6), tuple(angles))
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """(..., k) -> (..., k + angles) float32."""
+        """Scales states (..., k) to (..., k + angles) float32."""
         flat = _without_angles(np.asarray(states, np.float32), self.angles)
         return ((flat - self.mean) / self.std).astype(np.float32)
 

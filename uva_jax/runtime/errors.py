@@ -1,4 +1,4 @@
-"""The exception that means "the input is wrong, and here is the way out", and how it is told."""
+"""`UserError`, the exception for bad input, and the exit status of commands."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from typing import TextIO
 
 
 class UserError(ValueError):
-    """Bad input that a user can mend.
+    """Bad input that a user can correct.
 
-    Command lines print the message as one sentence, without a traceback, and exit with status 2.
+    The message is one sentence that names the input and what to do. Command lines print it without
+    a traceback and exit with status 2.
     """
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Runs a command: its exit status, or 2 after one sentence on stderr about bad input.
+    """Runs a command and returns its exit status; a UserError is printed and gives 2.
 
-    A command whose reader has closed the pipe (`... | head`) ends at once and in silence, with the
-    status that a shell gives to a program that SIGPIPE has ended.
+    If the reader of standard output has closed the pipe (`... | head`), the command ends silently
+    with the status of a program ended by SIGPIPE.
     """
     try:
-        return _told(command)
+        return _run(command)
     except BrokenPipeError:
         if not _reader_is_gone(sys.stdout):
-            raise  # another pipe: a worker's, say
-        # What is still in the buffer would be written, in vain and aloud, as Python ends.
+            raise  # another pipe, for example to a worker
+        # Python flushes the buffer as it exits and would print a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-def _told(command: Callable[[], int | None]) -> int:
+def _run(command: Callable[[], int | None]) -> int:
     try:
         status = command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except SystemExit:  # --help, for one
+    except SystemExit:  # for example --help
         sys.stdout.flush()
         raise
     sys.stdout.flush()
@@ -48,5 +49,5 @@ def _told(command: Callable[[], int | None]) -> int:
 
 def _reader_is_gone(stream: TextIO) -> bool:
     poll = select.poll()
-    poll.register(stream.fileno(), 0)  # errors and hang-ups are always told
+    poll.register(stream.fileno(), 0)  # poll always reports errors and hang-ups
     return bool(poll.poll(0))

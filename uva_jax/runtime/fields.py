@@ -1,7 +1,7 @@
-"""How one setting is declared: its type, default, comment and range, as a dataclass field.
+"""Dataclass fields that declare one setting each: its type, default, comment and range.
 
-A section of the configuration is a frozen dataclass. Its fields are made by `setting`, or hold
-another section. `specs` lists what a section declares, by dotted name.
+A section of the configuration is a frozen dataclass. Each field is made by `setting` or holds
+another section. `specs` lists the settings of a section by dotted name.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ _NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be; in a tuple and in a mapping it holds for every value.
+    """The allowed values of a setting; in a tuple or mapping they hold for each value.
 
     Attributes:
-      comment: what the setting is.
-      above, least, below, most: bounds of a number: exclusive, inclusive, exclusive, inclusive.
-      also: numbers outside these bounds that have a meaning of their own.
-      choices: the only values.
+      comment: description of the setting.
+      above, least, below, most: lower bound (exclusive, inclusive) and upper bound (exclusive,
+        inclusive) of a number.
+      also: allowed numbers outside the bounds, with a special meaning.
+      choices: the allowed values; empty: no restriction.
       length: of a tuple; None: any.
-      free: a mapping's keys are the user's own.
-      added: it came after results had been made without it; they stay up to date while it has
-        its default, which is what they were made with.
-      refuses: what is wrong with a value, or None.
+      free: the setting is a mapping with keys chosen by the user.
+      added: the setting is newer than results that people have; they stay up to date while it
+        has its default, which is what they were made with.
+      refuses: returns what is wrong with a value, or None.
     """
 
     comment: str
@@ -46,7 +47,7 @@ class Rule:
 
     @property
     def range(self) -> str:
-        """The bounds or the choices in words; "" where anything goes."""
+        """The bounds or the choices in words; "" if there are none."""
         if self.choices:
             return " or ".join(map(repr, self.choices))
         parts = [
@@ -74,10 +75,7 @@ class Rule:
 
 
 def setting(default: Any, comment: str, **rule) -> Any:
-    """A dataclass field with the rule of one setting; `rule` as in `Rule`.
-
-    A mapping is either free, or has one setting for each key of its default.
-    """
+    """Returns a dataclass field for one setting; `rule` holds the other attributes of `Rule`."""
     metadata = {"rule": Rule(comment, **rule)}
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -94,7 +92,7 @@ class Spec:
     rule: Rule
 
     def refusal(self, value: Any) -> str | None:
-        """What is wrong with a value, as a sentence that names the setting; None: nothing."""
+        """Returns a sentence that says what is wrong with a value, or None."""
         if self.rule.free:
             values = list(value.values()) if isinstance(value, Mapping) else None
             kind = typing.get_args(self.kind)[1]
@@ -146,7 +144,7 @@ def _is(kind: Any, value: Any) -> bool:
 
 
 def specs(section: Any, prefix: str = "") -> dict[str, Spec]:
-    """Every setting below an instance of a section, by dotted name; its values are the defaults."""
+    """Returns every setting of a section instance by dotted name; its values are the defaults."""
     found = {}
     kinds = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):

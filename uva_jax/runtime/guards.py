@@ -1,6 +1,6 @@
-"""Guards around a run: one run a workdir, full disks told in a sentence, stops that leave cleanly.
+"""Context managers around a run: lock of the workdir, full disks, stop signals.
 
-They know nothing of stages; `pipeline/engine.py` puts them around everything it does.
+They do not depend on stages; `pipeline/engine.py` enters them around the whole run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _held_locks: set[int] = set()
 
 @contextmanager
 def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Makes the workdir and holds its .lock. The kernel lets go of it when the holder dies.
+    """Makes the workdir and locks its .lock file. The kernel releases the lock if the process dies.
 
     Raises:
-      UserError: the workdir cannot be written in, or another run holds it.
+      UserError: the workdir is not writable, or another run holds the lock.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
         if error.errno in _DISK_FULL:
             raise
         raise UserError(
-            f"--workdir {workdir} cannot be used ({error.strerror}): "
-            "give a folder that can be written in"
+            f"--workdir {workdir} cannot be used ({error.strerror}): give a writable folder"
         ) from error
     with file:
         try:
@@ -54,7 +53,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            say(f"{workdir} is on a file system without locks: let only one run use it")
+            say(f"{workdir} is on a file system without locks: start only one run in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
         file.flush()
@@ -66,7 +65,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _drop_locks_in_child() -> None:
-    # a forked worker that outlives a killed run must not hold the run's lock
+    # A forked worker that outlives a killed run must not hold the run's lock.
     for descriptor in _held_locks:
         os.close(descriptor)
     _held_locks.clear()
@@ -76,8 +75,8 @@ os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
 @contextmanager
-def full_disk_is_told(workdir: Path) -> Iterator[None]:
-    """Turns "no space left", from whichever library it comes, into a UserError."""
+def full_disk_as_user_error(workdir: Path) -> Iterator[None]:
+    """Turns "no space left on device" of any library into a UserError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -85,12 +84,12 @@ def full_disk_is_told(workdir: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"the disk is full ({workdir} has {_free_text(workdir)} left): free some space and "
-            "give the same command again, it resumes; or choose a --workdir on another disk"
+            "run the same command again to resume, or choose a --workdir on another disk"
         ) from error
 
 
 def _means_full_disk(error: BaseException | None) -> bool:
-    # tensorstore and orbax report it as ValueError or RuntimeError with the system's words
+    # tensorstore and orbax raise ValueError or RuntimeError with the system's message.
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
@@ -104,12 +103,12 @@ def _free_text(workdir: Path) -> str:
     return f"{shutil.disk_usage(workdir).free / 2**20:.0f} MB" if workdir.exists() else "nothing"
 
 
-_stops: list[int] = []  # the signal that has asked this process to stop, if any
+_stops: list[int] = []  # the stop signal that this process has received, if any
 
 
 @contextmanager
-def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
-    """Turns SIGTERM and SIGINT into SystemExit, with a line that says how to go on.
+def stop_signals(say: Callable[[str], None]) -> Iterator[None]:
+    """Turns SIGTERM and SIGINT into SystemExit and prints how to resume.
 
     A signal may arrive inside a finalizer or a callback of the garbage collector, where Python
     drops exceptions; `end_if_stopped` raises it again.
@@ -118,7 +117,7 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # what nohup or a shell's background job ignores stays ignored
+    # Signals that nohup or a background shell ignores stay ignored.
     signals = [n for n, handler in before.items() if handler not in (None, signal.SIG_IGN)]
 
     def stop(number: int, frame: Any) -> None:
@@ -134,7 +133,7 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
     except SystemExit:
         if _stops:
             name = signal.Signals(_stops[0]).name
-            say(f"stopped by {name}: the same command goes on where this one ended")
+            say(f"stopped by {name}: run the same command again to resume")
         raise
     finally:
         _stops.clear()
@@ -143,7 +142,9 @@ def stops_are_told(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def end_if_stopped() -> None:
-    """Raises SystemExit if a signal has asked for it before. Called wherever work can be ended:
-    at every line that is logged, every step of a progress bar, and between stages."""
+    """Raises SystemExit if a stop signal has arrived.
+
+    It is called at every logged line, at every progress update and between stages.
+    """
     if _stops and threading.current_thread() is threading.main_thread():
         raise SystemExit(128 + _stops[0])

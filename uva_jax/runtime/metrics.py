@@ -1,7 +1,7 @@
-"""One writer for what a stage has to say: console progress, metrics.jsonl, TensorBoard, wandb.
+"""The writer of a stage's metrics and messages: console, metrics.jsonl, TensorBoard and wandb.
 
-Every line of metrics.jsonl is written by a single call, so that a killed run leaves at most one
-torn line, which readers skip.
+Every line of metrics.jsonl is written by a single system call, so that a killed run leaves at most
+one incomplete line, which readers skip.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from uva_jax.runtime.tfevents import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 _RESERVED = {"time", "stage", "step", "event"}
-_LINE_SECONDS = 10.0  # on a plain log: a line at least this often,
-_LINE_SHARE = 0.1  # or after this share of the work,
-_LINE_PAUSE = 1.0  # but never two lines within this many seconds
+# Without a terminal, progress is printed as lines:
+_LINE_SECONDS = 10.0  # seconds after which a line is due,
+_LINE_SHARE = 0.1  # or the share of the work after which one is due,
+_LINE_PAUSE = 1.0  # and the least number of seconds between two lines
 
 
 class Progress(Protocol):
-    """What `MetricsWriter.progress` yields: count the work done, show scalars beside it."""
+    """What `MetricsWriter.progress` yields: `update` adds `n` units and shows scalars."""
 
     def update(self, n: int = 1, **scalars: Any) -> None: ...
 
 
 class MetricsWriter:
-    """Writes what one stage measures. Closes itself as a context manager.
+    """Writes the metrics of one stage. A context manager that closes its files.
 
     Args:
       workdir: holds metrics.jsonl and tensorboard/<stage>/.
-      stage: name under which lines and events are filed.
+      stage: name stored with every line and event.
       config: the run's configuration; only `config.wandb` is read (no project: no wandb).
-      fresh: the stage starts from nothing. What an earlier run of it logged is hidden from
-        `read_metrics` and removed from TensorBoard; otherwise new lines add to the old ones.
-      enabled: False on the processes of a multi-host run that stay silent.
-      stream: where progress and `say` go; standard output by default.
+      fresh: the stage starts over: `read_metrics` and TensorBoard no longer show what its earlier
+        run logged. Otherwise new lines add to the old ones.
+      enabled: False on the processes of a multi-host run that write nothing.
+      stream: where progress and `say` print; standard output by default.
 
     Raises:
       UserError: `config.wandb.project` is set and wandb is not installed.
@@ -83,9 +84,12 @@ class MetricsWriter:
                 self._write_line({"time": time.time(), "stage": stage, "event": "start"})
 
     def log(self, step: int, **scalars: Any) -> None:
-        """Records scalars (anything `float()` takes) at a step; the same step may come again.
+        """Records scalars (anything `float()` takes) at a step; a step may be logged repeatedly.
 
         A value that is not finite is stored as null in metrics.jsonl.
+
+        Raises:
+          ValueError: a scalar has the name of a field of metrics.jsonl.
         """
         taken = _RESERVED & scalars.keys()
         if taken:
@@ -104,7 +108,7 @@ class MetricsWriter:
             self._log_to_wandb(int(step), values)
 
     def say(self, text: str) -> None:
-        """Prints one line, above the progress bar when there is one."""
+        """Prints one line, above the progress bar if there is one."""
         end_if_stopped()
         if not self._enabled:
             return
@@ -118,13 +122,14 @@ class MetricsWriter:
     def progress(
         self, total: int, unit: str = "it", desc: str = "", initial: int = 0
     ) -> Iterator[Progress]:
-        """Shows how far a loop is, with rate, time left and the latest scalars.
+        """Shows the progress of a loop, with rate, time left and the latest scalars.
 
-        A bar on a terminal; on a plain log a line about every 10 seconds or 10 %.
+        A terminal shows a bar; otherwise a line is printed about every 10 seconds or 10 %.
 
         Args:
-          total: units of work in all; `initial` of them were done by an earlier run.
+          total: units of work, of which an earlier run did `initial`.
           unit: what is counted, in the plural ("windows", "steps").
+          desc: shown after the stage's name.
         """
         title = f"{self.stage}: {desc}" if desc else self.stage
         if not self._enabled:
@@ -144,7 +149,10 @@ class MetricsWriter:
 
     @contextmanager
     def late_progress(self, unit: str, desc: str) -> Iterator[Callable[[int, int], None]]:
-        """`progress` of what may be done already: f(units done, units in all) shows it first."""
+        """Yields f(units done, total units), whose first call opens the `progress`.
+
+        Nothing is shown for work that was complete beforehand.
+        """
         with ExitStack() as opened:
             bar, before = None, 0
 
@@ -158,7 +166,7 @@ class MetricsWriter:
             yield show
 
     def close(self) -> None:
-        """Closes the files; nothing more can be logged."""
+        """Closes the files."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -182,7 +190,7 @@ class MetricsWriter:
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if self._file.write(line) != len(line):  # unbuffered: one system call; short on a full disk
+        if self._file.write(line) != len(line):  # unbuffered: a short write means a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._workdir))
 
     def _log_to_wandb(self, step: int, values: Mapping[str, float]) -> None:
@@ -198,14 +206,14 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl back: one record a stage and step, ordered by step within each stage.
+    """Reads metrics.jsonl: one record per stage and step, ordered by step within each stage.
 
-    Where a step was logged more than once, the later line wins, key by key (training loss and
-    held-out loss may come in two lines). Torn lines are skipped, and so is what a stage logged
-    before it was last started afresh. No file: an empty list.
+    Lines of the same step are merged; the later value of a key wins. Incomplete lines, and lines
+    from before a stage last started over, are skipped. Without a file the list is empty.
 
     Args:
-      stage: only this stage; all of them by default.
+      workdir: the run's folder.
+      stage: only this stage; all stages by default.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -214,7 +222,7 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # torn by a kill
+        except ValueError:  # an incomplete line of a killed run
             continue
         if not isinstance(record, dict) or "stage" not in record:
             continue
@@ -244,7 +252,7 @@ class _Bar:
 
 
 class _Lines:
-    """Progress for logs: whole lines, few of them."""
+    """Progress as whole lines, for logs."""
 
     def __init__(
         self, out: TextIO, title: str, unit: str, total: int, initial: int, latest: dict[str, float]
@@ -293,7 +301,7 @@ def _import_wandb(config: Mapping | None) -> Any:
 
 
 def _open_for_lines(path: Path) -> Any:
-    """Opens a file for appending whole lines, unbuffered, past any torn line at its end."""
+    """Opens a file for appending whole lines, unbuffered; first ends an incomplete last line."""
     file = open(path, "ab+", buffering=0)
     if file.seek(0, os.SEEK_END) > 0:
         file.seek(-1, os.SEEK_END)

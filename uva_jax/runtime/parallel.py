@@ -1,9 +1,9 @@
-"""Many devices, many hosts: the mesh, what lies where on it, and how processes find each other.
+"""Several devices and hosts: the mesh, the sharding of arrays, and the start of processes.
 
-JAX's own SPMD runtime does the distributed work. A mesh has three axes: "data" (each device its
-own samples), "fsdp" (its own samples too, and a slice of every large parameter) and "tensor" (a
-slice of the wide layers' features). Where arrays lie follows from rules over their paths and
-shapes, so that parameters, averages and optimizer states are all placed by the same rules.
+JAX's SPMD runtime does the distributed work. A mesh has three axes: "data" (samples are divided),
+"fsdp" (samples and every large parameter are divided) and "tensor" (the wide layers' features are
+divided). Rules over paths and shapes give the sharding of an array, so that parameters, averages
+and optimiser states are all placed alike.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DistributedOptions
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # the leading axis over every device that has samples of its own
+BATCH = P(("data", "fsdp"))  # the leading axis holds samples
 
-# (regular expression on a leaf's path, its axis that "tensor" divides): the widening layers of
-# attention and MLPs by their outputs, the narrowing ones by their inputs.
+# (regular expression on a leaf's path, the axis that "tensor" divides): outputs of the widening
+# layers of attention and MLPs, inputs of the narrowing ones.
 DEFAULT_RULES: tuple[tuple[str, int], ...] = (
     (r"(^|/)(qkv|q|kv|fc1)/kernel$", -1),
     (r"(^|/)(proj|fc2)/kernel$", -2),
 )
-_PATIENCE = 24 * 3600  # seconds that processes wait for one another
+_PATIENCE = 24 * 3600  # seconds that processes wait for each other
 MIN_SHARDED_SIZE = 2**16  # smaller leaves cost less to keep everywhere than to gather
 
 
@@ -40,12 +40,15 @@ MIN_SHARDED_SIZE = 2**16  # smaller leaves cost less to keep everywhere than to 
 
 
 def initialize_distributed(options: DistributedOptions) -> bool:
-    """Joins this process to the others where asked; call it before anything touches a device.
+    """Joins a distributed run if the options or the environment ask for it.
 
-    A second call does nothing. Returns whether the process is part of a distributed run.
+    Call it before anything uses a device. A second call does nothing.
+
+    Returns:
+      whether the process is part of a distributed run.
 
     Raises:
-      UserError: other processes were asked for, but nothing says where they are.
+      UserError: a distributed run is asked for, but its address or size is unknown.
     """
     if jax.distributed.is_initialized():
         return True
@@ -56,24 +59,24 @@ def initialize_distributed(options: DistributedOptions) -> bool:
         given = ()  # jax finds the others
     try:
         jax.distributed.initialize(*given)
-    except ValueError as error:  # jax says what it could not find out
+    except ValueError as error:  # jax names what is missing
         raise UserError(
-            f"the other processes cannot be found ({error}): give coordinator_address, "
-            "num_processes and process_id"
+            f"the other processes cannot be found ({error}): give config.distributed."
+            "coordinator_address, num_processes and process_id"
         ) from error
     return True
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here; `name` is the same on all of them, and used once.
+    """Waits until all processes have called it; `name` is equal on all of them and used once.
 
-    The wait is not a collective of the devices, because those give up while one process works on
-    alone (rollouts, an export).
+    It does not use a collective of the devices, which would time out while one process works alone
+    (rollouts, an export).
     """
     if jax.process_count() > 1:
         everyone = set(range(jax.process_count()))
@@ -81,10 +84,10 @@ def barrier(name: str) -> None:
 
 
 def savable(tree):
-    """`tree` as orbax saves it from several processes: what each holds alike becomes NumPy's.
+    """Returns `tree` in a form that orbax saves from several processes.
 
-    Orbax writes NumPy arrays once, and divided ones part by part, but refuses an array that lies
-    on one process's devices. In a single process nothing changes.
+    Orbax refuses arrays that lie on the devices of one process alone, so these become NumPy
+    arrays, which it writes once. In a single process nothing changes.
     """
     if jax.process_count() == 1:
         return tree
@@ -92,7 +95,7 @@ def savable(tree):
 
 
 def _environment_has_others(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that jax knows has started more processes than this one."""
+    """Whether a launcher that jax supports has started other processes."""
     counts = (environment.get(k, "1") for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     told = "JAX_COORDINATOR_ADDRESS" in environment
@@ -105,7 +108,10 @@ def _environment_has_others(environment: Mapping[str, str]) -> bool:
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh ("data", "fsdp", "tensor") over `devices`, or over all; data=-1 takes the rest.
+    """Returns the mesh ("data", "fsdp", "tensor") over `devices`, or over all devices.
+
+    Args:
+      data, fsdp, tensor: devices along each axis; data=-1 takes all that remain.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -121,22 +127,22 @@ def make_mesh(
         shown = "any number of" if data == -1 else str(data)
         raise UserError(
             f"a mesh of {shown} data x {fsdp} fsdp x {tensor} tensor does not fit {n} devices: "
-            "the axes must multiply to that number (data=-1 takes what the others leave)"
+            "the axes must multiply to that number (data=-1 takes all that remain)"
         )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
 
 
-# ---- where arrays lie ----
+# ---- sharding of arrays ----
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """All of it on every device."""
+    """The sharding of an array that lies whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """How a batch lies on the mesh: its samples, on that axis, divided over (data, fsdp)."""
+    """The sharding of a batch: samples, on `axis`, are divided over (data, fsdp)."""
     return NamedSharding(mesh, P(*[None] * axis, *BATCH))
 
 
@@ -147,11 +153,11 @@ def shardings_for(
     *,
     min_size: int = MIN_SHARDED_SIZE,
 ):
-    """A sharding for every leaf of a tree of parameters, averages or optimizer states.
+    """Returns a sharding for every leaf of a tree of parameters, averages or optimiser states.
 
-    Leaves of at least two axes and `min_size` elements are divided: over "tensor" on the axis that
-    the first matching rule names, over "fsdp" on the largest axis left, each where it divides
-    evenly. All others lie on every device.
+    Leaves of at least two axes and `min_size` elements are divided over "tensor" on the axis that
+    the first matching rule names, and over "fsdp" on the largest remaining axis, if the lengths
+    divide evenly. All other leaves lie whole on every device.
 
     Args:
       abstract_tree: leaves with a shape; arrays will do.
@@ -178,7 +184,7 @@ def shardings_for(
 
 
 def on_mesh(arrays: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict:
-    """Arrays that every process holds whole, divided as `shardings` says."""
+    """Places arrays that every process holds whole by their `shardings`."""
     if jax.process_count() == 1:
         return {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
 
@@ -190,7 +196,7 @@ def on_mesh(arrays: Mapping[str, jax.Array], shardings: Mapping[str, NamedShardi
 
 
 def shapes_on_mesh(tree, shardings):
-    """`tree`'s shapes, as of arrays that lie as `shardings` says: one for all, or a tree."""
+    """Returns `tree` as shapes with shardings; `shardings` is one for all leaves, or a tree."""
 
     def place(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -205,10 +211,10 @@ def _is_global(x) -> bool:
 
 
 def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Arrays of a mesh, however they are divided, whole in the memory of every process."""
+    """Gathers arrays of a mesh whole into the memory of every process."""
     if jax.process_count() == 1:
         return {name: np.asarray(x) for name, x in arrays.items()}
-    # One after another, because all of them may not fit a device.
+    # One by one, because all together may not fit a device.
     return {
         name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
         for name, x in arrays.items()
@@ -216,10 +222,15 @@ def on_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def shard_batch(mesh: Mesh, batch, axis: int = 0):
-    """This process's samples (NumPy arrays, samples on that axis) as global arrays over the mesh.
+    """Turns this process's samples into global arrays over the mesh.
+
+    Args:
+      mesh: the mesh.
+      batch: a tree of NumPy arrays with samples on `axis`.
+      axis: the axis of samples.
 
     Raises:
-      UserError: the samples cannot be dealt evenly to the devices.
+      UserError: the samples do not divide evenly over the devices.
     """
     sharding = batch_sharding(mesh, axis)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -229,8 +240,8 @@ def shard_batch(mesh: Mesh, batch, axis: int = 0):
         total = array.shape[axis] * jax.process_count()
         if total % shares:
             raise UserError(
-                f"a batch of {total} samples cannot be dealt evenly to the mesh's {shares} data "
-                "shares (data x fsdp): use a multiple"
+                f"a batch of {total} samples does not divide evenly over the mesh's {shares} data "
+                f"shares (data x fsdp): use a multiple of {shares}"
             )
         return jax.make_array_from_process_local_data(sharding, array)
 
@@ -238,10 +249,13 @@ def shard_batch(mesh: Mesh, batch, axis: int = 0):
 
 
 def sharded_map(f: Callable, mesh: Mesh, *, in_specs, out_specs) -> Callable:
-    """`f` jitted and run on each device's own part of its inputs, as `in_specs` divides them.
+    """Returns `f`, jitted, which each device runs on its own part of the inputs.
 
-    The capture's mapping: parameters come in as `P()`, samples go in and out as `BATCH`. What
-    `out_specs` calls replicated must be equal on all devices; that is not checked.
+    Args:
+      f: function of arrays.
+      mesh: the mesh.
+      in_specs, out_specs: how inputs and outputs are divided: `P()` for parameters, `BATCH` for
+        samples. Outputs with `P()` must be equal on all devices; that is not checked.
     """
     return jax.jit(
         jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

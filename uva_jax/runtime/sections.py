@@ -1,8 +1,8 @@
-"""The sections of the configuration that every run reads, and what all training has in common.
+"""The sections of the configuration that every run reads, and the settings common to all training.
 
-Type, default, comment and range of a setting stand in its field; rules between the settings of a
-section in its `__post_init__`. The graft's own sections are in `sections_graft`, those of policy
-training in `sections_training`.
+A field holds the type, default, comment and range of a setting; `__post_init__` holds the rules
+between the settings of a section. `sections_graft` has the sections of the graft and
+`sections_training` those of policy training.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from uva_jax.runtime.fields import setting
 from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
 EMBEDDED = "embedded"  # the small PushT policy, or the demonstrations, that ship with the package
-LARGEST_SEED = 2**31 - 10  # stages add a little to it
+LARGEST_SEED = 2**31 - 10  # stages add small numbers to it
 
 
 def no_schedule(steps: str) -> str | None:
-    """What is wrong with a number of sampling steps as text ("": the policy's own)."""
+    """Returns what is wrong with sampling steps as text ("": the policy's own), or None."""
     try:
         space_timesteps(TRAIN_STEPS, steps)
     except UserError as error:
@@ -35,7 +35,7 @@ def _no_file_name(name: str) -> str | None:
 
 
 class Section:
-    """A part of the configuration.
+    """A section of the configuration.
 
     Attributes:
       at: its dotted name.
@@ -44,7 +44,7 @@ class Section:
     at: ClassVar[str] = ""
 
     def key(self, name: str) -> str:
-        """How a sentence names one of its settings: `config.finetune.steps`."""
+        """Returns the full name of a setting: `config.finetune.steps`."""
         return ".".join(part for part in ("config", self.at, name) if part)
 
 
@@ -62,7 +62,7 @@ class TeacherOptions(Section):
 
 @dataclass(frozen=True)
 class DataOptions(Section):
-    """Demonstrations: where they are, how they are read, which are held out."""
+    """Demonstrations: path, arrays, windows and held-out episodes."""
 
     at: ClassVar[str] = "data"
 
@@ -72,13 +72,13 @@ class DataOptions(Section):
         "with the package, rendered on first use",
     )
     max_episodes: int = setting(
-        0, "embedded only: render the first so many (0: all 1,200)", least=0
+        0, "embedded only: episodes to render, from the first (0: all 1,200)", least=0
     )
-    cache: str = setting("", "where rendered frames are kept ('': the user's cache folder)")
+    cache: str = setting("", "folder of rendered frames ('': the user's cache folder)")
     layout: str = setting(
         "",
-        "'': arrays hold what the policy takes; 'umi': UMI's recordings, whose absolute poses "
-        "become relative to each window's current one, and its actions",
+        "'': arrays hold the policy's inputs; 'umi': UMI's recordings, whose absolute poses become "
+        "states and actions relative to each window's current pose",
         choices=("", "umi"),
     )
     image_key: str = setting("img", "the main camera's array")
@@ -86,13 +86,13 @@ class DataOptions(Section):
     action_key: str = setting("action", "the actions' array")
     language: str = setting(
         "",
-        "for policies that are told their task in language: a file of language latents by task "
-        "(.npz or .safetensors), or '': the checkpoint's own language tower",
+        "for language-conditioned policies: a file of language latents by task (.npz or "
+        ".safetensors), or '': the checkpoint's own language tower",
     )
     vocabulary: str = setting(
         "", "folder with CLIP's vocabulary for the language tower ('': the transformers cache)"
     )
-    horizon: int = setting(32, "steps of a training window, the current one in the middle", above=0)
+    horizon: int = setting(32, "steps of a training window, centred on the current step", above=0)
     pad_after: int = setting(
         7, "steps a window may reach past the episode's end (upstream: 7)", least=0
     )
@@ -126,28 +126,28 @@ class MeshOptions(Section):
     at: ClassVar[str] = "mesh"
 
     data: int = setting(
-        -1, "devices that have samples of their own (-1: all remaining)", least=1, also=(-1,)
+        -1, "devices that samples are divided over (-1: all remaining)", least=1, also=(-1,)
     )
-    fsdp: int = setting(1, "devices that share samples and large parameters out", least=1)
-    tensor: int = setting(1, "devices that share the wide layers' features out", least=1)
+    fsdp: int = setting(1, "devices that samples and large parameters are divided over", least=1)
+    tensor: int = setting(1, "devices that the wide layers' features are divided over", least=1)
 
 
 @dataclass(frozen=True)
 class DistributedOptions(Section):
-    """How processes find each other.
+    """How the processes of a distributed run find each other.
 
-    Under SLURM, Open MPI and where TPU_WORKER_HOSTNAMES names several hosts, nothing has to be
-    said. On other TPU pods `enabled=True` is enough. Elsewhere the three other fields are needed.
+    SLURM, Open MPI and a TPU_WORKER_HOSTNAMES with several hosts need no setting. On other TPU pods
+    `enabled=True` is enough. Elsewhere the three other fields are needed.
     """
 
     at: ClassVar[str] = "distributed"
 
     enabled: bool = setting(
-        False, "join other processes (False: by the environment and the settings below)"
+        False, "join other processes (False: the environment and the settings below decide)"
     )
     coordinator_address: str = setting("", "'host:port' of process 0")
-    num_processes: int = setting(0, "how many processes there are (0: unsaid)", least=0)
-    process_id: int = setting(-1, "this process's number, from 0 (-1: unsaid)", least=-1)
+    num_processes: int = setting(0, "number of processes (0: not given)", least=0)
+    process_id: int = setting(-1, "number of this process, from 0 (-1: not given)", least=-1)
 
     def __post_init__(self):
         given = (self.coordinator_address != "", self.num_processes > 0, self.process_id >= 0)
@@ -161,20 +161,20 @@ class DistributedOptions(Section):
 
 @dataclass(frozen=True)
 class EvaluateOptions(Section):
-    """How teacher and grafts are compared."""
+    """How teacher and graft are compared."""
 
     at: ClassVar[str] = "evaluate"
 
     simulator: str = setting(
         "pusht",
-        "rollouts in gym-pusht: 'pusht', 'pusht_multitask' (a goal of its own for every seed), "
-        "or '': none",
+        "rollouts in gym-pusht: 'pusht', 'pusht_multitask' (each seed has another goal), or '': "
+        "none",
         choices=("", "pusht", "pusht_multitask"),
     )
     windows: int = setting(
         256, "held-out windows for action error, accuracy and mAP (0: none)", least=0
     )
-    draws: int = setting(4, "samples of each held-out window", above=0)
+    draws: int = setting(4, "action samples for each held-out window", above=0)
     num_seeds: int = setting(50, "test seeds (upstream: 50 from 100000)", above=0)
     start_seed: int = setting(100_000, "the first test seed", least=0, most=LARGEST_SEED)
     max_steps: int = setting(300, "steps of a rollout", above=0)
@@ -184,49 +184,49 @@ class EvaluateOptions(Section):
     noise_seed: int = setting(
         0, "seed of the samplers' noise, the same for every policy", least=0, most=LARGEST_SEED
     )
-    videos: int = setting(4, "seeds recorded", least=0)
-    workers: int = setting(0, "simulator processes (0: one a core)", least=0)
+    videos: int = setting(4, "seeds recorded as video", least=0)
+    workers: int = setting(0, "simulator processes (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
 class EMAOptions(Section):
-    """The moving average of parameters: its decay is 1 - (1 + n / inv_gamma) ** -power."""
+    """The moving average of parameters, of decay 1 - (1 + n / inv_gamma) ** -power at update n."""
 
-    inv_gamma: float = setting(1.0, "updates after which the average begins to slow", above=0)
-    power: float = setting(0.75, "exponent of the average's slowing", least=0, most=10)
+    inv_gamma: float = setting(1.0, "time scale of the decay's rise, in updates", above=0)
+    power: float = setting(0.75, "exponent of the decay's rise", least=0, most=10)
     max_value: float = setting(0.9999, "largest decay of the average", least=0, below=1)
 
 
 @dataclass(frozen=True)
 class LoopOptions(Section):
-    """How a training loop trains; steps are the optimiser's."""
+    """Optimiser, schedule and batches of a training loop."""
 
     steps: int = setting(50_000, "optimiser steps", above=0)
-    batch: int = setting(256, "windows a step", above=0)
+    batch: int = setting(256, "windows per step", above=0)
     optimizer: str = setting(
         "adamw",
-        "'adamw' (upstream's), or 'muon': of blocks' matrices, AdamW of the rest",
+        "'adamw' (upstream's), or 'muon': Muon for matrices of blocks, AdamW for the rest",
         choices=("adamw", "muon"),
     )
     lr: float = setting(1e-4, "learning rate", above=0, most=1)
-    warmup: int = setting(1000, "steps of warm-up", least=0)
+    warmup: int = setting(1000, "steps of learning-rate warm-up", least=0)
     betas: tuple[float, float] = setting(
         (0.9, 0.95), "decay of AdamW's two moments", length=2, least=0, below=1
     )
     weight_decay: float = setting(
-        0.02, "of AdamW; not on biases, norms and other 1-d tensors", least=0, most=1
+        0.02, "weight decay of AdamW; 1-d tensors (biases, norms) have none", least=0, most=1
     )
     clip_norm: float = setting(1.0, "largest norm of the gradient (0: no clipping)", least=0)
-    accumulate: int = setting(1, "parts of a batch, one after the other, for less memory", above=0)
+    accumulate: int = setting(1, "parts of a batch whose gradients are accumulated", above=0)
     ema: EMAOptions = field(default_factory=EMAOptions)
-    steps_per_call: int = setting(1, "steps in one call of the compiled program", above=0)
+    steps_per_call: int = setting(1, "steps per call of the compiled program", above=0)
     checkpoint_every: int = setting(1000, "steps between resumable states", above=0)
     log_every: int = setting(50, "steps between logged lines", above=0)
 
     def __post_init__(self):
         if self.batch % self.accumulate:
             raise UserError(
-                f"{self.key('batch')} is {self.batch}, which cannot be cut into "
+                f"{self.key('batch')} is {self.batch}, which cannot be divided into "
                 f"{self.accumulate} equal parts: make it a multiple of {self.key('accumulate')}"
             )
         if self.steps and self.warmup >= self.steps:
@@ -240,9 +240,9 @@ class LoopOptions(Section):
 class FitOptions(Section):
     """How `train.fit` trains a few arrays on cached samples."""
 
-    batch: int = setting(64, "samples a step", above=0)
-    warmup: int = setting(200, "steps of warm-up", least=0)
-    weight_decay: float = setting(0.01, "of AdamW", least=0, most=1)
+    batch: int = setting(64, "samples per step", above=0)
+    warmup: int = setting(200, "steps of learning-rate warm-up", least=0)
+    weight_decay: float = setting(0.01, "weight decay of AdamW", least=0, most=1)
     clip_norm: float = setting(1.0, "largest norm of a gradient (0: no clipping)", least=0)
     checkpoint_every: int = setting(1000, "steps between resumable states", above=0)
     log_every: int = setting(50, "steps between logged lines", above=0)
@@ -250,7 +250,7 @@ class FitOptions(Section):
 
 @dataclass(frozen=True)
 class ExportOptions(Section):
-    """The torch checkpoint that a run ends with."""
+    """The torch checkpoint that a run exports."""
 
     at: ClassVar[str] = "export"
 
@@ -261,9 +261,9 @@ class ExportOptions(Section):
 
 @dataclass(frozen=True)
 class WandbOptions(Section):
-    """Weights & Biases beside the files that every run writes."""
+    """Logging to Weights & Biases, in addition to the run's own files."""
 
     at: ClassVar[str] = "wandb"
 
     project: str = setting("", "project to log to ('': none)")
-    name: str = setting("", "group that the run's stages appear in ('': the workdir's name)")
+    name: str = setting("", "group of the run's stages ('': the workdir's name)")

@@ -1,4 +1,4 @@
-"""The sections of the configuration that the graft reads, from the head's form to Stage 2."""
+"""The sections of the configuration that the graft reads: head, capture, distillation, Stage 2."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def _no_phase(phases: Mapping) -> str | None:
 
 @dataclass(frozen=True)
 class HeadOptions(Section):
-    """The grafted head's form and where its operators come from."""
+    """The architecture of the grafted head and the source of its operators."""
 
     at: ClassVar[str] = "head"
 
     cross_attention: str = setting(
         "condition",
         "'condition': cross-attention builds each action step's condition, once per observation; "
-        "'residual': it works on the noisy action tokens, at every step",
+        "'residual': it adds to the noisy action tokens, at every diffusion step",
         choices=("condition", "residual"),
     )
     memory: str = setting(
         "video+aggregate",
-        "'video+aggregate': the teacher's aggregator stays and its tokens join the memory (the "
-        "safest graft); 'video': the cross-attention has to learn the aggregation",
+        "'video+aggregate': video tokens and the tokens of the teacher's aggregator, which stays "
+        "(the safest graft); 'video': the cross-attention has to learn the aggregation",
         choices=("video", "video+aggregate"),
     )
     adapter: str = setting(
         "conv",
-        "'conv': the aggregator's first convolution, pooled to 4x4 a frame; or 'linear'",
+        "'conv': the aggregator's first convolution, pooled to 4x4 per frame; or 'linear'",
         choices=("conv", "linear"),
     )
     num_heads: int = setting(8, "attention heads of the cross-attention", above=0)
     self_attn_heads: int = setting(8, "attention heads of the self-attention", above=0)
     cross_mlp_ratio: int = setting(
-        2, "hidden width of the cross-attention's own feed-forward over its width", above=0
+        2, "hidden width of the cross-attention's feed-forward layer over its width", above=0
     )
     mlp_ratio: int = setting(4, "hidden width of the MLP operators over the head's width", above=0)
     self_attn_window: int = setting(
@@ -55,8 +55,8 @@ class HeadOptions(Section):
     depth: int = setting(0, "blocks (0: as many as the teacher's head has)", least=0)
     start: str = setting(
         "preserve",
-        "'preserve': MLP operators start as exact copies of the teacher's blocks, widened, with "
-        "the self-attention's gate closed; 'random': all operators start fresh",
+        "'preserve': MLP operators start as exact, widened copies of the teacher's blocks and the "
+        "self-attention's gate at zero; 'random': all operators start from random weights",
         choices=("preserve", "random"),
     )
     operators: tuple[str, ...] = setting(
@@ -68,26 +68,26 @@ class HeadOptions(Section):
     )
     init_paths: Mapping[str, str] = setting(
         dict.fromkeys(FAMILIES, ""),
-        "operator folder to load; '': from this run's distillation, or a fresh start (with a line "
-        "that says so) where that did not run",
+        "operator folder to load; '': this run's distilled operator, or random weights (a line "
+        "says so) if the run has none",
     )
 
 
 @dataclass(frozen=True)
 class CaptureOptions(Section):
-    """Which of the teacher's activations are kept, and how many."""
+    """Which of the teacher's activations are stored, and for how many windows."""
 
     at: ClassVar[str] = "capture"
 
-    num_samples: int = setting(8192, "windows cached (8k to 16k)", above=0)
-    held_out: int = setting(512, "further windows, from held-out episodes, to judge by", above=0)
+    num_samples: int = setting(8192, "training windows that are cached (8k to 16k)", above=0)
+    held_out: int = setting(512, "windows of held-out episodes, for validation", above=0)
     strip: int = setting(
-        1, "neighbouring windows that share encoded frames (1: every window on its own)", above=0
+        1, "windows of a strip, which share encoded frames (1: no sharing)", above=0
     )
-    batch: int = setting(16, "strips a step, over all devices", above=0)
-    blocks: bool = setting(True, "store every block's input and residual too")
+    batch: int = setting(16, "strips per step, over all devices", above=0)
+    blocks: bool = setting(True, "also store every block's input and residual")
     dtype: str = setting("bfloat16", "dtype of stored activations", choices=_DTYPES)
-    encode_frames: int = setting(0, "frames the VAE takes at a time (0: all)", least=0)
+    encode_frames: int = setting(0, "frames that the VAE encodes at a time (0: all)", least=0)
 
 
 @dataclass(frozen=True)
@@ -112,59 +112,59 @@ class DistillOptions(FitOptions):
         "cached tokens (nearly free), or use the stored block activations",
     )
     block_epochs: int = setting(
-        0, "epochs of self-attention and MLP operators (0: as above)", least=0
+        0, "epochs of self-attention and MLP operators (0: distill.epochs)", least=0
     )
     block_lr: float = setting(
-        0.0, "learning rate of self-attention and MLP operators (0: as above)", least=0, most=1
+        0.0, "learning rate of self-attention and MLP operators (0: distill.lr)", least=0, most=1
     )
     sampling_steps: str = setting(
         "",
-        "diffusion steps when heads are compared by their samples ('': the policy's own)",
+        "diffusion steps for comparing heads by their samples ('': the policy's own)",
         refuses=no_schedule,
     )
 
 
 @dataclass(frozen=True)
 class FinetuneOptions(LoopOptions):
-    """Stage 2: the graft trained end to end on part of the data."""
+    """Stage 2: fine-tuning of the whole graft on part of the data."""
 
     at: ClassVar[str] = "finetune"
 
     data_fraction: float = setting(
         0.1,
-        "share of the training episodes, whole ones, picked by seed",
+        "share of the training episodes, picked by seed",
         above=0,
         most=1,
     )
     reuse_cache: bool = setting(
         False,
-        "take the windows that capture has cached instead of encoding data_fraction of the "
-        "episodes; needs everything before the head frozen: freeze=('mar',)",
+        "train on the windows that capture has cached instead of data_fraction of the episodes; "
+        "needs everything before the head frozen: freeze=('mar',)",
     )
-    freeze_encoder: bool = setting(True, "keep VAE and MAR encoder as they are")
+    freeze_encoder: bool = setting(True, "freeze the VAE and the MAR encoder")
     freeze: tuple[str, ...] = setting(
-        (), "further path patterns that stay, such as 'mar' or 'action_head/memory'"
+        (), "further frozen path patterns, such as 'mar' or 'action_head/memory'"
     )
     unfreeze_at: Mapping[str, tuple[str, ...]] = setting(
         {},
-        "path patterns that stay until a step: {'5000': ('mar/decoder_blocks',)}",
+        "path patterns that are frozen until a step: {'5000': ('mar/decoder_blocks',)}",
         free=True,
         refuses=_no_phase,
     )
-    dropout: bool = setting(False, "the transformer's dropout while fine-tuning")
-    noise_draws: int = setting(1, "diffusion draws of the head for each window of a batch", above=0)
+    dropout: bool = setting(False, "apply the transformer's dropout")
+    noise_draws: int = setting(1, "diffusion noise draws for each window of a batch", above=0)
     teacher_weight: float = setting(
         0.0,
-        "weight of the mean square between the outputs of teacher and graft on the same noisy "
-        "actions, beside the diffusion loss of the data (0: that alone)",
+        "weight of the mean squared error between the outputs of teacher and graft on the same "
+        "noisy actions, added to the diffusion loss (0: diffusion loss alone)",
         least=0,
     )
-    use_lora: bool = setting(False, "train low-rank adapters in place of the targets' kernels")
+    use_lora: bool = setting(False, "train low-rank adapters instead of the targets' kernels")
     lora_rank: int = setting(64, "rank of the adapters", above=0)
     lora_targets: tuple[str, ...] = setting(
         ("mar/decoder_blocks/*/attn/*", "mar/decoder_blocks/*/mlp/*"),
         "path patterns of the kernels that get adapters",
     )
     gradient_checkpointing: bool = setting(
-        False, "compute the decoder's activations twice: less memory, more time"
+        False, "recompute the decoder's activations: less memory, more time"
     )

@@ -1,8 +1,8 @@
-"""Settings: a ConfigDict comes in, checked against the sections; frozen dataclasses go out.
+"""Checks a ConfigDict against the declared settings and turns its sections into dataclasses.
 
 `Settings` nests the sections, whose fields hold every setting's type, default, comment and range.
-The ConfigDict that configuration files change is made from them. Nothing here imports jax, so that
-a wrong configuration is refused at once.
+`defaults` makes the ConfigDict that configuration files change. The module does not import jax, so
+that a wrong configuration is refused at once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MAPPINGS = (Mapping, ConfigDict, FrozenConfigDict)
 
 @dataclass(frozen=True)
 class Settings(sections.Section):
-    """Everything that can be set. Defaults are the published schedule.
+    """All settings. Defaults are the published schedule.
 
-    8k samples and 200 epochs of Stage 1; 10% of the data and 50k steps of Stage 2.
+    Stage 1: 8k samples, 200 epochs. Stage 2: 10% of the data, 50k steps.
     """
 
     seed: int = setting(
-        0, "seed of fresh weights, sample order and noise", least=0, most=sections.LARGEST_SEED
+        0, "seed of random weights, sample order and noise", least=0, most=sections.LARGEST_SEED
     )
     precision: str = setting(
         "auto",
@@ -59,12 +59,12 @@ class Settings(sections.Section):
 
 @functools.cache
 def specs() -> Mapping[str, Spec]:
-    """Every setting by dotted name."""
+    """Returns the declaration of every setting by dotted name."""
     return fields.specs(Settings())
 
 
 def defaults() -> ConfigDict:
-    """The defaults, as configuration files and command lines change them."""
+    """Returns the defaults as a ConfigDict, for configuration files and command lines to change."""
     return ConfigDict(dataclasses.asdict(Settings()))
 
 
@@ -84,7 +84,7 @@ def _is_free(name: str) -> bool:
 
 
 def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Every setting by dotted name; a section whose keys are the user's own is one of them."""
+    """Returns every value by dotted name; a mapping with free keys counts as one value."""
     found = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -96,11 +96,14 @@ def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def check_name(name: str, *, inside: bool = True) -> None:
-    """Raises UserError unless that is a setting.
+    """Checks that a setting exists.
 
     Args:
-      name: with dots.
-      inside: it may also be a key of the user's own in a section that takes any.
+      name: dotted name.
+      inside: the name may also be a key of a mapping with free keys.
+
+    Raises:
+      UserError: there is no such setting.
     """
     known = specs()
     if name in known:
@@ -122,7 +125,7 @@ def check_name(name: str, *, inside: bool = True) -> None:
 
 
 def assign(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets one setting by its dotted name; `check` says what is wrong with the value.
+    """Sets one setting by its dotted name, without checking the value; `check` does.
 
     Raises:
       UserError: there is no such setting.
@@ -136,10 +139,10 @@ def assign(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def check(config: ConfigDict) -> FrozenConfigDict:
-    """Checks names, types, ranges and choices of all settings, and each against the others.
+    """Checks names, types, ranges and choices of all settings, and the rules between them.
 
     Raises:
-      UserError: naming the setting, its value and what would do.
+      UserError: a setting is unknown, missing or wrong; the message names it and what is allowed.
     """
     given = leaves(config)
     for name in given:
@@ -158,7 +161,7 @@ def check(config: ConfigDict) -> FrozenConfigDict:
 
 
 def section(config: Mapping, cls: type[T]) -> T:
-    """A section of the configuration as its frozen dataclass; keys that it lacks are left out.
+    """Returns a section of the configuration as its dataclass; missing keys take their defaults.
 
     Raises:
       UserError: settings of the section contradict each other.

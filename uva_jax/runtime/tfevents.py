@@ -1,9 +1,8 @@
-"""TensorBoard event files, scalars only, without any library.
+"""A writer of TensorBoard event files, for scalars only.
 
-tensorboardX imports torch whenever it is installed, and TensorFlow is larger still; neither belongs
-in a run. The format is small: TFRecord frames (length, masked CRC-32C, payload, masked CRC-32C)
-around `Event` protocol buffers. Writes are synchronous, so that a full disk is an error here and
-not a silent death of a background thread.
+It uses no library, because tensorboardX imports torch if it is installed and TensorFlow is large.
+The format is TFRecord frames (length, masked CRC-32C, payload, masked CRC-32C) around `Event`
+protocol buffers. Writes are synchronous, so that a full disk raises here and not in a thread.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ _file_number = itertools.count()
 
 
 class EventFile:
-    """An event file in `folder` (made if missing), ready for scalars.
+    """An open event file.
 
     Args:
-      folder: one TensorBoard run; several files in it are shown as one series.
-      first_step: TensorBoard drops what earlier files of the folder hold at this step and later,
-        which is what a run resumed at that step logs again.
+      folder: one TensorBoard run, made if missing; its files are shown as one series.
+      first_step: TensorBoard drops values of the folder's earlier files from this step on, because
+        a run resumed at this step logs them again.
     """
 
     def __init__(self, folder: str | os.PathLike, first_step: int):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
-        # readers take the files of a folder in the order of their names, oldest first; the number
-        # and the process id keep two writers of one second apart
+        # Readers sort the files of a folder by name, oldest first; the number and the process id
+        # separate two writers that start in the same second.
         name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
         self._file = open(
             folder / f"{name}.{os.getpid()}.{next(_file_number):05d}", "xb", buffering=0
@@ -43,13 +42,14 @@ class EventFile:
         self._write(_double(1, now) + _varint(2, first_step) + _bytes(7, session_start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one event with a value a tag."""
+        """Appends one event with a value for each tag."""
         summary = b"".join(
             _bytes(1, _bytes(1, tag.encode()) + _float(2, value)) for tag, value in values.items()
         )
         self._write(_double(1, time.time()) + _varint(2, step) + _bytes(5, summary))
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _write(self, event: bytes) -> None:
@@ -102,7 +102,7 @@ _TABLE = _crc_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C, rotated and shifted as TFRecord wants it."""
+    """CRC-32C, masked as TFRecord requires."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8

@@ -1,7 +1,7 @@
-"""Files and folders that hold the old content or the new one, whatever ends the process.
+"""Atomic writes of files and folders: a killed process leaves the old content or the new.
 
-New content is made under another name beside the old and renamed when it is complete and on disk.
-A process killed in between leaves that other name behind, which nobody reads.
+New content is written under a temporary name in the same folder and renamed when it is complete and
+on disk. A killed process leaves the temporary name behind, which nothing reads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A name to write a file to, which becomes `path` once the block has ended well.
+    """Yields a temporary name to write to; it is renamed to `path` if the block raises nothing.
 
-    The name has the suffix of `path`, for writers that go by it. Missing folders are made.
+    The name has the suffix of `path`, because some writers depend on it. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,23 +38,27 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is one of `new_file`'s, left by a process that was killed."""
+    """Whether a file is a temporary one that a killed process left in `new_file`."""
     return re.fullmatch(r"\..*\.tmp(\.[^.]*)?", path.name) is not None
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a small file."""
+    """Writes a file atomically."""
     with new_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON; see `plain` for what it may hold."""
+    """Writes a value as JSON atomically.
+
+    Raises:
+      TypeError: the value holds something that `plain` does not convert.
+    """
     write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Reads a JSON object; None where there is no such file or it holds something else."""
+    """Reads a JSON object; returns None if the file is missing or holds something else."""
     try:
         value = json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -63,7 +67,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """Returns what JSON can hold: arrays as lists, paths as text, non-finite numbers as null."""
+    """Converts a value for JSON: arrays to lists, paths to text, non-finite numbers to None.
+
+    Raises:
+      TypeError: the value cannot be converted.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -86,15 +94,15 @@ def new_folder(
     is_primary: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` once the block has ended well.
+    """Yields an empty folder, which replaces `path` if the block raises nothing.
 
-    A killed process leaves the old folder or the new one or, in the moment between two renames,
-    none; never a mixture. Only one writer may be at work on a `path` at a time.
+    A killed process leaves the old folder or the new one or, between two renames, none; never a
+    mixture. Only one writer may use a `path` at a time.
 
     Args:
       path: the folder; an older one is removed.
-      is_primary, barrier: for several processes that fill one folder. The primary makes and names
-        it, while the others wait at the barriers.
+      is_primary, barrier: for several processes that fill one folder. The primary makes and
+        renames it; the others wait at the barriers.
     """
     path = Path(path)
     new, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
@@ -117,7 +125,7 @@ def new_folder(
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder at once, so that a killed process leaves no half of it under its name."""
+    """Removes a folder atomically: after a kill it is complete or gone."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)

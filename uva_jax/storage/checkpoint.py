@@ -1,7 +1,7 @@
-"""Resumable states of a training loop, by orbax.
+"""Resumable states of a training loop, stored by orbax.
 
-A state is any tree of arrays. It is stored as its leaves in order and restored into a tree of the
-same structure, so that optimiser states need no registration and restoring never guesses.
+A state is any tree of arrays. Its leaves are stored in order and restored into a tree of the same
+structure, so that optimiser states need no registration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uva_jax.runtime.errors import UserError
 
 
 class Checkpoints:
-    """The last states of one loop in a folder; use as a context manager."""
+    """The newest `keep` states of one loop in a folder; a context manager."""
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
         self.folder = Path(folder).absolute()
@@ -32,12 +32,12 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for writes under way."""
+        """Waits until all states are written."""
         self._manager.wait_until_finished()
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Steps done in the newest complete state, or None."""
+        """Returns the steps done in the newest complete state, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state) -> None:
@@ -46,7 +46,10 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(parallel.savable(_leaves(state))))
 
     def restore(self, like):
-        """The newest state in the structure, shapes, dtypes and shardings of `like`, or None.
+        """Reads the newest state in the structure, shapes, dtypes and shardings of `like`.
+
+        Returns:
+          (steps done, state), or None if there is no state.
 
         Raises:
           UserError: the state is damaged or belongs to another model.
@@ -60,7 +63,7 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"the saved state {self.folder / str(step)} cannot be restored ({error}); remove "
-                f"{self.folder} to begin this stage again"
+                f"{self.folder} to start this stage over"
             ) from error
         structure = jax.tree.structure(like)
         return step, jax.tree.unflatten(structure, [found[key] for key in sorted(found)])

@@ -1,8 +1,7 @@
-"""The arrays of a policy folder on disk, in orbax's format: all at once, or one after another.
+"""Reads and writes the arrays of a policy folder in orbax's format, whole or one by one.
 
-Orbax reads and writes whole trees, so whoever only passes arrays on (a conversion) would hold all
-of them. Here orbax is given leaves that are loaded when their turn comes, by a handler of its own
-arrays; the files are the same either way.
+Orbax holds whole trees in memory. For conversions, which only pass arrays on, a handler for
+`LazyArray` loads each leaf when it is written; the files are the same either way.
 """
 
 from __future__ import annotations
@@ -27,28 +26,29 @@ _DAMAGE = (FileNotFoundError, KeyError, AttributeError, ValueError)
 
 
 @contextlib.contextmanager
-def damage_is_told(folder: Path) -> Iterator[None]:
-    """One sentence on a policy's arrays in `folder` that cannot be read."""
+def damage_as_user_error(folder: Path) -> Iterator[None]:
+    """Turns errors of orbax and tensorstore on the arrays in `folder` into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Orbax tells of unreadable data by a bare Exception, and by nothing else.
+        # Orbax reports unreadable data by a bare Exception, and nothing else by one.
         if type(error) is not Exception and not isinstance(error, _DAMAGE):
             raise
         raise UserError(
-            f"{folder} is missing or damaged ({_short(error)}); make the policy folder anew."
+            f"{folder} is missing or damaged ({_short(error)}): make the policy folder again"
         ) from error
 
 
 def checkpointer(arrays: Mapping) -> ocp.AsyncCheckpointer:
-    """Orbax's, with little in memory beside `arrays` (or their shapes).
+    """Returns an orbax checkpointer that needs little memory beyond `arrays` (or their shapes).
 
-    Weights hardly shrink, and compressing them takes longer and more memory than writing them.
+    It does not compress: weights hardly shrink, and compression takes more time and memory than
+    writing.
     """
     largest = max(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays.values())
-    limit = max(_IN_FLIGHT, 2 * largest)  # one array must fit
+    limit = max(_IN_FLIGHT, 2 * largest)  # the largest array must fit
     handler = ocp.BasePyTreeCheckpointHandler(
         use_compression=False, save_concurrent_bytes=limit, restore_concurrent_bytes=limit
     )
@@ -90,10 +90,10 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
         def later(info, found) -> LazyArray:
             def load() -> np.ndarray:
-                # Not asyncio.run: its handling of Ctrl-C prints every array to a text unread.
+                # Not asyncio.run: its handling of Ctrl-C formats every array as text.
                 loop = asyncio.new_event_loop()
                 try:
-                    with damage_is_told(info.parent_dir):
+                    with damage_as_user_error(info.parent_dir):
                         return loop.run_until_complete(read([info]))[0]
                 finally:
                     loop.close()
@@ -107,12 +107,12 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 def _short(error: BaseException) -> str:
-    """What is wrong, without tensorstore's description of all its settings."""
+    """Returns the message without tensorstore's description of all its settings."""
     return " ".join(str(error).split())[:200]
 
 
 def _parts(values: Sequence[LazyArray]) -> Iterator[slice]:
-    """Runs of arrays that are written together."""
+    """Yields slices of arrays that are written together."""
     start, held = 0, 0
     for number, value in enumerate(values):
         if held and held + value.nbytes > _IN_FLIGHT:
@@ -123,12 +123,12 @@ def _parts(values: Sequence[LazyArray]) -> Iterator[slice]:
 
 
 def _lazy_checkpointer() -> ocp.Checkpointer:
-    """Works for this process alone, and waits for no other."""
+    """Returns a checkpointer for this process alone, which waits for no other."""
     handler = _OneByOne()
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, handler),
         (np.ndarray, handler),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns where there is none
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns if there is none
     )
     base = ocp.BasePyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     this = jax.process_index()
@@ -140,18 +140,18 @@ def _lazy_checkpointer() -> ocp.Checkpointer:
 
 
 def write(folder: Path, arrays: Mapping[str, LazyArray]) -> None:
-    """Writes arrays by path ("a/b"), a few at a time; what a `load` raises goes through."""
+    """Writes arrays by path ("a/b"), a few at a time; errors of a `load` are raised unchanged."""
     with _lazy_checkpointer() as opened:
         opened.save(folder, args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep="/")))
 
 
 def read(folder: Path) -> dict[str, LazyArray]:
-    """The arrays that any of the writers wrote, by path; each is read when it is asked for.
+    """Returns the arrays of a folder by path; each is read when it is loaded.
 
     Raises:
       UserError: the folder is missing or damaged.
     """
-    with _lazy_checkpointer() as opened, damage_is_told(folder):
+    with _lazy_checkpointer() as opened, damage_as_user_error(folder):
         tree = opened.metadata(folder).item_metadata.tree
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return traverse_util.flatten_dict(

@@ -1,8 +1,8 @@
-"""The container of .safetensors files, read with every promise of the format checked.
+"""A reader of .safetensors files that checks every rule of the format.
 
-A file is 8 bytes of length, a json header that names each tensor's dtype, shape and place, and the
-bytes, without gaps or overlaps (https://github.com/huggingface/safetensors). Whoever wants a file's
-arrays at once calls `load`; whoever reads them one by one asks `entries` where they are.
+A file is 8 bytes of length, a json header that gives each tensor's dtype, shape and offsets, and
+the data, without gaps or overlaps (https://github.com/huggingface/safetensors). `load` reads all
+arrays; `entries` gives their offsets for reading one by one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a file: `nbytes` bytes at `offset` of it, C order, little-endian."""
+    """A tensor of a file: `nbytes` bytes from byte `offset`, C order, little-endian."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -48,10 +48,10 @@ class Entry:
 
 
 def entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entry]:
-    """Where the tensors of a file are.
+    """Returns the tensors of a file by name.
 
     Args:
-      size: of the file, in bytes.
+      size: bytes of the file.
       read: (offset, number of bytes) -> bytes of the file.
 
     Raises:
@@ -61,10 +61,10 @@ def entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entry]:
         raise ValueError(f"it has {size} bytes")
     length = int.from_bytes(read(0, 8), "little")
     if length > min(MAX_HEADER, size - 8):
-        raise ValueError(f"its header would have {length} bytes, and the file has {size}")
+        raise ValueError(f"its header would have {length} bytes, but the file has {size}")
     text = read(8, length)
     if not text.startswith(b"{"):
-        raise ValueError("its header is no json object")
+        raise ValueError("its header is not a json object")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
@@ -77,7 +77,7 @@ def entries(size: int, read: Callable[[int, int], bytes]) -> dict[str, Entry]:
             raise ValueError("its tensors overlap or leave gaps")
         reached += entry.nbytes
     if reached != size:
-        raise ValueError(f"its header and tensors have {reached} bytes, and the file has {size}")
+        raise ValueError(f"its header and tensors have {reached} bytes, but the file has {size}")
     return found
 
 
@@ -91,20 +91,20 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 def _entry(name: str, stated: dict, start: int) -> Entry:
     dtype, shape, (begin, end) = (stated[key] for key in ("dtype", "shape", "data_offsets"))
     if dtype not in DTYPES:
-        raise ValueError(f"{name!r} has the dtype {dtype!r}, which is not known here")
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
     if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-        raise ValueError(f"the shape or place of {name!r} is impossible")
+        raise ValueError(f"the shape or the offsets of {name!r} are impossible")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"{name!r} of shape {shape} has {end - begin} bytes")
     return Entry(DTYPES[dtype], tuple(shape), start + begin, end - begin)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by name; all of it is read at once.
+    """Reads all arrays of a file by name.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: as `entries`.
+      ValueError: the file contradicts the format.
     """
     data = path.read_bytes()
     found = entries(len(data), lambda offset, count: data[offset : offset + count])

@@ -1,12 +1,12 @@
-"""The activation cache: what the teacher computed for every sample, as zarr v3 arrays on disk.
+"""A store of arrays by sample, as zarr v3 on disk: activation caches and encoded latents.
 
-A folder holds one array a name, cut into chunks of whole samples, and `index.json`, which says what
-the cache was made from and whether it is finished. A chunk is done when its file exists in every
-array: tensorstore syncs a chunk file before it renames it into place, so no other record of what
-is done is needed, and none can disagree with the files.
+A folder holds one array per name, in chunks of whole samples, and `index.json`, which records what
+the cache was made from and whether it is finished. A chunk is complete when its file exists in
+every array. tensorstore syncs a chunk file before it renames it into place, so no further record
+is needed.
 
-bfloat16 is stored as its bits, in uint16 arrays (their attribute `dtype` says so), because
-zarr-python knows no bfloat16: `zarr.open_array(path)[:].view(ml_dtypes.bfloat16)` reads one.
+bfloat16 is stored as its bits in uint16 arrays with the attribute `dtype`, because zarr-python does
+not support it: `zarr.open_array(path)[:].view(ml_dtypes.bfloat16)` reads one.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from uva_jax.storage.identity import Identity, shaping_values
 INDEX = "index.json"
 _FORMAT = "uva_jax activation cache 1"
 _BITS = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}  # dtypes stored as their bits
-_MAX_CHUNK_BYTES = 2**31 - 64  # what blosc takes
+_MAX_CHUNK_BYTES = 2**31 - 64  # the limit of blosc
 _MEND = "delete it and run the command that made it again, or copy it again"
 
 
 class SampleStore:
-    """Arrays of `num_samples` items each, written by chunks of samples and read by rows.
+    """Arrays (num_samples, *item), written by chunks of samples and read by rows.
 
-    Several processes may write chunks of one cache on a shared disk, each its own. The primary
-    creates it before the others call `create` too (which then only opens), and finishes it after
-    all of them have flushed.
+    Several processes may write different chunks of one cache on a shared disk. The primary calls
+    `create` first, the others then open the cache by the same call; the primary finishes it after
+    all have flushed.
 
     Attributes:
-      folder: where it is.
+      folder: where the cache is.
       num_samples: samples of every array.
-      chunk: samples a chunk; the last one may hold fewer.
+      chunk: samples per chunk; the last chunk may hold fewer.
       num_chunks: chunks of every array.
-      meta: what it was made from, as given to `create`.
+      meta: what the cache was made from, as given to `create`.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], max_in_flight: int = 1):
@@ -82,23 +82,25 @@ class SampleStore:
         """Starts a cache, or opens the one that an earlier call with the same arguments started.
 
         Args:
+          folder: where the cache is made.
           arrays: name -> (shape of one sample, dtype); dtypes "bfloat16", "float16", "float32" and
             numpy's integers.
-          chunk: samples a chunk. A chunk is what is written, resumed and decoded at once.
-          meta: JSON-able facts that the content depends on (teacher hash, configuration hash...).
-          replace: a cache made from something else is removed instead of being an error.
-          max_in_flight: chunks that may wait for the disk before `write_chunk` does.
+          num_samples: samples of every array.
+          chunk: samples per chunk, the unit of writing, resuming and decoding.
+          meta: JSON values that the content depends on (teacher hash, configuration hash...).
+          replace: remove a cache made from something else instead of raising.
+          max_in_flight: chunks that may wait for the disk before `write_chunk` blocks.
 
         Raises:
-          UserError: the folder holds something else, or a cache made from something else (it says
-            which fields differ).
+          UserError: the folder holds other files, or a cache made from something else.
+          ValueError: an array cannot be stored.
         """
         folder = Path(folder)
         about = _describe(arrays, num_samples, chunk, meta)
         index = read_json(folder / INDEX)
         if index is None or index.get("format") != _FORMAT:
             if folder.exists() and not all(map(is_leftover, folder.iterdir())):
-                raise UserError(f"{folder} holds files that are no cache: choose another folder")
+                raise UserError(f"{folder} holds files but no cache: choose another folder")
             index = None
         elif changes := _changes(index, about):
             if not replace:
@@ -106,7 +108,7 @@ class SampleStore:
                     f"{folder} holds an activation cache made from something else ({changes}): "
                     "delete it, or choose another folder"
                 )
-            # Unfinished first: a kill in here leaves a cache that has lost some chunks, no more.
+            # The index says unfinished before chunks go, so that a kill here leaves a valid cache.
             write_json(folder / INDEX, {**index, "finished": False})
             for path in folder.iterdir():
                 if path.is_dir():
@@ -126,7 +128,7 @@ class SampleStore:
         """Opens a finished cache for reading.
 
         Raises:
-          UserError: there is none, it is unfinished (it says how far it got), or files are missing.
+          UserError: there is no cache, or it is unfinished or damaged.
         """
         folder = Path(folder)
         index = read_json(folder / INDEX)
@@ -137,8 +139,8 @@ class SampleStore:
         missing = cache.missing_chunks()
         if not index["finished"]:
             raise UserError(
-                f"the activation cache {folder} was cut off: it holds {cache.samples_done()} of "
-                f"{cache.num_samples} samples; the command that made it resumes there"
+                f"the activation cache {folder} is unfinished: it holds {cache.samples_done()} of "
+                f"{cache.num_samples} samples; run the command that made it again to resume"
             )
         if missing:
             raise UserError(
@@ -153,25 +155,29 @@ class SampleStore:
         return tuple(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole array's shape, samples first."""
+        """The shape of an array, (num_samples, *item)."""
         return (self.num_samples, *self._array(name)[0])
 
     def dtype(self, name: str) -> np.dtype:
         return self._array(name)[1]
 
     def nbytes(self, names: Sequence[str] | None = None) -> int:
-        """Bytes that the arrays take in memory; all of them by default."""
+        """Bytes that the named arrays take in memory; all arrays by default."""
         names = self.names if names is None else names
         return sum(math.prod(self.shape(n)) * self.dtype(n).itemsize for n in names)
 
     def chunk_range(self, index: int) -> tuple[int, int]:
-        """The samples [start, stop) of a chunk."""
+        """The samples [start, stop) of a chunk.
+
+        Raises:
+          ValueError: there is no such chunk.
+        """
         if not 0 <= index < self.num_chunks:
             raise ValueError(f"{self.folder} has no chunk {index}, only {self.num_chunks}")
         return index * self.chunk, min((index + 1) * self.chunk, self.num_samples)
 
     def missing_chunks(self) -> list[int]:
-        """The chunks of which some array's file is not on the disk."""
+        """The chunks that are not on disk in every array."""
         found = []
         for name, (item, _) in self._arrays.items():
             folder = self.folder / name
@@ -181,15 +187,25 @@ class SampleStore:
         return np.flatnonzero(~np.all(found, axis=0)).tolist()
 
     def samples_done(self) -> int:
-        """Samples whose chunks are on the disk."""
+        """The number of samples whose chunks are on disk."""
         missing = (self.chunk_range(i) for i in self.missing_chunks())
         return self.num_samples - sum(stop - start for start, stop in missing)
 
     def write_chunk(self, index: int, values: Mapping[str, np.ndarray]) -> ts.Future:
-        """Copies every array's samples `chunk_range(index)`, to be compressed and written.
+        """Starts to write one chunk of every array.
 
-        While `max_in_flight` chunks are on their way it waits for the oldest, and raises its error.
-        The future's `result()` waits until this one is on the disk in every array.
+        With `max_in_flight` chunks still being written it first waits for the oldest, and raises
+        its error.
+
+        Args:
+          index: of the chunk.
+          values: for each array its samples `chunk_range(index)`, (samples, *item); copied.
+
+        Returns:
+          a future whose `result()` waits until the chunk is on disk in every array.
+
+        Raises:
+          ValueError: `values` has other names or shapes than the cache.
         """
         start, stop = self.chunk_range(index)
         values = {name: np.asarray(value) for name, value in values.items()}
@@ -199,7 +215,7 @@ class SampleStore:
             raise ValueError(f"{self.folder}: chunk {index} needs arrays {wanted}, got {given}")
         while len(self._in_flight) >= self._max_in_flight:
             self._in_flight.popleft().result()
-        # One transaction, so that one future stands for the chunk in all arrays.
+        # One transaction gives one future for the chunk in all arrays.
         transaction = ts.Transaction()
         for name, value in values.items():
             stored = np.ascontiguousarray(value).view(_BITS.get(value.dtype, value.dtype))
@@ -208,7 +224,7 @@ class SampleStore:
         return self._in_flight[-1]
 
     def flush(self) -> None:
-        """Waits until all that was written is on the disk, and notes in the index how much is."""
+        """Waits until all chunks are on disk and records their number in the index."""
         written = bool(self._in_flight)
         while self._in_flight:
             self._in_flight.popleft().result()
@@ -216,17 +232,22 @@ class SampleStore:
             self._note(finished=False)
 
     def finish(self) -> None:
-        """Flushes and marks the cache finished. Raises ValueError while chunks are missing."""
+        """Flushes and marks the cache as finished.
+
+        Raises:
+          ValueError: chunks are missing.
+        """
         self.flush()
         if missing := self.missing_chunks():
             raise ValueError(f"{self.folder}: {len(missing)} chunks are not written yet")
         self._note(finished=True)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Samples [start, stop) of one array: (stop - start, *item).
+        """Reads samples [start, stop) of one array, (stop - start, *item).
 
         Raises:
-          UserError: a chunk is missing or damaged.
+          UserError: the array is missing, or a chunk is missing or damaged.
+          ValueError: the samples are out of range.
         """
         stop = self.num_samples if stop is None else stop
         self._check(start, stop)
@@ -234,20 +255,25 @@ class SampleStore:
         return self._finish(name, self._stores[name][start:stop].read()).view(dtype)
 
     def read_rows(self, names: Sequence[str], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Gathers samples of several arrays at once; each chunk involved is decoded once an array.
+        """Gathers samples of several arrays; each chunk is decoded once per array.
 
         Args:
+          names: of the arrays.
           rows: integers (...) in 0..num_samples-1.
 
         Returns:
           for each name an array (..., *item).
+
+        Raises:
+          UserError: an array is missing, or a chunk is missing or damaged.
+          ValueError: a row is out of range.
         """
         return self._gather(names, rows)()
 
     def load(
         self, names: Sequence[str] | None = None, max_bytes: int | None = None
     ) -> dict[str, np.ndarray] | None:
-        """Whole arrays in memory, all by default; None where they take more than `max_bytes`."""
+        """Reads whole arrays, all by default; returns None if they exceed `max_bytes`."""
         names = self.names if names is None else names
         if max_bytes is not None and self.nbytes(names) > max_bytes:
             return None
@@ -263,15 +289,22 @@ class SampleStore:
         rows: np.ndarray | None = None,
         memory_bytes: int = 2**31,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """One epoch of shuffled batches, straight from the disk; every chunk is read once.
+        """Yields one epoch of shuffled batches from disk; every chunk is read once.
 
-        Chunks are shuffled, then the samples of as many of them as fit in half of `memory_bytes`
-        (the other half holds what is read ahead). When all of them fit, this is a full shuffle.
-        The order depends on seed, epoch, `rows`, `names` and `memory_bytes` alone. The last,
-        incomplete batch is left out.
+        Chunks are shuffled, then the samples of as many chunks as fit in half of `memory_bytes`
+        (the other half is for reading ahead). If all chunks fit, this is a full shuffle. The order
+        depends only on seed, epoch, `rows`, `names` and `memory_bytes`. An incomplete last batch
+        is dropped.
 
         Args:
-          rows: the samples that take part, (n,) without repetition; all by default.
+          names: of the arrays.
+          batch_size: samples per batch.
+          seed, epoch: of the order.
+          rows: samples of the epoch, (n,) without repetition; all by default.
+          memory_bytes: limit of what is in memory.
+
+        Yields:
+          for each name an array (batch_size, *item).
         """
         rows = np.arange(self.num_samples) if rows is None else np.asarray(rows, np.int64)
         group_rows = memory_bytes // 2 // max(self.nbytes(names) // self.num_samples, 1)
@@ -289,9 +322,9 @@ class SampleStore:
             left = {n: held[n][n_held - n_left :].copy() for n in names}
 
     def _shuffled_groups(self, rows: np.ndarray, seed: int, epoch: int, size: int) -> list:
-        """Splits rows into groups of whole chunks, up to `size` rows each, everything shuffled."""
+        """Splits shuffled rows into groups of whole chunks, up to `size` rows each."""
         rng = np.random.default_rng([seed, epoch])
-        place = rng.permutation(self.num_chunks)[rows // self.chunk]  # of each row's chunk
+        place = rng.permutation(self.num_chunks)[rows // self.chunk]  # position of each row's chunk
         chunk_ends = np.cumsum(np.bincount(place, minlength=self.num_chunks))
         bounds = [0]
         for begin, end in pairwise([0, *chunk_ends]):
@@ -301,7 +334,7 @@ class SampleStore:
         return [rng.permutation(group) for group in np.split(by_chunk, bounds[1:])]
 
     def _gather(self, names: Sequence[str], rows: np.ndarray) -> Callable[[], dict]:
-        """Starts to read rows; what is returned waits for them."""
+        """Starts to read rows; the returned function waits for them."""
         rows = np.asarray(rows, np.int64)
         self._check(rows.min(initial=0), rows.max(initial=0) + 1)
         shapes = {name: (*rows.shape, *self._array(name)[0]) for name in names}
@@ -314,7 +347,7 @@ class SampleStore:
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_samples:
             asked = f"samples [{start}, {stop})"
-            raise ValueError(f"{self.folder}: {asked} are not all among its {self.num_samples}")
+            raise ValueError(f"{self.folder}: {asked} are out of range, it has {self.num_samples}")
 
     def _array(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         if name not in self._arrays:
@@ -344,7 +377,7 @@ class SampleStore:
 
 
 def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool) -> ts.Future:
-    """Opens an array. zstd's level 1, because level 3 writes half as fast for 5 % less."""
+    """Opens an array with zstd at level 1; level 3 writes half as fast and saves 5 %."""
     shuffle = "shuffle" if dtype.itemsize > 1 else "noshuffle"
     blosc = {"cname": "zstd", "clevel": 1, "shuffle": shuffle, "typesize": dtype.itemsize}
     spec = {
@@ -365,9 +398,9 @@ def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool
             ],
             "attributes": {"dtype": dtype.name},
         },
-        # Zeros are written like anything else: files that exist are what says it is done,
+        # Chunks of zeros are written too, because existing files mark chunks as complete,
         "store_data_equal_to_fill_value": True,
-        # and a missing one is an error, where zarr would read zeros.
+        # and a missing file is an error, where zarr would read zeros.
         "fill_missing_data_reads": False,
     }
     return ts.open(spec, open=True, create=create)
@@ -376,7 +409,7 @@ def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool
 def _describe(
     arrays: Mapping[str, tuple[Sequence[int], Any]], num_samples: int, chunk: int, meta: Mapping
 ) -> dict[str, Any]:
-    """What `index.json` says of a cache, besides how far it is."""
+    """Returns the content of `index.json` that does not change while a cache is written."""
     if min(num_samples, chunk, len(arrays)) < 1:
         raise ValueError(f"no cache of {num_samples} {chunk=} samples of {list(arrays)}")
     described = {}

@@ -1,4 +1,4 @@
-"""Where a sample store is written, and which processes write it."""
+"""The folder of a sample store and the processes that write it together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uva_jax.storage.sample_store import SampleStore
 
 
 class Site(NamedTuple):
-    """Where a cache is written and who watches."""
+    """The folder of a cache, the writer of its metrics, and the roles of several processes."""
 
     folder: Path
     metrics: MetricsWriter
@@ -19,7 +19,7 @@ class Site(NamedTuple):
     barrier: Callable[[str], None] = lambda name: None
 
     def open(self, arrays: Mapping, samples: int, *, chunk: int, meta: Mapping) -> SampleStore:
-        """`SampleStore.create` in every process: the primary creates, then the others join."""
+        """Calls `SampleStore.create` in every process, in the primary first."""
         for turn in (True, False):
             if self.is_primary == turn:
                 cache = SampleStore.create(self.folder, arrays, samples, chunk=chunk, meta=meta)
@@ -27,7 +27,7 @@ class Site(NamedTuple):
         return cache
 
     def finish(self, cache: SampleStore) -> SampleStore:
-        """The cache once every process has written its chunks, finished."""
+        """Waits until every process has written its chunks; returns the finished cache."""
         cache.flush()
         self.barrier(f"{self.folder.name}:written")
         if self.is_primary:

@@ -1,8 +1,7 @@
-"""How parameters move: optimizer, learning rate and moving average.
+"""The optimiser, the learning-rate schedule and the moving average of parameters.
 
-Everything here works on the trainable part of the parameters alone (`trainable.partition`), as an
-`nnx.State`, nested dicts or a flat dict. So a frozen leaf has no gradient, no optimizer state and
-no weight decay.
+All functions take only the trainable parameters (`trainable.partition`), as an `nnx.State`, nested
+dicts or a flat dict. So a frozen leaf has no gradient, optimiser state or weight decay.
 """
 
 from __future__ import annotations
@@ -18,15 +17,18 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import LoopOptions
 from uva_jax.train.trainable import path_name
 
-_ADAM_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are scaled to
+_ADAM_RMS = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-    """AdamW (as UVA trains) or Muon, with warm-up and cosine decay; steps are the optimizer's.
+    """AdamW (as UVA trains) or Muon, with warm-up and cosine decay.
 
-    Muon (https://arxiv.org/abs/2502.16982) moves the matrices of `muon_mask` and leaves the rest
-    to AdamW; its updates are scaled to AdamW's size, so that one learning rate does for both.
+    Muon (https://arxiv.org/abs/2502.16982) updates the matrices of `muon_mask`, AdamW the rest.
+    Muon's updates are scaled to the size of AdamW's, so that both use one learning rate.
+
+    Raises:
+      UserError: the warm-up is as long as the training, or the optimiser is unknown.
     """
 
     lr: float
@@ -43,17 +45,17 @@ class OptimOptions:
         if not 0 <= self.warmup_steps < self.total_steps:
             raise UserError(
                 f"warmup_steps is {self.warmup_steps} and total_steps {self.total_steps}, so the "
-                "learning rate would never come down again: the warm-up must be shorter"
+                "learning rate would never fall: make the warm-up shorter"
             )
         if self.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer is {self.optimizer!r}, but must be 'adamw' or 'muon'")
 
 
 def warmup_cosine(base_lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear from 0 to `base_lr`, then half a cosine to 0 at `total_steps`.
+    """Returns a schedule: linear from 0 to `base_lr`, then half a cosine to 0 at `total_steps`.
 
-    The same numbers as `get_scheduler("cosine")` of diffusers, also beyond the end, where the
-    cosine rises again. Written by the half angle, which stays exact near 0.
+    It equals `get_scheduler("cosine")` of diffusers, also after `total_steps`, where the cosine
+    rises again. It uses the half angle, which is exact near 0.
     """
     span = max(1, total_steps - warmup_steps)
 
@@ -67,13 +69,13 @@ def warmup_cosine(base_lr: float, warmup_steps: int, total_steps: int) -> optax.
 
 
 def decay_mask(params, stacked_axes: int = 0):
-    """True where weight decay applies: all but biases and 1-d leaves.
+    """Returns a tree of booleans: True for leaves with weight decay.
 
-    Placeholders and position embeddings are decayed, as in UVA.
+    Biases and 1-d leaves have none; placeholder and position embeddings do, as in UVA.
 
     Args:
-      params: a tree; leaves need a shape.
-      stacked_axes: leading axes that stacking (vmap) put before every leaf's own.
+      params: a tree whose leaves have a shape.
+      stacked_axes: leading axes of every leaf that stacking (vmap) has added.
     """
 
     def decays(path, leaf):
@@ -83,7 +85,10 @@ def decay_mask(params, stacked_axes: int = 0):
 
 
 def muon_mask(params):
-    """True for matrices inside blocks: what goes in, what comes out, tables and biases stay out."""
+    """Returns a tree of booleans: True for matrices inside blocks, which Muon updates.
+
+    Input and output layers, embedding tables and biases are False.
+    """
 
     def inside(path, leaf):
         name = path_name(path)
@@ -93,9 +98,9 @@ def muon_mask(params):
 
 
 def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.GradientTransformation:
-    """Clipping, AdamW or Muon, and the schedule, for the trainable part of the parameters.
+    """Returns the optimiser of trainable parameters: clipping, AdamW or Muon, and the schedule.
 
-    The norm is that of the whole tree it is given.
+    The gradient is clipped by the norm of the whole tree.
     """
     schedule = warmup_cosine(options.lr, options.warmup_steps, options.total_steps)
     adamw = optax.adamw(
@@ -123,7 +128,7 @@ def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.Gra
 
 
 def loop_optimizer(options: LoopOptions) -> optax.GradientTransformation:
-    """The optimizer of a training loop."""
+    """Returns the optimiser of a training loop."""
     return make_optimizer(
         OptimOptions(
             lr=options.lr,
@@ -139,14 +144,14 @@ def loop_optimizer(options: LoopOptions) -> optax.GradientTransformation:
 
 
 def carry_optimizer_state(old_state, new_state):
-    """`new_state` with every leaf that `old_state` has under the same path taken from there.
+    """Returns `new_state` with the leaves of `old_state` at all paths that both have.
 
-    For a change of phase: what trained before keeps its moments, the step count goes on, and newly
-    trainable leaves start as `new_state` (fresh from `init`) has them. Works on moving averages
-    too.
+    At a change of phase, leaves that trained before keep their moments, the step count continues,
+    and newly trainable leaves take their initial state from `new_state`. It also works on moving
+    averages.
 
     Raises:
-      ValueError: a leaf of both has two shapes.
+      ValueError: a leaf has different shapes in the two states.
     """
     old = {
         path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(old_state)[0]
@@ -156,8 +161,8 @@ def carry_optimizer_state(old_state, new_state):
         kept = old.get(path_name(path), fresh)
         if jnp.shape(kept) != jnp.shape(fresh):
             raise ValueError(
-                f"{path_name(path)} had shape {jnp.shape(kept)} before and has "
-                f"{jnp.shape(fresh)} now: the states belong to different models"
+                f"{path_name(path)} had shape {jnp.shape(kept)} before and now has "
+                f"{jnp.shape(fresh)}: the states belong to different models"
             )
         return kept
 
@@ -173,21 +178,23 @@ def ema_decay(
     max_value: float = 0.9999,
     update_after_step: int = 0,
 ) -> jax.Array:
-    """The share of the old average that the update number `step` (from 0) keeps: float32.
+    """Returns the decay of the moving average at update number `step` (from 0), float32.
 
-    UVA's rule: 0 for the first two updates, which therefore copy, then
-    1 - (1 + n / inv_gamma) ** -power within [min_value, max_value].
+    As in UVA it is 0 for the first two updates, which therefore copy the parameters, then
+    1 - (1 + n / inv_gamma) ** -power, clipped to [min_value, max_value].
     """
     n = jnp.maximum(jnp.asarray(step) - update_after_step - 1, 0)
-    # expm1 and log1p: the straight form loses digits where the decay nears 1
+    # expm1 and log1p keep digits that the plain form loses as the decay nears 1.
     value = -jnp.expm1(-power * jnp.log1p(n / inv_gamma))
     return jnp.where(n > 0, jnp.clip(value, min_value, max_value), 0.0)
 
 
 def ema_update(ema, params, step, **options):
-    """The average after update number `step` (from 0); `options` as for `ema_decay`.
+    """Returns the average after update number `step` (from 0); `options` as for `ema_decay`.
 
-    Only what trains belongs in these trees: frozen leaves are their own average.
+    Args:
+      ema, params: trees of the trainable leaves; frozen leaves are their own average.
+      step: number of the update.
     """
     decay = ema_decay(step, **options)
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)

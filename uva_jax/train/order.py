@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, step), so that a position is one integer."""
+"""The order of samples as a function of (seed, step), so that a resumed run needs only its step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def epoch_rows(seed: int, count: int, batch: int, start: int, stop: int) -> np.ndarray:
-    """Sample numbers (stop - start, batch) of steps start ... stop - 1.
+    """Returns the sample numbers (stop - start, batch) of steps start..stop-1.
 
-    Every epoch is a permutation seeded by (seed, epoch); what does not fill a batch is left out.
+    Every epoch is a permutation seeded by (seed, epoch); an incomplete last batch is dropped.
 
     Raises:
       ValueError: a batch is larger than the number of samples.

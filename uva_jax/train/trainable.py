@@ -1,6 +1,6 @@
-"""Which parameters train, and when: phases, path patterns, and taking a tree apart by them.
+"""Which parameters train in which steps: training phases, path patterns, and masks of trees.
 
-A leaf's path is its keys joined by "/", such as "mar/encoder_blocks/0/attn/qkv/kernel". Trees are
+A leaf's path is its keys joined by "/", such as "mar/encoder_blocks/0/attn/qkv/kernel". A tree is
 an `nnx.State`, nested dicts, or a flat dict with such paths as keys.
 """
 
@@ -18,7 +18,7 @@ from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES
 from uva_jax.models.policy_config import TASK_MODES
 from uva_jax.runtime.errors import UserError
 
-# The modes whose loss reaches a part of the policy; parts that are not named are always reached.
+# The task modes whose loss reaches a part of the policy; other parts are reached in every mode.
 _TRAINED_IN = {
     "vae": (),
     "text_model": (),
@@ -27,7 +27,7 @@ _TRAINED_IN = {
     "wrist_head": VIDEO_MODES,
     "action_head": ACTION_MODES,
 }
-# The modes that make no use of an input of MAR, see `MAR.embed`.
+# The task modes that do not use an input of MAR; see `MAR.embed`.
 _UNUSED_IN = {
     "z_proj": frozenset({"policy_model"}),
     "z_proj_wrist": frozenset({"policy_model"}),
@@ -39,7 +39,7 @@ _UNUSED_IN = {
 
 
 class Phase(NamedTuple):
-    """From step `start` on, the leaves at the paths `trainable` (sorted) train."""
+    """A phase of training: from step `start` on, the leaves at `trainable` (sorted) train."""
 
     start: int
     trainable: tuple[str, ...]
@@ -53,23 +53,23 @@ def training_phases(
     freeze: Sequence[str] = (),
     unfreeze_at: Mapping[int, Sequence[str]] | None = None,
 ) -> tuple[Phase, ...]:
-    """Which of a policy's parameters train when.
+    """Returns the phases of a policy's training.
 
-    Never trained are the VAE, the language tower, the normalizer, and heads and inputs that the
-    loss of the task modes does not reach: weight decay alone would only wear them down.
+    The VAE, the language tower and the normaliser never train, nor do heads and inputs that the
+    loss of the task modes does not reach, because weight decay alone would shrink them.
 
     Args:
-      paths: those of all the policy's variables, as from `tree_paths`.
+      paths: of all the policy's variables, as from `tree_paths`.
       task_modes: the modes that training draws from.
-      freeze_encoder: freeze all of MAR that comes before its decoder.
+      freeze_encoder: freeze all of MAR before its decoder.
       freeze: patterns of further frozen leaves.
-      unfreeze_at: step -> patterns of leaves that train from then on, whatever froze them.
+      unfreeze_at: step -> patterns of leaves that train from then on.
 
     Returns:
-      phases in order, the first with start 0; steps that change nothing give none.
+      phases in order, the first with start 0; a step that changes nothing has no phase.
 
     Raises:
-      UserError: a pattern matches nothing, or only what is never trained; nothing trains.
+      UserError: a pattern matches nothing or only leaves that never train, or nothing trains.
     """
     paths = tuple(paths)
     reached = {path for path in paths if _is_reached(path, frozenset(task_modes))}
@@ -79,13 +79,13 @@ def training_phases(
     phases = [Phase(0, tuple(sorted(reached - frozen)))]
     for step, patterns in sorted((int(k), v) for k, v in (unfreeze_at or {}).items()):
         if step < 0:
-            raise UserError(f"unfreeze_at names step {step}: steps count from 0")
+            raise UserError(f"unfreeze_at names step {step}, but steps count from 0")
         for pattern in patterns:
             freed = matching(paths, [pattern])
             if not freed & reached:
                 raise UserError(
-                    f"unfreeze_at[{step}] frees {pattern!r}, which the training loss does not "
-                    f"reach in {', '.join(sorted(task_modes))}: it cannot be trained"
+                    f"unfreeze_at[{step}] names {pattern!r}, which the training loss does not "
+                    f"reach in {', '.join(sorted(task_modes))}: leave it out"
                 )
             frozen -= freed
         phase = Phase(step, tuple(sorted(reached - frozen)))
@@ -102,7 +102,7 @@ def training_phases(
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The phase that `step` (from 0) belongs to."""
+    """Returns the phase of `step` (from 0)."""
     return [phase for phase in phases if phase.start <= step][-1]
 
 
@@ -122,18 +122,18 @@ def _is_encoder(path: str) -> bool:
 
 
 def tree_paths(tree) -> tuple[str, ...]:
-    """The path of every leaf."""
+    """Returns the path of every leaf."""
     return tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def matching(paths: Iterable[str], patterns: Iterable[str]) -> frozenset[str]:
-    """The paths that a pattern matches, itself or one of the parents.
+    """Returns the paths that match a pattern, or that have a parent that does.
 
     "mar/decoder_norm" matches all below it; "*", "?" and "[...]" work as in file names, and "*"
-    crosses "/".
+    also matches "/".
 
     Raises:
-      UserError: a pattern matches nothing; it is named, beside similar paths.
+      UserError: a pattern matches nothing; the message names similar paths.
     """
     paths = tuple(paths)
     parents = {path: _with_parents(path) for path in paths}
@@ -157,13 +157,13 @@ def matching(paths: Iterable[str], patterns: Iterable[str]) -> frozenset[str]:
 
 
 def partition(tree, patterns: Iterable[str]):
-    """Takes a tree apart: (leaves whose paths a pattern matches, the others).
+    """Splits a tree into the leaves that match a pattern and the others.
 
-    Both are of the tree's own kind, without empty branches. A phase's `trainable` is a fine
-    argument.
+    Both parts have the type of the tree, without empty branches. `Phase.trainable` can serve as
+    patterns.
 
     Raises:
-      UserError: as `matching`.
+      UserError: a pattern matches nothing.
     """
     chosen = matching(tree_paths(tree), patterns)
     if isinstance(tree, nnx.State):
@@ -175,7 +175,7 @@ def partition(tree, patterns: Iterable[str]):
 
 
 def combine(one, other):
-    """The inverse of `partition`: one tree with the leaves of both."""
+    """Returns one tree with the leaves of both; the inverse of `partition`."""
     if isinstance(one, nnx.State):
         return nnx.merge_state(one, other)
     result = dict(one)
@@ -201,5 +201,5 @@ def _with_parents(path: str) -> frozenset[str]:
 
 
 def path_name(path: tuple) -> str:
-    """A leaf's path in a tree; the "value" inside an `nnx.Variable` is no part of it."""
+    """Returns the name of a leaf's path, without the "value" inside an `nnx.Variable`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
