@@ -15,6 +15,7 @@ from convert import from_torch, to_torch  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.checks.verify import verify_checkpoint  # noqa: E402
 from convert.torch.head import GraftedActionHead  # noqa: E402
+from convert.torch.operators import OPERATORS  # noqa: E402
 from uva_jax.models import policy_folder, surgery  # noqa: E402
 from uva_jax.models.grafted_head import GraftedHead  # noqa: E402
 from uva_jax.models.policy_config import GraftedHeadConfig  # noqa: E402
@@ -74,17 +75,21 @@ def assert_close(got, want, relative=1e-5):
     assert np.abs(np.asarray(got) - want).max() <= relative * np.abs(want).max()
 
 
+MIXED = (("pooled_cross_attn", "windowed_self_attn", "swiglu"), ("none", "none", "keep"))
 FORMS = (
-    ("condition", "video+aggregate", "conv"),
-    ("condition", "video", "linear"),
-    ("residual", "video", "conv"),
-    ("residual", "video+aggregate", "linear"),
+    ("condition", "video+aggregate", "conv", ()),
+    ("condition", "video+aggregate", "conv", MIXED),
+    ("condition", "video", "linear", ()),
+    ("residual", "video", "conv", ()),
+    ("residual", "video+aggregate", "linear", MIXED[:1] * 2),
 )
 
 
-@pytest.mark.parametrize(("cross_attention", "memory", "adapter"), FORMS)
-def test_the_twin_equals_flax(cross_attention, memory, adapter):
-    head = make_head(cross_attention=cross_attention, memory=memory, adapter=adapter)
+@pytest.mark.parametrize(("cross_attention", "memory", "adapter", "operators"), FORMS)
+def test_the_twin_equals_flax(cross_attention, memory, adapter, operators):
+    head = make_head(
+        cross_attention=cross_attention, memory=memory, adapter=adapter, operators=operators
+    )
     twin, random = make_twin(head), np.random.default_rng(0)
     z = random.standard_normal((4, 64, 24), dtype=np.float32)
     noise = random.standard_normal((5, 4, 16, 2), dtype=np.float32)
@@ -130,7 +135,8 @@ def grafted(tmp_path_factory):
         channels=head.channels,
         z_channels=head.z_channels,
         width=head.width,
-        depth=1,
+        depth=2,
+        operators=MIXED,
         grid=head.grid,
         sampling_steps="5",
     )
@@ -172,6 +178,15 @@ def test_all_but_the_grafted_head_is_the_sources_to_the_bit(grafted):
     for name in kept:
         assert source[name].dtype == export[name].dtype
         assert torch.equal(source[name], export[name])
+
+
+def test_an_operator_without_a_torch_class_is_named(monkeypatch):
+    config = dataclasses.asdict(make_head().config)
+    own = ("cross_attn", "my_package.operators:Shift", "mlp")
+    with pytest.raises(ValueError, match=r"Set OPERATORS\['self_attn'\]\['my_package"):
+        GraftedActionHead(config | {"operators": [own, own]})
+    monkeypatch.setitem(OPERATORS["self_attn"], own[1], lambda config: torch.nn.Identity())
+    assert GraftedActionHead(config | {"operators": [own, own]})
 
 
 def test_a_checkpoint_without_a_graft_is_refused_by_the_twin():

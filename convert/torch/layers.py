@@ -27,10 +27,12 @@ def timestep_features(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q (b, n, h, d), k and v (b, m, h, d) -> (b, n, h * d)."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q (b, n, h, d), k and v (b, m, h, d), mask (n, m) of the keys that count -> (b, n, h * d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(out, "b h n d -> b n (h d)")
 
 

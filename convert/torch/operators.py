@@ -1,7 +1,9 @@
 """The operators that a grafted head is built of, as torch modules, registered by name.
 
 They stand one to one for those of `uva_jax/models/operators.py` and share their names. A new one is
-a class with the same call and a line in `OPERATORS`.
+a class with the same call and a line in `OPERATORS`, such as
+
+    OPERATORS["self_attn"]["package.module:Class"] = TorchClass
 
 Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
 """
@@ -11,17 +13,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import nn
 from torch.nn import functional
 
 from convert.torch.layers import attend, layer_norm, modulate, table, zero_linear
 
 
-def memory_tokens(config: SimpleNamespace) -> int:
-    rows, cols = config.pool if config.adapter == "conv" else config.grid
-    aggregate = config.n_actions if config.memory == "video+aggregate" else 0
-    return config.n_frames * rows * cols + aggregate
+def memory_grid(config: SimpleNamespace) -> tuple[int, int]:
+    """Rows and columns of the memory's tokens for each frame."""
+    return config.pool if config.adapter == "conv" else config.grid
 
 
 class CrossAttention(nn.Module):
@@ -29,11 +30,13 @@ class CrossAttention(nn.Module):
         super().__init__()
         width, hidden = config.width, config.cross_mlp_ratio * config.width
         self.heads = config.num_heads
+        self.frames, self.grid = config.n_frames, memory_grid(config)
+        aggregate = config.n_actions if config.memory == "video+aggregate" else 0
         self.norm, self.norm_ff = layer_norm(width), layer_norm(width)
         self.q = nn.Linear(width, width)
         self.k, self.v = (nn.Linear(config.memory_width, width) for _ in range(2))
         self.query_position = table(1, config.n_actions, width)
-        self.key_position = table(1, memory_tokens(config), width)
+        self.key_position = table(1, self.video_tokens() + aggregate, width)
         self.proj = nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         if config.cross_attention == "residual":
@@ -47,6 +50,7 @@ class CrossAttention(nn.Module):
         if hasattr(self, "adaLN_modulation"):
             shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
             x, gate = modulate(x, shift, scale), 1.0 + gate
+        memory = self.pooled(memory)
         q, k = self.q(x) + self.query_position, self.k(memory) + self.key_position
         q, k, v = (
             rearrange(a, "b n (h d) -> b n h d", h=self.heads) for a in (q, k, self.v(memory))
@@ -54,6 +58,35 @@ class CrossAttention(nn.Module):
         attended = self.proj(attend(q, k, v))
         hidden = functional.gelu(self.fc1(self.norm_ff(s + attended)))
         return gate * (attended + self.fc2(hidden))
+
+    def video_tokens(self) -> int:
+        """Tokens of the video that keys are made of."""
+        return self.frames * self.grid[0] * self.grid[1]
+
+    def pooled(self, memory: torch.Tensor) -> torch.Tensor:
+        """(b, m, memory_width) -> what keys and values are made of, (b, m', memory_width)."""
+        return memory
+
+
+class PooledCrossAttention(CrossAttention):
+    """Cross-attention to means of the video's tokens over 2 x 2 of a frame's grid."""
+
+    def video_tokens(self) -> int:
+        return super().video_tokens() // 4
+
+    def pooled(self, memory: torch.Tensor) -> torch.Tensor:
+        video, (rows, cols) = 4 * self.video_tokens(), self.grid
+        means = reduce(
+            memory[:, :video],
+            "b (t h i w j) c -> b (t h w) c",
+            "mean",
+            t=self.frames,
+            h=rows // 2,
+            w=cols // 2,
+            i=2,
+            j=2,
+        )
+        return torch.cat([means, memory[:, video:]], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -71,13 +104,29 @@ class SelfAttention(nn.Module):
         shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
         x = modulate(self.norm(h), shift, scale) + self.position
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        return gate * self.proj(attend(q, k, v))
+        return gate * self.proj(attend(q, k, v, mask=self.mask(h)))
+
+    def mask(self, h: torch.Tensor) -> torch.Tensor | None:
+        """Which steps each step looks at, (n, n) booleans; None: all."""
+        return None
+
+
+class WindowedSelfAttention(SelfAttention):
+    """Self-attention in which a step looks at most `self_attn_window` steps to either side."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__(config)
+        self.window = config.self_attn_window
+
+    def mask(self, h: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(h.shape[1], device=h.device)
+        return (position[:, None] - position).abs() <= self.window
 
 
 class Mlp(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
+        width, hidden = config.width, self.hidden(config)
         self.in_ln = layer_norm(width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.adaLN_modulation = zero_linear(width, 3 * width)
@@ -85,15 +134,61 @@ class Mlp(nn.Module):
     def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """h, y (b, n, width) -> residual (b, n, width)."""
         shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
-        x = modulate(self.in_ln(h), shift, scale)
-        return gate * self.fc2(functional.silu(self.fc1(x)))
+        return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
+
+    @staticmethod
+    def hidden(config: SimpleNamespace) -> int:
+        """Units of the hidden layer."""
+        return config.mlp_ratio * config.width
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, n, width) -> the hidden layer (b, n, hidden)."""
+        return functional.silu(self.fc1(x))
+
+
+class SwiGLU(Mlp):
+    """The MLP with a gated hidden layer."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__(config)
+        self.fc_gate = nn.Linear(config.width, self.hidden(config))
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        return super().activation(x) * self.fc_gate(x)
+
+
+class KeptMlp(Mlp):
+    """The teacher's block MLP at its own width."""
+
+    @staticmethod
+    def hidden(config: SimpleNamespace) -> int:
+        return config.width
+
+
+class Nothing(nn.Module):
+    """Adds nothing: in the place of an attention that a block does without."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+
+    def forward(self, stream: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """(b, n, width) -> zeros of that shape."""
+        return torch.zeros_like(stream)
 
 
 # family -> name -> class; the families in the order in which a block lists its operators.
 OPERATORS = {
-    "cross_attn": {"cross_attn": CrossAttention},
-    "self_attn": {"self_attn": SelfAttention},
-    "mlp": {"mlp": Mlp},
+    "cross_attn": {
+        "cross_attn": CrossAttention,
+        "pooled_cross_attn": PooledCrossAttention,
+        "none": Nothing,
+    },
+    "self_attn": {
+        "self_attn": SelfAttention,
+        "windowed_self_attn": WindowedSelfAttention,
+        "none": Nothing,
+    },
+    "mlp": {"mlp": Mlp, "swiglu": SwiGLU, "keep": KeptMlp},
 }
 
 
@@ -101,5 +196,8 @@ def make_operator(family: str, name: str, config: SimpleNamespace) -> nn.Module:
     """The operator registered under `name`; raises ValueError if the family has none."""
     known = OPERATORS[family]
     if name not in known:
-        raise ValueError(f"operator {name!r} is not a {family}; known are {', '.join(known)}.")
+        raise ValueError(
+            f"operator {name!r} is not a {family}; known are {', '.join(known)}. Set "
+            f"OPERATORS[{family!r}][{name!r}] to its torch class first."
+        )
     return known[name](config)
