@@ -30,7 +30,8 @@ class ArrayInfo:
 
     Attributes:
       name: its place in the zarr, "data/img".
-      shape, dtype, chunks: as in zarr; rank at least 1, dtype of numbers.
+      shape, chunks: as in zarr; rank at least 1.
+      dtype: of numbers, in the machine's byte order; `stored`: in that of the chunks.
       fill: the value of missing chunks; None: it has none.
       keys: text before a chunk's indices, and between them.
       spec: what tensorstore is told of it; None where it lacks a codec.
@@ -40,13 +41,17 @@ class ArrayInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    stored: np.dtype
     chunks: tuple[int, ...]
     fill: Any
     keys: tuple[str, str]
     spec: dict | None
     codecs: tuple[Config, ...]
     order: str = "C"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stored.newbyteorder("=")
 
     @property
     def image_codec(self) -> str | None:
@@ -196,7 +201,7 @@ def _decoded(container: Container, info: ArrayInfo) -> ts.TensorStore:
             f"{where} has chunks of shape {list(info.chunks)}, where one whole image of "
             f"{info.shape[1:]} a chunk is expected"
         )
-    steps = [decoder(codec, info.dtype, where) for codec in reversed(info.codecs)]
+    steps = [decoder(codec, info.stored, where) for codec in reversed(info.codecs)]
 
     def read_chunk(domain: ts.IndexDomain, out: np.ndarray, _) -> None:
         begin = domain.inclusive_min
@@ -216,7 +221,7 @@ def _decoded(container: Container, info: ArrayInfo) -> ts.TensorStore:
             for step in steps:
                 data = step(data)
             if not images:
-                data = np.frombuffer(data, info.dtype)
+                data = np.frombuffer(data, info.stored)
             values = np.asarray(data).reshape(info.chunks, order=info.order)
         except Exception as error:  # every decoder has its own
             raise UserError(f"{container.path}: {said} is damaged: {error}") from error
@@ -225,7 +230,7 @@ def _decoded(container: Container, info: ArrayInfo) -> ts.TensorStore:
 
     return ts.virtual_chunked(
         read_chunk,
-        dtype=ts.dtype(info.dtype.newbyteorder("=")),
+        dtype=ts.dtype(info.dtype),
         domain=ts.IndexDomain(shape=info.shape),
         chunk_layout=ts.ChunkLayout(chunk_shape=info.chunks),
     )

@@ -186,11 +186,19 @@ def foreign(path: Path) -> str | None:
     )
 
 
+def not_hdf5(folder: Path) -> str:
+    """A sentence about a folder in which HDF5 files were expected, and are not."""
+    if _is_buffer(folder):
+        return f"{folder} is a zarr: use it as it is, or import it with --kind zarr"
+    said = foreign(folder)
+    return f"{folder} holds {said}" if said else f"{folder} holds no .hdf5 files"
+
+
 def _foreign(names: Iterable[str]) -> str | None:
     names = list(names)
     for pattern, what, way in _FOREIGN:
         if any(re.search(pattern, name) for name in names):
-            return f"{what}, which is not read as it is: {way}"
+            return f"{what}, not a zarr: {way}"
     return None
 
 
