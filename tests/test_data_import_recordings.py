@@ -321,20 +321,40 @@ def test_own_buffers_need_no_import(tmp_path):
         open_zarr([tmp_path / "own.zarr"], None, None, None)
 
 
+def with_changes(path, target, **changes):
+    """A copy of a zip; files by the ends of their names: new content, or None for none."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = changes.get(name.removeprefix("data/camera0_rgb/"), old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return target
+
+
 @pytest.mark.parametrize(("content", "state"), [(None, "missing"), (b"no image", "damaged")])
 def test_a_missing_or_damaged_image_is_an_error_that_names_it(
     upstream_zip, tmp_path, content, state
 ):
     path = upstream_zip("imagecodecs_jpegxl")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bad.zip", "w") as new:
-        for name in old.namelist():
-            if not name.endswith("/3.0.0.0"):
-                new.writestr(name, old.read(name))
-            elif content is not None:
-                new.writestr(name, content)
-    recordings = open_zarr([tmp_path / "bad.zip"], None, None, None)
+    with zipfile.ZipFile(path) as archive:
+        described = json.loads(archive.read("data/camera0_rgb/.zarray"))
+    no_fill = {".zarray": json.dumps({**described, "fill_value": None})}
+    bad = with_changes(path, tmp_path / "bad.zip", **{"3.0.0.0": content, **no_fill})
+    recordings = open_zarr([bad], None, None, None)
     with pytest.raises(UserError, match=f"image 3 of data/camera0_rgb is {state}"):
         write_recordings(tmp_path / "out.zarr", recordings)
+
+
+def test_a_black_image_may_be_left_out_and_many_may_not(upstream_zip, tmp_path):
+    path = upstream_zip("imagecodecs_jpegxl")
+    black = with_changes(path, tmp_path / "black.zip", **{"3.0.0.0": None})
+    buffer = write_recordings(tmp_path / "out.zarr", open_zarr([black], None, None, None))
+    wanted = stored_images(path).copy()
+    wanted[3] = 0
+    np.testing.assert_array_equal(buffer.read("camera0_rgb"), wanted)
+    cut = with_changes(path, tmp_path / "cut.zip", **{f"{n}.0.0.0": None for n in range(4, 12)})
+    with pytest.raises(UserError, match="camera0_rgb lacks 8 of its 12 chunks of images"):
+        open_zarr([cut], None, None, None)
 
 
 def test_the_command_imports_and_says_what_it_wrote(libero, tmp_path, capsys):

@@ -43,7 +43,8 @@ DEFERRED = {
     "uva_jax.cli",
     "convert.__main__",
 }
-OPTIONAL = {"cv2", "h5py", "imagecodecs", "tokenizers", "torch", "wandb"}  # extras, where needed
+# Extras, where needed.
+OPTIONAL = {"cv2", "h5py", "imagecodecs", "numcodecs", "tokenizers", "torch", "wandb"}
 
 
 def modules() -> dict[str, Path]:

@@ -60,7 +60,8 @@ def _frame_size(config) -> tuple[int, int]:
     path = Path(config.data.path).expanduser()
     if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
-    return ReplayBuffer.open(path).shape(config.data.image_key)[1:3]
+    key = config.data.image_key
+    return ReplayBuffer.open(path, required=(key,)).shape(key)[1:3]
 
 
 def _one(devices: Devices) -> NamedSharding:

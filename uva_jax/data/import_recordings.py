@@ -17,6 +17,7 @@ import numpy as np
 from uva_jax.data.replay_buffer import Progress, ReplayBuffer
 from uva_jax.data.replay_writer import ReplayBufferWriter
 from uva_jax.data.rotations import actions_to_10d
+from uva_jax.data.zarr_container import not_hdf5
 from uva_jax.runtime.errors import UserError
 
 _LIBERO_FILE = "_demo.hdf5"
@@ -168,7 +169,7 @@ def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf
         if source.is_dir():
             found = sorted(source.glob("*.hdf5"))
             if not found:
-                raise UserError(f"{source} holds no .hdf5 files")
+                raise UserError(not_hdf5(source))
             files += found
         elif source.exists():
             files.append(source)

@@ -6,81 +6,22 @@ UMI's published recordings hold JPEG XL images, the caches of the Libero and rob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorstore as ts
 
 from uva_jax.data.replay_buffer import OWN_ATTRIBUTES, ReplayBuffer, read_json, to_uint8
-from uva_jax.envs.workers import usable_cores
 from uva_jax.runtime.errors import UserError
 
-_DECODERS = {  # codec -> function of imagecodecs
-    "imagecodecs_jpeg2k": "jpeg2k_decode",
-    "imagecodecs_jpegxl": "jpegxl_decode",
-}
 _UPSIDE_DOWN = ("agentview_rgb",)  # Libero's images, which upstream turns when it reads them
 _TOKENS = "language"  # the Libero cache's sentences, as CLIP's token numbers at every step
 
 
 class EncodedBuffer(ReplayBuffer):
-    """A replay buffer that also reads images stored one a chunk by `imagecodecs`."""
+    """A replay buffer that also reads images stored one a chunk by an image codec."""
 
-    codecs = (*ReplayBuffer.codecs, *_DECODERS)
-
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Steps [start, stop) of one array; images are decoded on all cores.
-
-        Raises:
-          UserError: imagecodecs is missing, or a chunk is missing or damaged.
-        """
-        if self._codec(key) not in _DECODERS:
-            return super().read(key, start, stop)
-        return self._images(key, np.arange(start, self.n_steps if stop is None else stop))
-
-    def read_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `ReplayBuffer.read_rows`; errors as in `read`."""
-        encoded = [key for key in rows if self._codec(key) in _DECODERS]
-        found = super().read_rows({k: v for k, v in rows.items() if k not in encoded})
-        for key in encoded:
-            wanted = np.asarray(rows[key], np.int64)
-            images = self._images(key, wanted.reshape(-1))
-            found[key] = images.reshape(*wanted.shape, *images.shape[1:])
-        return found
-
-    def _codec(self, key: str) -> str | None:
-        return (self._array(key)["compressor"] or {}).get("id")
-
-    def _images(self, key: str, steps: np.ndarray) -> np.ndarray:
-        metadata, item = self._array(key), self.shape(key)[1:]
-        if metadata["chunks"] != [1, *item] or metadata.get("filters"):
-            raise UserError(
-                f"{self.path}: data/{key} has chunks of shape {metadata['chunks']}, where one "
-                f"whole image of {item} a chunk is expected"
-            )
-        decode = _decoder(self._codec(key), self.path)
-        inner = f"{self._kvstore.get('path', '')}data/{key}/"
-        chunks = ts.KvStore.open({**self._kvstore, "path": inner}).result()
-        separator = metadata.get("dimension_separator", ".")
-        tail = f"{separator}0" * len(item)
-
-        def image(step: int) -> np.ndarray:
-            found = chunks.read(f"{step}{tail}").result()
-            if found.state != "value":
-                raise UserError(
-                    f"{self.path}: image {step} of data/{key} is missing: the copy is incomplete"
-                )
-            try:
-                return np.asarray(decode(found.value)).reshape(item)
-            except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"{self.path}: image {step} of data/{key} is damaged: {error}"
-                ) from error
-
-        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-            return np.stack(list(pool.map(image, steps.tolist())))
+    reads_images = True
 
 
 class ZarrRecording:
@@ -147,17 +88,6 @@ def open_zarr(
         ZarrRecording(source, task=task, vocabulary=vocabulary, limit=limit)
         for source, task in zip(sources, tasks or [None] * len(sources), strict=True)
     ]
-
-
-def _decoder(codec: str, path: Path) -> Callable[[bytes], np.ndarray]:
-    try:
-        import imagecodecs
-    except ImportError as error:
-        raise UserError(
-            f"{path} holds images of the codec {codec}, which imagecodecs reads: install it with "
-            "pip install 'uva_jax[codecs]'"
-        ) from error
-    return getattr(imagecodecs, _DECODERS[codec])
 
 
 def _words(vocabulary: Path | None, path: Path) -> dict[int, str]:

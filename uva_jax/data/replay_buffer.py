@@ -1,33 +1,36 @@
-"""Diffusion-policy replay buffers: zarr v2, `data/<key>`, `meta/episode_ends`.
+"""Diffusion-policy replay buffers: zarr with `data/<key>` and `meta/episode_ends`.
 
-A buffer is opened lazily with tensorstore, from a `.zarr` folder or from the zip in which such
-folders are published. `replay_writer` makes the same layout. Buffers of several tasks also say
-which episode shows which: `meta/episode_task` numbers the sentences of the attribute `tasks` of
-`meta`.
+A buffer is opened lazily with tensorstore, from a `.zarr` folder of version 2 or 3 or from the zip
+in which such folders are published. `replay_writer` makes the same layout. Buffers of several tasks
+also say which episode shows which: `meta/episode_task` numbers the sentences of the attribute
+`tasks` of `meta`.
 """
 
 import hashlib
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
 
+from uva_jax.data.zarr_array import ArrayInfo, open_store, read_info
+from uva_jax.data.zarr_container import Container, open_container, parse_json
 from uva_jax.runtime.errors import UserError
 
 FRAME_BYTES = 1024  # a step of at least this size is an image
 OWN_ATTRIBUTES = "uva_jax"  # the writer's block among the root attributes
-_CODECS = ("blosc", "bz2", "gzip", "zlib", "zstd")  # what tensorstore decodes
+_MISSING = 0.25  # of an image array's chunks; a single one may always be missing
 
 Progress = Callable[[int, int], None]  # (done, total), called as work advances
 
 
 class ReplayBuffer:
     """Episodes stored end to end, one array a key, read without loading the whole.
+
+    An array is looked at when it is first needed: one that nobody reads may be anything.
 
     Attributes:
       path: where it was opened.
@@ -37,76 +40,63 @@ class ReplayBuffer:
       episode_task: int64 (n_episodes,), each episode's place in `tasks`; zeros if it names none.
     """
 
-    codecs = _CODECS  # those whose chunks this class reads
+    reads_images = False  # stored by an image codec, one a chunk
 
-    def __init__(
-        self, path: Path, kvstore: dict, arrays: dict[str, dict], attributes: dict, meta: dict
-    ):
-        self.path = path
-        self.attributes = attributes
-        self._kvstore = kvstore
-        self._metadata = arrays
+    def __init__(self, container: Container):
+        self.path = container.path
+        self.attributes = container.attributes()
+        self._container = container
+        self._infos: dict[str, ArrayInfo] = {}
         self._stores: dict[str, ts.TensorStore] = {}
-        ends = self._finish("meta/episode_ends", self._store("meta/episode_ends").read())
-        self.episode_ends = np.asarray(ends, np.int64)
-        check_episode_ends(self.episode_ends, str(path))
-        tasks, episode_task = meta.get("tasks", []), np.zeros(self.n_episodes, np.int64)
-        if "meta/episode_task" in arrays:
-            name = "meta/episode_task"
-            episode_task = np.asarray(self._finish(name, self._store(name).read()))
-        elif len(tasks) > 1:
-            raise UserError(
-                f"{path} names {len(tasks)} tasks, but lacks meta/episode_task, which says which "
-                "episode shows which: the copy is incomplete"
-            )
-        check_tasks(tasks, episode_task, self.n_episodes, str(path))
-        self.tasks, self.episode_task = tuple(tasks), episode_task.astype(np.int64)
-        for key in self.keys:
-            if not self.shape(key) or self.shape(key)[0] != self.n_steps:
-                raise UserError(
-                    f"{path}: data/{key} has shape {self.shape(key)}, but meta/episode_ends says "
-                    f"that the episodes hold {self.n_steps} steps: the copy is incomplete or the "
-                    "arrays belong to different recordings"
-                )
-
-    @classmethod
-    def open(cls, path: str | os.PathLike, *, required: Sequence[str] = ()) -> "ReplayBuffer":
-        """Opens the buffer at `path`, a `.zarr` folder or a zip that holds one.
-
-        Raises UserError when nothing is there, when it is not such a buffer, when one of the
-        `required` arrays is missing, when images are stored by a codec that zarr v2 does not have
-        of its own, or when lengths disagree.
-        """
-        path = Path(path)
-        if not path.exists():
-            raise UserError(f"there is no replay buffer at {path}: check the path")
-        opened = _open_zip(path) if path.is_file() else _open_folder(path)
-        kvstore, arrays, attributes, meta = opened
-        own = attributes.get(OWN_ATTRIBUTES)
+        own = self.attributes.get(OWN_ATTRIBUTES)
         if isinstance(own, dict) and own.get("complete") is False:
             raise UserError(
-                f"{path} was never finished: run the command that writes it again (it resumes), "
-                "or delete it"
+                f"{self.path} was never finished: run the command that writes it again (it "
+                "resumes), or delete it"
             )
-        if "meta/episode_ends" not in arrays:
-            raise UserError(f"{path} lacks meta/episode_ends; it holds {_listing(arrays)}")
-        missing = [key for key in required if f"data/{key}" not in arrays]
+        self.episode_ends = self._read_meta("episode_ends").astype(np.int64)
+        check_episode_ends(self.episode_ends, str(self.path))
+        tasks = container.attributes("meta").get("tasks", [])
+        episode_task = np.zeros(self.n_episodes, np.int64)
+        if "meta/episode_task" in container.arrays:
+            episode_task = self._read_meta("episode_task")
+        elif len(tasks) > 1:
+            raise UserError(
+                f"{self.path} names {len(tasks)} tasks, but lacks meta/episode_task, which says "
+                "which episode shows which: the copy is incomplete"
+            )
+        check_tasks(tasks, episode_task, self.n_episodes, str(self.path))
+        self.tasks, self.episode_task = tuple(tasks), episode_task.astype(np.int64)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, *, required: Sequence[str] | None = None
+    ) -> "ReplayBuffer":
+        """Opens the buffer at `path`, a `.zarr` folder or a zip that holds one.
+
+        Args:
+          path: of a zarr of version 2 or 3.
+          required: the arrays that will be read, and that alone are looked at; None: all there are.
+
+        Raises:
+          UserError: nothing is there, it is not such a buffer, an array is missing, too much of it
+            is, it is stored in a way that cannot be read, or lengths disagree.
+        """
+        buffer = cls(open_container(Path(path)))
+        wanted = buffer.keys if required is None else required
+        missing = [f"data/{key}" for key in wanted if key not in buffer.keys]
         if missing:
-            wanted = ", ".join(f"data/{key}" for key in missing)
-            raise UserError(f"{path} lacks {wanted}; it holds {_listing(arrays)}")
-        for name, metadata in arrays.items():
-            codec = (metadata.get("compressor") or {}).get("id")
-            if codec is not None and codec not in cls.codecs:
-                raise UserError(
-                    f"{path}: {name} is stored with the codec {codec}, which is not one of zarr "
-                    "v2's own: make a plain copy with python -m uva_jax import "
-                    f"--kind zarr {path} --out COPY.zarr"
-                )
-        return cls(path, kvstore, arrays, attributes, meta)
+            raise buffer._lacks(", ".join(missing))
+        for key in wanted:
+            buffer._array(key)
+        for key in required or ():
+            buffer._store(f"data/{key}")
+        return buffer
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(sorted(n.removeprefix("data/") for n in self._metadata if n[:5] == "data/"))
+        names = self._container.arrays
+        return tuple(sorted(n.removeprefix("data/") for n in names if n.startswith("data/")))
 
     @property
     def n_episodes(self) -> int:
@@ -118,10 +108,10 @@ class ReplayBuffer:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The whole array's shape, steps first."""
-        return tuple(self._array(key)["shape"])
+        return self._array(key).shape
 
     def dtype(self, key: str) -> np.dtype:
-        return np.dtype(self._array(key)["dtype"])
+        return self._array(key).dtype
 
     def is_frame(self, key: str) -> bool:
         """Whether a step of this array is an image, judged by its size."""
@@ -163,8 +153,11 @@ class ReplayBuffer:
             for key, (shape, future) in pending.items()
         }
 
-    def fingerprint(self) -> str:
-        """A sha256 of the lengths, every small array and each image array's first and last frame.
+    def fingerprint(self, keys: Sequence[str] | None = None) -> str:
+        """A sha256 of the lengths, the small arrays and each image array's first and last frame.
+
+        Args:
+          keys: the arrays that count; None: all.
 
         Two buffers with the same fingerprint hold the same recording in the same dtypes; it is
         meant as the "hash of the inputs" of whatever is computed from a buffer.
@@ -172,7 +165,7 @@ class ReplayBuffer:
         digest = hashlib.sha256(self.episode_ends.tobytes())
         if self.tasks:
             digest.update(json.dumps(self.tasks).encode() + self.episode_task.tobytes())
-        for key in self.keys:
+        for key in self.keys if keys is None else sorted(keys):
             shape, dtype = self.shape(key), self.dtype(key)
             digest.update(f"{key} {shape} {dtype}".encode())
             if self.is_frame(key):
@@ -182,32 +175,80 @@ class ReplayBuffer:
                 digest.update(self.read(key).tobytes())
         return digest.hexdigest()
 
-    def _array(self, key: str) -> dict:
-        if f"data/{key}" not in self._metadata:
-            raise UserError(f"{self.path} lacks data/{key}; it holds {_listing(self._metadata)}")
-        return self._metadata[f"data/{key}"]
+    def _read_meta(self, key: str) -> np.ndarray:
+        name = f"meta/{key}"
+        if name not in self._container.arrays:
+            raise self._lacks(name)
+        return np.asarray(self._finish(name, self._store(name).read()))
+
+    def _lacks(self, names: str) -> UserError:
+        found = ", ".join(sorted(self._container.arrays)) or "no arrays"
+        return UserError(f"{self.path} lacks {names}; it holds {found}")
+
+    def _array(self, key: str) -> ArrayInfo:
+        """What an array of data is, checked when it is first asked for."""
+        name = f"data/{key}"
+        if name in self._infos:
+            return self._infos[name]
+        if name not in self._container.arrays:
+            raise self._lacks(name)
+        info = read_info(self._container, name)
+        if info.shape[0] != self.n_steps:
+            raise UserError(
+                f"{self.path}: {name} has shape {info.shape}, but meta/episode_ends says that the "
+                f"episodes hold {self.n_steps} steps: the copy is incomplete or the arrays belong "
+                "to different recordings"
+            )
+        if info.image_codec and not self.reads_images:
+            raise UserError(
+                f"{self.path}: {name} is stored with the codec {info.image_codec}, which is too "
+                "slow to train from: make a plain copy with python -m uva_jax import --kind zarr "
+                f"{self.path} --out COPY.zarr"
+            )
+        return self._infos.setdefault(name, info)
 
     def _store(self, name: str) -> ts.TensorStore:
+        """The array, opened when it is first read."""
         if name not in self._stores:
-            inner = self._kvstore.get("path", "")
-            spec = {
-                "driver": "zarr",
-                "kvstore": {**self._kvstore, "path": f"{inner}{name}/"},
-                # A missing chunk is an incomplete copy; zarr would read it as zeros.
-                "fill_missing_data_reads": False,
-            }
-            self._stores[name] = self._finish(name, ts.open(spec, read=True))
+            group, key = name.split("/")
+            info = self._array(key) if group == "data" else read_info(self._container, name)
+            if info.fill is not None and is_frame(info.shape[1:], info.dtype):
+                self._check_missing(info)
+            try:
+                self._stores[name] = open_store(self._container, info)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise self._unreadable(name, error) from error
         return self._stores[name]
+
+    def _check_missing(self, info: ArrayInfo) -> None:
+        """Raises UserError where so many chunks of images are missing that they were lost.
+
+        A black frame, or a few at an episode's start, make up a chunk that a writer leaves out
+        because it is all fill value. A copy that broke off lacks any share of them.
+        """
+        missing, total = info.missing_chunks(self._container)
+        if 2 * missing >= total or missing > max(_MISSING * total, 1):
+            raise UserError(
+                f"{self.path}: {info.name} lacks {missing} of its {total} chunks of images: copy "
+                "it again, or, if so many images are all of one value, store them (zarr: "
+                "write_empty_chunks=True)"
+            )
 
     def _finish(self, name: str, future: ts.Future):
         try:
             return future.result()
+        except UserError:
+            raise
         except ValueError as error:
-            reason = str(error).split(" [")[0]
-            raise UserError(
-                f"{self.path}: {name} cannot be read ({reason}): the copy is incomplete or "
-                "damaged, or stored with a codec other than zarr v2's own"
-            ) from error
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: ValueError) -> UserError:
+        reason = str(error).split(" [")[0]
+        return UserError(
+            f"{self.path}: {name} cannot be read ({reason}): the copy is incomplete or damaged"
+        )
 
 
 def is_frame(item: Sequence[int], dtype) -> bool:
@@ -251,66 +292,5 @@ def check_tasks(tasks: Sequence, episode_task: np.ndarray, n_episodes: int, name
         )
 
 
-def _listing(arrays: Mapping) -> str:
-    return ", ".join(sorted(arrays)) or "no arrays"
-
-
 def read_json(path: Path) -> dict:
-    return _parse(path.read_bytes(), str(path)) if path.is_file() else {}
-
-
-def _parse(content: bytes, name: str) -> dict:
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{name} is not readable JSON ({error}): the copy is damaged") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{name} should hold a JSON object: the copy is damaged")
-    return found
-
-
-def _open_folder(path: Path) -> tuple[dict, dict, dict, dict]:
-    """The store, the arrays' metadata by name, and the attributes of the root and of meta."""
-    if not (path / "data").is_dir() or not (path / "meta").is_dir():
-        inner = [p for p in path.iterdir() if (p / "meta" / "episode_ends").is_dir()]
-        hint = f"; did you mean {inner[0]}?" if inner else ""
-        if (path / "zarr.json").exists():
-            hint = "; it is a zarr of version 3"
-        names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{path} is not a replay buffer: a zarr v2 folder with data/ and meta/ is needed, "
-            f"found {names}{hint}"
-        )
-    files = [f for group in ("data", "meta") for f in (path / group).glob("*/.zarray")]
-    arrays = {f.parent.relative_to(path).as_posix(): read_json(f) for f in files}
-    kvstore = {"driver": "file", "path": f"{path.resolve()}/"}
-    return kvstore, arrays, read_json(path / ".zattrs"), read_json(path / "meta" / ".zattrs")
-
-
-def _open_zip(path: Path) -> tuple[dict, dict, dict, dict]:
-    """As `_open_folder`; the buffer may lie in a folder inside the zip."""
-    tail = "meta/episode_ends/.zarray"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            roots = [n.removesuffix(tail) for n in names if f"/{n}".endswith(f"/{tail}")]
-            if len(roots) != 1:
-                found = ", ".join(roots or sorted({n.split("/")[0] for n in names})) or "nothing"
-                raise UserError(
-                    f"{path} should hold one zarr v2 replay buffer (with meta/episode_ends), but "
-                    f"holds {len(roots)}; found {found}"
-                )
-            inner = {n.removeprefix(roots[0]): n for n in names if n.startswith(roots[0])}
-            arrays = {
-                short.removesuffix("/.zarray"): _parse(archive.read(name), f"{path}: {name}")
-                for short, name in inner.items()
-                if short.endswith("/.zarray") and short.count("/") == 2
-            }
-            attributes, meta = (
-                _parse(archive.read(inner[name]), f"{path}: {name}") if name in inner else {}
-                for name in (".zattrs", "meta/.zattrs")
-            )
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is neither a zarr folder nor a readable zip: {error}") from error
-    base = {"driver": "file", "path": str(path.resolve())}
-    return {"driver": "zip", "base": base, "path": roots[0]}, arrays, attributes, meta
+    return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}

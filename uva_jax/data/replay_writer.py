@@ -193,7 +193,7 @@ def to_uint8_cache(
         key: (source.shape(key)[1:], np.uint8 if key in frames else source.dtype(key))
         for key in keys
     }
-    attributes = {"cast_from": source.fingerprint()}
+    attributes = {"cast_from": source.fingerprint(keys)}
     writer = ReplayBufferWriter.create(
         path,
         described,

@@ -110,7 +110,7 @@ def encode_frames(
     item = policy.latent_shape(1)[2:]
     meta = {
         "vae": encoder_hash(policy.vae),
-        "data": buffer.fingerprint(),
+        "data": buffer.fingerprint((image_key,)),
         "image_key": image_key,
         "image_size": policy.config.image_size,
         "copies": dataclasses.asdict(copies),
