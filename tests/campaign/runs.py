@@ -20,7 +20,7 @@ TRAINING = ("vae", "encode", "pretrain")
 GRAFTING = ("convert", "capture", "distill", "assemble", "finetune", "evaluate", "export")
 STAGES = TRAINING + GRAFTING
 START_UP = "start-up"  # what comes before a command's first stage
-_BEGINS = re.compile(r"(\w+): (starting|resuming where it was cut off)")
+_BEGINS = re.compile(r"(\w+): (starting|resuming)")
 _PATIENCE = 600  # seconds that any command may take
 
 

@@ -26,7 +26,7 @@ _EVERY = 2.0  # seconds between two looks
 _SILENCE = 30.0  # seconds after which a process that renews nothing counts as gone
 _HEARING = 10.0  # seconds that a process which fails waits for the others to read why
 _NOTES = "uva_jax/peers"
-_AGAIN = "start all processes again with the same command, they resume"
+_AGAIN = "start all processes again with the same command to resume"
 
 # JAX ends a process at once, by a signal, when process 0 is gone, so that another has to say it.
 _TELLER = """
