@@ -29,7 +29,7 @@ setup(
         "tqdm>=4.66",
         "gym-pusht>=0.1.6",  # the simulator of the embedded data
         "pymunk>=6.6,<7",
-        "imageio[ffmpeg]>=2.34",
+        "imageio-ffmpeg>=0.5",
         "pillow>=10.1",
         "matplotlib>=3.8",
     ],
@@ -44,6 +44,7 @@ setup(
         "dev": [
             "h5py>=3.10",
             "imagecodecs>=2024.1.1",
+            "imageio>=2.34",
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.11",

@@ -71,26 +71,50 @@ def test_mended_data_let_the_run_go_on_from_the_last_good_state(tmp_path):
     np.testing.assert_array_equal(resumed.params["w"], whole.params["w"])
 
 
-def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
-    # The loss of the last step before a save is finite, its gradient is not.
-    def loss(params, frozen, batch, key, step):
-        value = jnp.sqrt(jnp.where(step == 3, 0.0, 1.0) * params["w"] ** 2).sum()
+def train(folder, loss, options=OPTIONS, start=1.0):
+    """Trains three parameters on a loss of (w, step)."""
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    state = loop.start_state({"w": jnp.full(3, start)}, options, mesh)
+
+    def with_scalars(params, frozen, batch, key, step):
+        value = loss(params["w"], step)
         return value, {"loss": value}
 
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    state = loop.start_state({"w": jnp.ones(3)}, OPTIONS, mesh)
-    with MetricsWriter(tmp_path, "vae") as metrics, pytest.raises(UserError, match="after 4 steps"):
+    with MetricsWriter(folder, "vae") as metrics:
         loop.run_loop(
-            loss,
+            with_scalars,
             state,
             {},
             lambda step: {"x": np.ones((4, 1), np.float32)},
-            options=OPTIONS,
+            options=options,
             mesh=mesh,
             seed=0,
-            folder=tmp_path / "states",
+            folder=folder / "states",
             metrics=metrics,
         )
+
+
+@pytest.mark.parametrize("steps_per_call, step", [(1, 5), (4, 5), (1, 3)])
+@pytest.mark.parametrize("root", [0.5, 0.49])  # of 0: its slope times 0 is NaN; is infinite
+def test_a_gradient_that_is_not_finite_stops_the_loop_at_its_step(
+    tmp_path, root, steps_per_call, step
+):
+    def loss(w, at):
+        bad = jnp.abs(jnp.where(at == step, 0.0, 1.0) * w) ** root
+        return jnp.where(at <= step, bad, 1.0).sum()  # finite everywhere, the later ones too
+
+    options = dataclasses.replace(OPTIONS, steps_per_call=steps_per_call)
+    with pytest.raises(UserError, match=f"the gradient's norm of step {step} is not finite"):
+        train(tmp_path, loss, options)
+    kept = [int(p.name) for p in (tmp_path / "states").glob("[0-9]*")]
+    assert kept == ([4] if step > 4 else [])
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    # Loss and gradient of the steps before the save are finite, the sum of the updates is not.
+    options = dataclasses.replace(OPTIONS, lr=1.25e38, weight_decay=0.0)
+    with pytest.raises(UserError, match="after 4 steps w is not finite"):
+        train(tmp_path, lambda w, step: -(1e-6 * w).sum(), options)
     assert not list((tmp_path / "states").glob("[0-9]*"))
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -388,6 +389,21 @@ def test_a_full_disk_in_a_stage_is_told_in_a_sentence(tmp_path, error):
     recorder.before_write = {}
     recorder.run(tmp_path)
     assert recorder.calls == ["capture", "distill", "probe"]
+
+
+def test_a_limit_on_the_size_of_files_is_told_in_a_sentence(tmp_path):
+    def write(context):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            (context.folder / "large").write_bytes(bytes(1000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    recorder = Recorder()
+    recorder.before_write["capture"] = write
+    with pytest.raises(UserError, match="no file may grow as large.*raise that limit"):
+        recorder.run(tmp_path)
 
 
 def test_a_full_disk_while_done_json_is_written_leaves_the_stage_unfinished(tmp_path, monkeypatch):

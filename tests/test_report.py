@@ -2,6 +2,7 @@
 
 import base64
 import re
+import resource
 from html.parser import HTMLParser
 
 import imageio.v2 as imageio
@@ -152,6 +153,18 @@ def test_an_mp4_comes_back_with_its_frames_even_of_odd_size(tmp_path):
     assert back.shape == (7, 26, 34, 3)
     assert np.abs(back[:, :25, :33].astype(int) - frames).max() < 12
     assert [p.name for p in path.parent.iterdir()] == ["x.mp4"]
+
+
+def test_an_mp4_that_cannot_be_written_whole_is_an_error_and_no_file(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="x.mp4 cannot be written.*File too large"):
+            write_mp4(tmp_path / "x.mp4", frames)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_clip_of_the_wrong_kind_is_refused(tmp_path):

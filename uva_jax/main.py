@@ -33,17 +33,19 @@ def run(config, workdir: str, only: list[str] | None) -> dict:
     # Importing jax takes seconds, so a wrong configuration is refused before.
     from uva_jax.pipeline import stages
     from uva_jax.pipeline.engine import run_pipeline
-    from uva_jax.runtime import parallel
+    from uva_jax.runtime import parallel, peers
 
-    parallel.initialize_distributed(section(config.distributed, DistributedOptions))
-    return run_pipeline(
-        stages.stages(config),
-        config,
-        workdir,
-        only or None,
-        is_primary=parallel.is_primary(),
-        barrier=parallel.barrier,
-    )
+    distributed = section(config.distributed, DistributedOptions)
+    parallel.initialize_distributed(distributed)
+    with peers.watched(distributed.coordinator_address):
+        return run_pipeline(
+            stages.stages(config),
+            config,
+            workdir,
+            only or None,
+            is_primary=parallel.is_primary(),
+            barrier=parallel.barrier,
+        )
 
 
 def _main(argv: list[str]) -> int:

@@ -6,17 +6,19 @@ Clips are uint8 RGB arrays (t, h, w, 3).
 from __future__ import annotations
 
 import os
+import subprocess
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 from einops import rearrange
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageFont
 
 from uva_jax.storage.atomic import new_file
 
+_H264 = "-c:v libx264 -pix_fmt yuv420p -crf 20 -movflags +faststart -threads 1".split()
 _PAPER = 255  # value of gaps and of the background of labels
 _INK = (40, 40, 40)
 
@@ -28,24 +30,27 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 10.0) ->
 
     Raises:
       ValueError: no frames, or not uint8 RGB.
+      OSError: the file cannot be written whole, in ffmpeg's words.
     """
     frames = _checked(frames)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    height, width = frames.shape[1:3]
+    # Run here rather than by imageio's writer, which takes half a file for a whole one.
+    command = [get_ffmpeg_exe(), "-y", "-v", "warning", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-", "-an", *_H264]
     with new_file(path) as temporary, warnings.catch_warnings():
         # jax warns of any fork; exec follows this one at once, so it cannot deadlock.
         warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
-        with imageio.get_writer(
-            temporary,
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            quality=None,
-            macro_block_size=1,
-            output_params=["-crf", "20", "-movflags", "+faststart", "-threads", "1"],
-        ) as writer:
-            for frame in frames:
-                writer.append_data(frame)
+        done = subprocess.run(
+            [*command, str(temporary)],
+            input=frames.tobytes(),
+            capture_output=True,
+            restore_signals=False,  # so that a limit on files' size is an error, as in Python
+        )
+        if done.returncode != 0:
+            words = " ".join(done.stderr.decode(errors="replace").split())
+            raise OSError(f"{path} cannot be written: ffmpeg says {words[-500:]!r}")
     return Path(path)
 
 

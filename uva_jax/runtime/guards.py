@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from uva_jax.runtime.errors import UserError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = _DISK_FULL | {errno.EFBIG}  # the last: a limit on the size of files
 _held_locks: set[int] = set()
 
 
@@ -80,23 +82,35 @@ def full_disk_as_user_error(workdir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if not _means_full_disk(error):
+        code = _no_room(error)
+        if code is None:
             raise
+        if code == errno.EFBIG:
+            raise UserError(
+                f"no file may grow as large as this run needs in {workdir} (`ulimit -f` is "
+                f"{_largest_text()}): raise that limit and run the same command again to resume"
+            ) from error
         raise UserError(
             f"the disk is full ({workdir} has {_free_text(workdir)} left): free some space and "
             "run the same command again to resume, or choose a --workdir on another disk"
         ) from error
 
 
-def _means_full_disk(error: BaseException | None) -> bool:
+def _no_room(error: BaseException | None) -> int | None:
+    """The errno of what kept a file from growing; None for any other error."""
     # tensorstore and orbax raise ValueError or RuntimeError with the system's message.
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return True
-        if any(os.strerror(code) in str(error) for code in _DISK_FULL):
-            return True
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error.errno
+        if found := [code for code in _NO_ROOM if os.strerror(code) in str(error)]:
+            return found[0]
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def _largest_text() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return "without limit" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
 
 
 def _free_text(workdir: Path) -> str:

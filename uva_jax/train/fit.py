@@ -17,7 +17,7 @@ import optax
 
 from uva_jax.runtime.sections import FitOptions
 from uva_jax.storage.checkpoint import Checkpoints
-from uva_jax.train.loop import stop_if_broken, stop_if_diverged
+from uva_jax.train.loop import health, stop_if_broken, stop_if_diverged
 from uva_jax.train.optim import OptimOptions, make_optimizer
 from uva_jax.train.order import epoch_rows
 
@@ -26,7 +26,7 @@ Arrays = Mapping[str, jax.Array]
 
 def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
     """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
-    state, mean scalars, and the sum of each step's scalars (k,)."""
+    state, mean scalars, and the `health` of each step (k, 2)."""
 
     @jax.jit
     def advance(state, data, rows, steps):
@@ -37,13 +37,14 @@ def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
             step, row = step_rows
             batch = jax.tree.map(lambda x: x[row], data)
             key = jax.random.fold_in(base, step)
-            (_, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            objective = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, scalars), grads = objective(params, batch, key)
             updates, moments = optimizer.update(grads, moments, params)
             params = jax.tree.map(lambda p, u: p + u, params, updates)
-            return (params, moments), scalars
+            return (params, moments), (scalars, health(loss, grads))
 
-        state, scalars = jax.lax.scan(one, state, (steps, rows))
-        return state, jax.tree.map(jnp.mean, scalars), sum(scalars.values())
+        state, (scalars, found) = jax.lax.scan(one, state, (steps, rows))
+        return state, jax.tree.map(jnp.mean, scalars), found
 
     return advance
 
@@ -131,9 +132,9 @@ def fit(
             while step < total:
                 stop = min(total, step + options.log_every - step % options.log_every)
                 rows = epoch_rows(seed, count, batch, step, stop)
-                state, scalars, sums = advance(state, data, rows, jnp.arange(step, stop))
+                state, scalars, found = advance(state, data, rows, jnp.arange(step, stop))
                 setting = options.key("lr")
-                stop_if_diverged(np.asarray(sums), step, name, setting)
+                stop_if_diverged(np.asarray(found), step, name, setting)
                 named = {f"{name}/{k}": float(v) for k, v in scalars.items()}
                 metrics.log(stop, **named)
                 bar.update(stop - step, loss=next(iter(named.values())))

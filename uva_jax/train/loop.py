@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from uva_jax.runtime import parallel
@@ -29,6 +30,7 @@ from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.storage.finite import non_finite
 from uva_jax.train.optim import carry_optimizer_state, ema_update, loop_optimizer
 
+_HEALTH = ("loss", "gradient's norm")
 Flat = dict[str, jax.Array]
 # (trained, frozen, batch, key, step) -> loss, scalars to log
 Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mapping]]
@@ -50,7 +52,7 @@ def part(params: Mapping, name: str) -> dict:
 
 def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Callable:
     """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps
-    (of those that have them: elsewhere they are NaN), and the loss of every step (steps,).
+    (of those that have them: elsewhere they are NaN), and `health` of every step (steps, 2).
 
     Args:
       loss: of one batch.
@@ -97,15 +99,15 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             updates, moments = optimizer.update(grads, state.moments, state.params)
             params = jax.tree.map(jnp.add, state.params, updates)
             average = ema_update(state.ema, params, step, **ema)
-            return LoopState(params, average, moments), scalars
+            return LoopState(params, average, moments), (scalars, health(scalars["loss"], grads))
 
         count = jax.tree.leaves(batches)[0].shape[0]
         if count == 1:  # not as a loop, in which the CPU's convolutions are slow
-            state, scalars = body(state, (jax.tree.map(lambda x: x[0], batches), first))
+            state, (scalars, found) = body(state, (jax.tree.map(lambda x: x[0], batches), first))
         else:
-            state, scalars = jax.lax.scan(body, state, (batches, first + jnp.arange(count)))
-        losses = jnp.reshape(scalars["loss"], (count,))
-        return state, jax.tree.map(jnp.nanmean, scalars), losses
+            steps = (batches, first + jnp.arange(count))
+            state, (scalars, found) = jax.lax.scan(body, state, steps)
+        return state, jax.tree.map(jnp.nanmean, scalars), found.reshape(count, len(_HEALTH))
 
     whole = parallel.replicated(mesh)
     return jax.jit(steps_fn, donate_argnums=0, out_shardings=(shardings, whole, whole))
@@ -212,16 +214,16 @@ def run_loop(
                 group = [batches(i) for i in range(before, step)]
                 group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
                 group = parallel.shard_batch(mesh, group, axis=1)
-                state, scalars, losses = run(state, frozen, group, jnp.int32(before), key)
-                running.append((before, scalars, losses))
+                state, scalars, found = run(state, frozen, group, jnp.int32(before), key)
+                running.append((before, scalars, found))
                 saves = step % options.checkpoint_every == 0 or step == steps.stop
                 logs = saves or step // options.log_every > before // options.log_every
                 # One call stays under way, so that the next batch is read while it computes.
                 while len(running) > (0 if logs else 1):
-                    first, scalars, losses = running.pop(0)
-                    stop_if_diverged(np.asarray(losses), first, desc, options.key("lr"))
+                    first, scalars, found = running.pop(0)
+                    stop_if_diverged(np.asarray(found), first, desc, options.key("lr"))
                     recent.append({k: float(v) for k, v in scalars.items()})
-                    bar.update(len(losses), loss=recent[-1]["loss"])
+                    bar.update(len(found), loss=recent[-1]["loss"])
                 if logs:
                     metrics.log(step, **{f"{prefix}{k}": v for k, v in _means(recent).items()})
                     recent = []
@@ -234,17 +236,23 @@ def run_loop(
     return state
 
 
-def stop_if_diverged(losses: np.ndarray, first: int, desc: str, setting: str) -> None:
-    """Raises UserError at the first step whose loss is not finite; no later state is kept.
+def health(loss: jax.Array, grads) -> jax.Array:
+    """What says whether a step went well: its loss and its gradient's norm (2,)."""
+    return jnp.stack([loss, optax.global_norm(grads)])
+
+
+def stop_if_diverged(found: np.ndarray, first: int, desc: str, setting: str) -> None:
+    """Raises UserError at the first step whose loss or gradient is not finite.
 
     Args:
-      losses: (steps,) of consecutive steps, the first of which is number `first`.
+      found: `health` of consecutive steps (steps, 2), the first of which is number `first`.
       desc: what trains.
       setting: the name of its learning rate.
     """
-    if not np.isfinite(losses).all():
-        step = first + int(np.argmin(np.isfinite(losses)))
-        raise UserError(_diverged(f"the loss of step {step}", desc, setting))
+    bad = np.argwhere(~np.isfinite(found))
+    if len(bad):
+        step, what = bad[0]
+        raise UserError(_diverged(f"the {_HEALTH[what]} of step {first + step}", desc, setting))
 
 
 def stop_if_broken(params: Flat, step: int, desc: str, setting: str) -> None:

@@ -1,0 +1,103 @@
+"""What a run has made, as one digest an artifact, so that two runs can be held side by side.
+
+Times and paths differ from run to run and are left out; so are resumable states, which are means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tests.campaign.runs import STAGES
+from uva_jax.runtime.metrics import read_metrics
+from uva_jax.storage.policy_arrays import read as read_arrays
+
+FOLDERS = dict(zip(STAGES, STAGES, strict=True)) | {
+    **{"encode": "latents", "convert": "teacher", "capture": "activations"},
+    **{"distill": "operators", "assemble": "grafted", "evaluate": "eval"},
+}
+_STORES = ("latents", "activations")  # grow chunk by chunk under their own names
+_RECORDS = {"done.json", "started.json", "report.html"}
+_STATES = ("states", "states_decoder", "cross_attn_state", "blocks_state", "phase0")
+_OF_THE_RUN = {"seconds", "policy_seconds", "time", "source", "file"}
+
+
+def digests(workdir: Path, stage: str) -> dict[str, str]:
+    """Name of each artifact of a stage -> sha256 of its content."""
+    folder = workdir / FOLDERS[stage]
+    found = {str(path.relative_to(workdir)): _digest(path) for path in _artifacts(folder)}
+    lines = [_without(line) for line in read_metrics(workdir, stage)]
+    return found | {f"metrics.jsonl of {stage}": _sha(json.dumps(lines).encode())}
+
+
+def all_digests(workdir: Path, stages: Sequence[str]) -> dict[str, dict[str, str]]:
+    return {stage: digests(workdir, stage) for stage in stages}
+
+
+def differing(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Names of artifacts that are missing, too many, or not equal."""
+    return sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+
+
+def half_written(workdir: Path, stage: str, wanted: Mapping[str, str]) -> list[str]:
+    """Artifacts of an unfinished stage that stand under their names and are not what they should
+    be. Stores that grow chunk by chunk say themselves that they are unfinished."""
+    folder = workdir / FOLDERS[stage]
+    if folder.name in _STORES:
+        return []
+    found = {str(p.relative_to(workdir)): p for p in _artifacts(folder)}
+    bad = []
+    for name, path in found.items():
+        try:
+            if _digest(path) != wanted.get(name):
+                bad.append(name)
+        except Exception as error:  # whatever a reader makes of half a file
+            bad.append(f"{name} ({type(error).__name__})")
+    return bad
+
+
+def size(workdir: Path, stage: str) -> int:
+    """Bytes on the disk of a stage's folder."""
+    paths = (workdir / FOLDERS[stage]).rglob("*")
+    return sum(p.stat().st_blocks * 512 for p in paths if p.is_file())
+
+
+def largest_file(workdir: Path, stage: str) -> int:
+    return max(p.stat().st_size for p in (workdir / FOLDERS[stage]).rglob("*") if p.is_file())
+
+
+def _artifacts(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.name in _RECORDS or path.name in _STATES or path.name.startswith("."):
+            continue
+        if path.is_dir() and path.name != "params":
+            yield from _artifacts(path)
+        else:
+            yield path
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for name, array in sorted(read_arrays(path).items()):
+            values = np.asarray(array.load())
+            digest.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
+        return digest.hexdigest()
+    if path.suffix == ".json":
+        return _sha(json.dumps(_without(json.loads(path.read_text()))).encode())
+    return _sha(path.read_bytes())
+
+
+def _without(value):
+    """A JSON value without what belongs to the one run."""
+    if isinstance(value, dict):
+        return {k: _without(v) for k, v in sorted(value.items()) if k not in _OF_THE_RUN}
+    return [_without(v) for v in value] if isinstance(value, list) else value
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

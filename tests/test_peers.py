@@ -1,0 +1,74 @@
+"""A process that fails or dies is not waited for: the others end with a sentence that names it."""
+
+import signal
+import socket
+
+import pytest
+from conftest import python
+
+_RUN = """
+import os, signal, sys
+import jax
+from uva_jax.runtime import parallel, peers
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DistributedOptions
+
+number, address, what = int(sys.argv[1]), *sys.argv[2:]
+peers._SILENCE = peers._EVERY = 1.0
+parallel.initialize_distributed(DistributedOptions(False, address, 2, number))
+with peers.watched(address):
+    parallel.barrier("begun")
+    if number == int(what[-1]):
+        if what.startswith("fails"):
+            raise UserError("the disk is full")
+        if what.startswith("breaks"):
+            raise KeyError("a fault")
+        if what.startswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what.startswith("exits"):
+            sys.exit(143)
+    print("waits", flush=True)
+    parallel.barrier("never")
+print("over", flush=True)
+"""
+
+
+def run_two(what: str):
+    """(status, stdout, stderr) of both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [python(_RUN, number, address, what) for number in (0, 1)]
+    try:
+        said = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "what, status, sentence",
+    [
+        ("fails in 0", 2, "error: process 0 has ended (the disk is full)"),
+        ("breaks in 1", 1, "error: process 1 has ended (KeyError: 'a fault')"),
+        ("exits in 0", 143, "error: process 0 has ended (it was stopped)"),
+        ("killed in 0", -signal.SIGKILL, "error: process 0 is gone"),
+        ("killed in 1", -signal.SIGKILL, "error: process 1 is gone"),
+    ],
+)
+def test_what_ends_one_process_ends_the_other_with_a_sentence(what, status, sentence):
+    number = int(what[-1])
+    results = run_two(what)
+    assert results[number][0] == status
+    other, out, error = results[1 - number]
+    assert other not in (0, None) and "waits" in out and "over" not in out
+    told = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(sentence)
+    assert "start all processes again with the same command" in told[0]
+
+
+def test_processes_that_end_well_end_together():
+    results = run_two("nothing in 2".replace("never", ""))
+    assert [status for status, _, _ in results] == [0, 0]
+    assert all("over" in out and not error for _, out, error in results)
