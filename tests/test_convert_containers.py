@@ -208,7 +208,7 @@ def test_a_state_dict_alone_is_read_with_its_architecture(plain, tmp_path, capsy
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "is no json"),
+        ("{", "is not json"),
         ("[1]", "holds no architecture"),
         ('{"mar": {"evil": 1}}', "has no field 'evil'"),
         ('{"n_action_steps": 99}', "n_action_steps is 99, but it has to be 1 to 16"),

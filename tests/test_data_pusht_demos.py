@@ -99,7 +99,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("number", [0, -1, 1201])
 def test_impossible_numbers_of_episodes_are_refused(tmp_path, number):
-    with pytest.raises(UserError, match="1 to 1200 are embedded"):
+    with pytest.raises(UserError, match="can be 1 to 1200"):
         render_demos(tmp_path / "d", max_episodes=number)
 
 

@@ -108,7 +108,7 @@ def test_frame_choices_equal_upstreams_or_are_refused_where_it_fails(case):
 
 @pytest.mark.parametrize("length", [0, 3, 7])
 def test_windows_shorter_than_the_frames_are_refused(length):
-    with pytest.raises(UserError, match="cannot be taken"):
+    with pytest.raises(UserError, match="cannot be selected"):
         WindowSpec(n_frames=4, n_obs_steps=length, n_actions=16).offsets()
 
 

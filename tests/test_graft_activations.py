@@ -102,7 +102,7 @@ def test_the_index_says_what_is_there(folder):
 
 def test_a_cut_off_cache_resumes_at_its_missing_chunks(tmp_path):
     write(create(tmp_path / "c"), [0, 1, 4])
-    with pytest.raises(UserError, match="holds 24 of 43 samples; .* resumes"):
+    with pytest.raises(UserError, match="holds 24 of 43 samples; .* to resume"):
         SampleStore.open(tmp_path / "c")
     cache = create(tmp_path / "c")
     assert cache.missing_chunks() == [2, 3, 5]

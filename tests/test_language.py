@@ -202,11 +202,14 @@ def test_a_file_gives_the_vectors_of_the_tasks_in_order(plain_policy, tmp_path, 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({TASKS[0]: np.zeros(12)}, "no vector for the task 'pick up the cup'; its tasks are 'put"),
+        (
+            {TASKS[0]: np.zeros(12)},
+            "no language latent for the task 'pick up the cup'; its tasks are 'put",
+        ),
         (dict.fromkeys(TASKS, np.zeros(13)), r"of shape \(13,\) .* takes \(12,\)"),
         (dict.fromkeys(TASKS, np.zeros((1, 12))), r"of shape \(1, 12\)"),
         (dict.fromkeys(TASKS, np.full(12, np.nan)), "not finite"),
-        (dict.fromkeys(TASKS, np.zeros(12, int)), "no real numbers"),
+        (dict.fromkeys(TASKS, np.zeros(12, int)), "not real numbers"),
         (dict.fromkeys(TASKS, np.array([{}] * 12)), "cannot be read as language latents"),
     ],
 )

@@ -1,8 +1,7 @@
-"""Augmentation: PushT's mirror, and upstream's random crops and blurs of whole windows.
+"""Augmentation: PushT's mirror symmetry, and upstream's random crops and blurs of windows.
 
-The mirror is a symmetry of the task that doubles its data.
-The scene, its physics and its goal are the same seen in the anti-diagonal of the canvas: the point
-(x, y) goes to (512 - y, 512 - x). The goal pose (256, 256, π/4) is its own mirror image.
+Scene, physics and goal of PushT are symmetric about the anti-diagonal of the canvas, which doubles
+the data: the point (x, y) becomes (512 - y, 512 - x); the goal pose (256, 256, π/4) is unchanged.
 """
 
 from collections.abc import Mapping
@@ -13,26 +12,25 @@ import numpy as np
 
 from uva_jax.runtime.errors import UserError
 
-CANVAS = 512  # pixels of a side, in which points are given
+CANVAS = 512  # side of the canvas in pixels, the unit of points
 
 
 def mirror_pusht(batch: Mapping[str, Any], where: Any = None) -> dict[str, Any]:
     """Mirrors the arrays of a batch, of numpy or jax (also under jit).
 
-    Mirroring twice gives back the very images, and points to within float rounding (exactly, where
-    they are multiples of 2^-14, such as whole pixels).
+    Mirroring twice restores images exactly, and points up to float rounding.
 
     Args:
-      batch: any of `image` (..., h, h, 3) of any dtype; `action` and `agent_pos` (..., 2), in
-        pixels 0..512 (not normalized); `state` (..., 5), agent x, y, block x, y in pixels, block
-        angle in radians.
-      where: booleans (b,), which samples of the first axis to mirror; all by default.
+      batch: any of `image` (..., h, h, 3) of any dtype; `action` and `agent_pos` (..., 2) in
+        pixels, 0..512; `state` (..., 5), agent x, y and block x, y in pixels and block angle in
+        radians.
+      where: booleans (b,): the samples of the first axis to mirror; all by default.
 
     Returns:
       the same names with arrays of the same shape and dtype; angles are in 0..2π.
 
     Raises:
-      ValueError: a name that has no known mirror image, or an array of another shape.
+      ValueError: a name is unknown, or an array has another shape.
     """
     mirrored = {}
     for name, array in batch.items():
@@ -50,11 +48,14 @@ def mirror_pusht(batch: Mapping[str, Any], where: Any = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CropAndBlur:
-    """What upstream does to a training window of PushT, each in half of the cases.
+    """Upstream's augmentation of a window of PushT; crop and blur each have probability 0.5.
 
     Attributes:
-      crop: side of the crop over the frame's; it is resized back.
-      blur: largest deviation of the Gaussian, in pixels; the smallest is 0.1.
+      crop: side of the crop over the frame's, in (0, 1]; the crop is resized to the frame's size.
+      blur: largest standard deviation of the Gaussian, in pixels; the smallest is 0.1.
+
+    Raises:
+      UserError: a value is out of range.
     """
 
     crop: float = 0.95
@@ -62,13 +63,13 @@ class CropAndBlur:
 
     def __post_init__(self):
         if not 0 < self.crop <= 1:
-            raise UserError(f"a crop of {self.crop} of the frame's side is not in (0, 1]")
+            raise UserError(f"crop is {self.crop}, but must be above 0 and at most 1")
         if self.blur < 0.1:
-            raise UserError(f"a blur of at most {self.blur} pixels: the smallest is 0.1")
+            raise UserError(f"blur is {self.blur}, but must be at least 0.1 pixels")
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One crop and one blur, drawn from `rng`, for all frames (n, h, w, 3) uint8."""
-        import cv2  # beside the simulator, only augmentation needs it
+        """Applies one crop and one blur, drawn from `rng`, to all frames (n, h, w, 3) uint8."""
+        import cv2  # only the simulator and this need it
 
         height, width = frames.shape[1:3]
         crops, blurs = rng.random(2) < 0.5

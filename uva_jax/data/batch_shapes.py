@@ -1,4 +1,4 @@
-"""Shapes of the windows that a policy reads, for programs compiled before any data is there."""
+"""Shapes of the windows that a policy reads, for compiling programs without data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 def strip_shapes(
     config: PolicyConfig, strips: int, strip: int, frame_size: tuple[int, int]
 ) -> Shapes:
-    """What `WindowReader.read` gives for a policy.
+    """Returns the shapes of `WindowReader.read` for a policy.
 
     Args:
-      config: the policy's.
-      strips, strip: how many strips of how many windows.
+      config: of the policy.
+      strips: number of strips.
+      strip: windows per strip.
       frame_size: height and width of the stored frames.
     """
     spec, lead = WindowSpec.of(config), (strips, strip)
@@ -37,12 +38,12 @@ def strip_shapes(
     if spec.text:
         found["text_latents"] = array(*lead, config.mar.text_dim)
     for i, name in enumerate(spec.states):
-        # Only the width of all states together is known, and only that matters to a program.
+        # Only the width of all states together is known, and only it matters to a program.
         width = 1 if i else config.mar.proprio_dim - len(spec.states) + 1
         found[name] = array(*lead, spec.state_steps, width)
     return found
 
 
 def single_shapes(config: PolicyConfig, windows: int, frame_size: tuple[int, int]) -> Shapes:
-    """The same of `single_windows`."""
+    """Returns the shapes of `single_windows` for a policy."""
     return jax.eval_shape(single_windows, strip_shapes(config, windows, 1, frame_size))

@@ -1,9 +1,8 @@
 """CLIP's tokeniser, with the vocabulary from the user's own files.
 
-UVA tokenises with `AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")`; the rules are
-said here, and are the same for every CLIP, so that of the user's files only words and merges are
-read. Nothing is ever downloaded: the files are named, or lie in the cache that transformers and
-huggingface_hub share.
+UVA tokenises with `AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")`. The rules, which
+all CLIP models share, are coded here, so that only words and merges are read from files. Nothing is
+downloaded: the user names the files, or they are in the cache of transformers and huggingface_hub.
 """
 
 from __future__ import annotations
@@ -18,38 +17,40 @@ import numpy as np
 from uva_jax.runtime.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-LENGTH = 30  # tokens that UVA pads a sentence to; a longer one is not cut
-# Contractions, runs of letters, single digits, and runs of anything else that is no space.
+LENGTH = 30  # tokens to which UVA pads a sentence; longer ones are not truncated
+# Contractions, runs of letters, single digits, and runs of other characters except spaces.
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_CACHED = "models--openai--clip-vit-*/snapshots/*"  # they all share one vocabulary
+_CACHED = "models--openai--clip-vit-*/snapshots/*"  # all share one vocabulary
 _HOW = (
     "run AutoTokenizer.from_pretrained('openai/clip-vit-base-patch32') of transformers once on a "
     "machine with a network, or copy the files from there and name their folder with "
-    "config.data.vocabulary; language latents from a file (config.data.language) need neither"
+    "config.data.vocabulary, or read language latents from a file with config.data.language"
 )
 
 
 class ClipTokenizer:
-    """Sentences to token numbers, as UVA does it."""
+    """Turns sentences into token numbers as UVA does."""
 
     def __init__(self, words: dict[str, int], merges: Sequence[tuple[str, str]], source: str):
-        """Args:
+        """Builds the tokeniser.
+
+        Args:
           words: number of each word.
           merges: pairs of words that become one, in order of precedence.
-          source: where they come from, for error sentences.
+          source: origin of words and merges, for error messages.
 
         Raises:
-          UserError: they do not belong together, or the library `tokenizers` is not installed.
+          UserError: words and merges do not fit, or the library `tokenizers` is not installed.
         """
         _check(words, merges, source)
         try:
             import tokenizers
         except ImportError as error:
             raise UserError(
-                "sentences are split into CLIP's tokens by the library tokenizers, which is not "
-                "installed: install it with pip install 'uva_jax[language]'"
+                "tokenising sentences needs the library tokenizers: install it with "
+                "pip install 'uva_jax[language]'"
             ) from error
         from tokenizers import normalizers, pre_tokenizers
 
@@ -76,10 +77,11 @@ class ClipTokenizer:
 
     @classmethod
     def load(cls, vocabulary: str | os.PathLike = "") -> ClipTokenizer:
-        """The tokeniser with the vocabulary of a folder, or of the cache if none is named.
+        """Loads the tokeniser with the vocabulary of a folder.
 
         Args:
-          vocabulary: a folder with vocab.json and merges.txt, or with tokenizer.json.
+          vocabulary: a folder with vocab.json and merges.txt, or with tokenizer.json; "": the
+            cache of transformers.
 
         Raises:
           UserError: there is no vocabulary, or it is damaged.
@@ -93,17 +95,17 @@ class ClipTokenizer:
             path = folder / "tokenizer.json"
             model = _read_json(path).get("model")
             if not isinstance(model, dict):
-                raise UserError(f"{path} holds no model: it is no tokeniser; take a fresh copy")
+                raise UserError(f"{path} is not a tokeniser, it holds no model: take a fresh copy")
             words, merges = model.get("vocab"), model.get("merges")
         return cls(words, _pairs(merges, path), str(folder))
 
     def __call__(
         self, sentences: Sequence[str], length: int = LENGTH
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token numbers and mask of sentences, both (n, tokens) int32.
+        """Returns token numbers and mask of n sentences, both (n, tokens) int32.
 
-        Sentences lie between a start and an end token, and are filled up with end tokens, whose
-        mask is 0, to `length` or the longest sentence's tokens.
+        Each sentence has a start and an end token and is padded with end tokens, whose mask is 0,
+        to the larger of `length` and the tokens of the longest sentence.
         """
         rows = [
             [self.start, *encoding.ids, self.end]
@@ -160,9 +162,9 @@ def _read_json(path: Path) -> dict:
 
 
 def _pairs(merges: object, path: Path) -> list[tuple[str, str]]:
-    """Merges as pairs; files have them as "a b" or, in newer tokenizer.json, as ["a", "b"]."""
+    """Returns merges as pairs; files hold "a b" or, in newer tokenizer.json, ["a", "b"]."""
     if not isinstance(merges, list):
-        raise UserError(f"{path} holds no merges: it is no vocabulary of CLIP's kind")
+        raise UserError(f"{path} holds no merges: it is not a vocabulary of CLIP")
     pairs = [tuple(m.split()) if isinstance(m, str) else m for m in merges]
     for i, pair in enumerate(pairs):
         parts = isinstance(pair, list | tuple) and len(pair) == 2
@@ -173,10 +175,12 @@ def _pairs(merges: object, path: Path) -> list[tuple[str, str]]:
 
 def _check(words: object, merges: Sequence[tuple[str, str]], source: str) -> None:
     if not isinstance(words, dict):
-        raise UserError(f"{source}: the vocabulary is no list of words with their numbers")
+        raise UserError(f"{source}: the vocabulary does not map words to numbers: it is damaged")
     numbers = list(words.values())
     if any(type(n) is not int or not 0 <= n < 1 << 31 for n in numbers):
-        raise UserError(f"{source}: a word's number in the vocabulary is no count: it is damaged")
+        raise UserError(
+            f"{source}: a number in the vocabulary is not a whole number from 0: it is damaged"
+        )
     if len(set(numbers)) != len(numbers):
         raise UserError(f"{source}: two words in the vocabulary share a number: it is damaged")
     if missing := [word for word in (START, END) if word not in words]:

@@ -1,4 +1,4 @@
-"""Tasks as the vectors that a policy is told: from a file, or from its own language tower."""
+"""Language latents of tasks, from a file or from the policy's own language tower."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.storage import safetensors
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
-_SHOWN = 12  # names of a file that an error lists
+_SHOWN = 12  # tasks of a file that an error lists
 
 
 def task_latents(
     tasks: Sequence[str], *, policy: Policy, path: str = "", vocabulary: str = ""
 ) -> np.ndarray:
-    """The language vector of every task.
+    """Returns the language latents of tasks.
 
     Args:
-      tasks: sentences (or, for a file, whatever names its vectors go by).
-      policy: the policy that takes the vectors.
-      path: a file of vectors by task, .npz or .safetensors; "": the policy's own tower.
+      tasks: sentences or, for a file, its names.
+      policy: the policy that takes the latents.
+      path: a file of latents by task, .npz or .safetensors; "": the policy's own tower.
       vocabulary: for the tower, a folder with CLIP's vocabulary; "": the transformers cache.
 
     Returns:
       (n_tasks, text_dim) float32.
 
     Raises:
-      UserError: the file lacks a task or holds vectors of another width; there is neither a file
-        nor a tower; there is no vocabulary, or it is another model's.
+      UserError: the file lacks a task or has another width; there is neither a file nor a tower;
+        or the vocabulary is missing or that of another model.
     """
     width = policy.config.mar.text_dim
     if path:
@@ -46,48 +46,50 @@ def task_latents(
             there = ", ".join(map(repr, sorted(named)[:_SHOWN])) or "none"
             more = len(named) - _SHOWN
             raise UserError(
-                f"{path} has no vector for the task {missing[0]!r}; its tasks are {there}"
-                f"{f' and {more} more' if more > 0 else ''}: name the data's tasks so, or add the "
-                "vector"
+                f"{path} has no language latent for the task {missing[0]!r}; its tasks are {there}"
+                f"{f' and {more} more' if more > 0 else ''}: add the latent, or rename the data's "
+                "task"
             )
         rows, source = [named[task] for task in tasks], path
     else:
         if policy.text_model is None:
             raise UserError(
-                "this policy is told its task in language, but its checkpoint holds no language "
-                "tower (text_model.*) that could read the sentences: give a file of vectors by "
-                "task with config.data.language"
+                "this policy is conditioned on language, but its checkpoint holds no language "
+                "tower (text_model.*): give a file of language latents by task with "
+                "config.data.language"
             )
         rows = _run_tower(policy.text_model, tasks, vocabulary)
         source = "the policy's language tower"
     for task, row in zip(tasks, rows, strict=True):
         if row.shape != (width,):
             raise UserError(
-                f"{source} gives a vector of shape {row.shape} for the task {task!r}, but this "
-                f"policy takes ({width},): it was made for another policy"
+                f"{source} gives a language latent of shape {row.shape} for the task {task!r}, but "
+                f"this policy takes ({width},): give latents for this policy"
             )
         if not np.isfinite(row).all():
-            raise UserError(f"{source} gives values that are not finite for the task {task!r}")
+            raise UserError(
+                f"{source} gives values that are not finite for the task {task!r}: make it again"
+            )
     return np.array(rows, np.float32).reshape(len(tasks), width)
 
 
 def _run_tower(tower, tasks: Sequence[str], vocabulary: str) -> np.ndarray:
-    """(n_tasks, projection) float32."""
+    """Computes language latents (n_tasks, projection), float32."""
     tokenizer = ClipTokenizer.load(vocabulary)
     known, longest = tower.config.vocab_size, tower.config.max_length
-    # The tower finds a sentence's end by the highest number.
+    # The tower takes the highest number as the sentence's end.
     if tokenizer.size != known or tokenizer.end != known - 1:
         raise UserError(
             f"the vocabulary in {tokenizer.source} has {tokenizer.size} words and ends sentences "
-            f"with number {tokenizer.end}, but the policy's language tower knows {known}, of which "
-            "the last ends sentences: give the vocabulary that it was trained with"
+            f"with number {tokenizer.end}, but the policy's language tower has {known} words, of "
+            "which the last ends sentences: give the vocabulary that it was trained with"
         )
     tokens, mask = tokenizer(tasks, min(longest, LENGTH))
     if tokens.shape[1] > longest:
         long = int(mask.sum(axis=1).argmax())
         raise UserError(
-            f"the task {tasks[long]!r} has {mask[long].sum()} tokens, and the policy's language "
-            f"tower reads at most {longest}: say it in fewer words"
+            f"the task {tasks[long]!r} has {mask[long].sum()} tokens, but the policy's language "
+            f"tower takes at most {longest}: use fewer words"
         )
     graph, state = nnx.split(tower)
     run = jax.jit(lambda state, tokens, mask: nnx.merge(graph, state)(tokens, mask))
@@ -96,10 +98,10 @@ def _run_tower(tower, tasks: Sequence[str], vocabulary: str) -> np.ndarray:
 
 
 def read_latents(path: str) -> dict[str, np.ndarray]:
-    """A file of vectors by task (.npz or .safetensors) as float32 arrays.
+    """Reads a file of language latents by task (.npz or .safetensors) as float32 arrays.
 
     Raises:
-      UserError: there is no such file, or it is damaged or holds no numbers.
+      UserError: the file is missing, is damaged or holds no numbers.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -109,7 +111,9 @@ def read_latents(path: str) -> dict[str, np.ndarray]:
         )
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     if file.suffix not in readers:
-        raise UserError(f"{file} should end in .npz or .safetensors, one vector by task name")
+        raise UserError(
+            f"{file} should be an .npz or .safetensors file of language latents by task"
+        )
     try:
         return {name: value.astype(np.float32) for name, value in readers[file.suffix](file)}
     except (
@@ -126,12 +130,12 @@ def _read_npz(file: Path):
         for name in arrays.files:
             value = arrays[name]
             if value.dtype.kind != "f":
-                raise ValueError(f"{name} holds {value.dtype}, no real numbers")
+                raise ValueError(f"{name} holds {value.dtype}, not real numbers")
             yield name, value
 
 
 def _read_safetensors(file: Path):
     for name, value in safetensors.load(file).items():
         if value.dtype.name not in _FLOATS:
-            raise ValueError(f"{name} holds {value.dtype}, no real numbers")
+            raise ValueError(f"{name} holds {value.dtype}, not real numbers")
         yield name, value

@@ -1,6 +1,6 @@
 """Linear normalisation of low-dimensional fields, as UVA fits and stores it.
 
-A normaliser is plain data, so that it can be saved, converted and passed through jit:
+A normaliser consists of plain arrays, so that it can be saved, converted and passed through jit:
 `{field: {"scale": (d,), "offset": (d,), "input_stats": {"min", "max", "mean", "std"}}}`, float32.
 Normalised values are `x * scale + offset`. The functions work on numpy and on jax arrays.
 """
@@ -25,13 +25,14 @@ def fit_field(
 ) -> dict:
     """Fits one field to data (..., d) over all leading axes.
 
-    `limits` maps each column's range to [output_min, output_max], or, without `fit_offset`, its
-    largest magnitude to the smaller of their magnitudes; `gaussian` divides by the (unbiased)
+    `limits` maps each column's range to [output_min, output_max] or, without `fit_offset`, its
+    largest magnitude to the smaller of the bounds' magnitudes. `gaussian` divides by the unbiased
     standard deviation and, with `fit_offset`, centres. Columns that vary by less than `range_eps`
     keep their scale; `limits` with an offset moves them to the middle of the output range.
 
-    Raises ValueError for an unknown mode or an empty output range, UserError for data that is not
-    finite or has fewer than two rows.
+    Raises:
+      ValueError: the mode is unknown, or the output range is empty.
+      UserError: the data are not finite or have fewer than two rows.
     """
     if mode not in ("limits", "gaussian"):
         raise ValueError(f'mode must be "limits" or "gaussian", got {mode!r}')
@@ -48,7 +49,7 @@ def fit_field(
             + ("" if np.isfinite(rows).all() else ", some of them not finite")
         )
     low, high = rows.min(axis=0), rows.max(axis=0)
-    # Sums in float64: the order of summation must not show in the statistics.
+    # Sums in float64, so that the statistics do not depend on the order of summation.
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     std = rows.std(axis=0, dtype=np.float64, ddof=1).astype(np.float32)
     top, bottom = np.float32(output_max), np.float32(output_min)
@@ -73,12 +74,12 @@ def fit_field(
 
 
 def fit(data: Mapping[str, np.ndarray], **options) -> dict:
-    """Fits every field of `data`, each (..., d); the options are those of `fit_field`."""
+    """Fits every field of `data`, each (..., d); options as for `fit_field`."""
     return {name: fit_field(values, **options) for name, values in data.items()}
 
 
 def image_field() -> dict:
-    """The entry that UVA keeps for images in 0..1 (and never applies to them)."""
+    """Returns the field that UVA stores for images in 0..1, but does not apply."""
     stats = {"min": 0, "max": 1, "mean": 0.5, "std": np.sqrt(1 / 12)}
     return {
         "scale": np.array([2], np.float32),
@@ -88,13 +89,13 @@ def image_field() -> dict:
 
 
 def normalize(x, field: Field):
-    """x (..., d) in the field's units -> normalised, float32."""
+    """Normalises x (..., d) in the field's units; float32."""
     x, scale, offset = _operands(x, field)
     return x * scale + offset
 
 
 def unnormalize(x, field: Field):
-    """Normalised x (..., d) -> the field's units, float32."""
+    """Converts normalised x (..., d) to the field's units; float32."""
     x, scale, offset = _operands(x, field)
     return (x - offset) / scale
 

@@ -1,8 +1,8 @@
-"""The embedded demonstrations: start states and actions, rendered into a replay buffer.
+"""Renders the embedded demonstrations into a replay buffer.
 
-The package ships what cannot be recomputed; frames and states come from re-simulating every
-episode, which is deterministic. Rendering runs in worker processes, each writing its own chunks,
-and resumes where it was interrupted.
+The package contains initial states and actions; simulating every episode again, which is
+deterministic, gives frames and states. Worker processes render and write separate chunks, and an
+interrupted rendering resumes.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _ARRAYS = {
 
 
 class Demos(NamedTuple):
-    """What is embedded; `sha256` is that of the whole file, whatever part of it is used."""
+    """The embedded demonstrations; `sha256` is that of the whole file."""
 
     initial_state: np.ndarray  # (e, 5) float64: agent x, y, block x, y, angle
     action: np.ndarray  # (n, 2) float32: target positions in 0..512
@@ -39,9 +39,10 @@ class Demos(NamedTuple):
 
 
 def load_demos(max_episodes: int | None = None) -> Demos:
-    """The first `max_episodes` embedded demonstrations, or all.
+    """Loads the first `max_episodes` embedded demonstrations, or all.
 
-    Raises UserError for more than there are.
+    Raises:
+      UserError: there are fewer.
     """
     file = resources.files("uva_jax.assets") / "pusht_demos.npz"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -49,7 +50,7 @@ def load_demos(max_episodes: int | None = None) -> Demos:
         ends = arrays["episode_ends"].astype(np.int64)
         if max_episodes is not None and not 1 <= max_episodes <= len(ends):
             raise UserError(
-                f"{max_episodes} demonstrations were asked for, but 1 to {len(ends)} are embedded"
+                f"{max_episodes} demonstrations were asked for; the number can be 1 to {len(ends)}"
             )
         ends = ends[:max_episodes]
         starts = arrays["initial_state"][: len(ends)]
@@ -63,18 +64,21 @@ def render_demos(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ReplayBuffer:
-    """Renders the embedded demonstrations into a replay buffer at `path`, or opens it if done.
+    """Renders the embedded demonstrations into a replay buffer, or opens the finished one.
 
-    Step i holds what is seen BEFORE action i: `img` uint8 (n, 96, 96, 3), `state` float32 (n, 5)
-    as agent x, y, block x, y, angle, and `action` float32 (n, 2), targets in 0..512.
+    Step i holds the observation before action i: `img` uint8 (n, 96, 96, 3), `state` float32 (n, 5)
+    as agent x, y, block x, y in pixels and block angle in radians, and `action` float32 (n, 2),
+    target positions in 0..512.
 
     Args:
-      max_episodes: render the first so many only; all by default. A rendering of another number
-        of episodes, or of other demonstrations, that is found at `path` is replaced.
-      workers: processes; by default one a usable core.
-      progress: called with (frames done, frames in all).
+      path: the buffer's folder. A rendering of other demonstrations in it is replaced.
+      max_episodes: episodes to render, from the first; all by default.
+      workers: processes; by default one per usable core.
+      progress: called with (frames done, total frames).
 
-    Raises UserError when something else is at `path`, WorkerError when a worker dies.
+    Raises:
+      UserError: the folder holds something else.
+      WorkerError: a worker died.
     """
     path = Path(path)
     demos = load_demos(max_episodes)
@@ -114,14 +118,14 @@ def render_demos(
     if failed:
         warnings.warn(
             f"{failed} of {len(demos.episode_ends)} demonstrations do not end in success here: "
-            f"{about['versions']} simulates them differently than the versions that recorded them",
+            f"{about['versions']} simulates them differently from the versions that recorded them",
             stacklevel=2,
         )
     return writer.finish()
 
 
 class RenderWorker:
-    """Renders units of the replay buffer; lives in a worker process."""
+    """Renders units of the replay buffer in a worker process."""
 
     def __init__(self, path: str, n_episodes: int):
         import cv2
@@ -137,7 +141,7 @@ class RenderWorker:
         """Renders and writes one unit.
 
         Returns:
-          its number of frames, and how many episodes that end in it do not end in success.
+          its number of frames, and the number of episodes that end in it without success.
         """
         start, stop = self._writer.unit_range(unit)
         frames = np.empty((stop - start, *_ARRAYS["img"][0]), np.uint8)
@@ -150,7 +154,7 @@ class RenderWorker:
             end = int(ends[episode])
             self._env.reset_to(self._demos.initial_state[episode])
             for step in range(first, min(end, stop)):
-                if step >= start:  # the episode's steps before this unit are only lived through
+                if step >= start:  # the episode's steps before this unit are only simulated
                     frames[step - start] = self._env.render()
                     states[step - start] = self._env.state
                 if step < end - 1:
@@ -164,6 +168,6 @@ class RenderWorker:
 
 
 def _about(demos: Demos) -> dict:
-    """What a rendering depends on; kept in the buffer's attributes and compared."""
+    """Returns what a rendering depends on; the buffer's attributes record it."""
     versions = {name: metadata.version(name) for name in ("gym-pusht", "pymunk")}
     return {"demos": demos.sha256, "n_episodes": len(demos.episode_ends), "versions": versions}

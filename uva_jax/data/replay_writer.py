@@ -1,7 +1,7 @@
-"""Writing replay buffers: resumable units, in the layout that `replay_buffer` reads.
+"""Writes replay buffers in resumable units, in the layout that `replay_buffer` reads.
 
-A killed run goes on where it stopped and leaves nothing that looks finished: the root's attributes
-say whether the whole is complete, and the chunks that exist say what has been done.
+A killed run resumes and never leaves a buffer that looks finished: the root's attributes say
+whether the buffer is complete, and existing chunks show which units are.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from uva_jax.data.replay_buffer import (
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.atomic import is_leftover, write_bytes
 
-FRAME_CHUNK = 32  # steps a chunk of images: a 32-step window touches two
+FRAME_CHUNK = 32  # steps per chunk of images: a 32-step window reads two
 UNIT_STEPS = 1024  # steps that are written, and resumed, together
-# Flat renderings compress best without shuffling: 0.3 kB a 96x96 frame, read as fast as lz4.
+# Flat renderings compress best without shuffling: 0.3 kB per 96x96 frame, read as fast as lz4.
 _CODEC = {"id": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 0}
 
 
 class ReplayBufferWriter:
     """Writes a replay buffer in units of `UNIT_STEPS` steps, in any order and from any process.
 
-    A unit counts as written when its chunk of the last small array exists, because that chunk is
-    written after all the others. The root's attributes say whether the whole is complete.
+    A unit is complete when its chunk of the last small array exists, because that chunk is written
+    last. The root's attributes say whether the buffer is complete.
     """
 
     def __init__(self, path: Path, arrays: Mapping[str, tuple], episode_ends: np.ndarray):
@@ -47,7 +47,7 @@ class ReplayBufferWriter:
         self._frames = [k for k, (shape, dtype) in arrays.items() if is_frame(shape, dtype)]
         self._small = [k for k in arrays if k not in self._frames]
         if not self._small:
-            raise ValueError("a replay buffer needs at least one array besides its images")
+            raise ValueError("a replay buffer needs at least one array other than images")
         self._stores = {
             key: _create_array(path, f"data/{key}", (self.n_steps, *shape), dtype)
             for key, (shape, dtype) in arrays.items()
@@ -66,16 +66,18 @@ class ReplayBufferWriter:
         tasks: Sequence[str] = (),
         episode_task: np.ndarray | None = None,
     ) -> "ReplayBufferWriter":
-        """Starts a buffer at `path`, or goes on with a half-written one of the same description.
+        """Starts a buffer, or resumes an unfinished one with the same arguments.
 
         Args:
-          arrays: key -> (shape of one step, dtype), for instance ("img": ((96, 96, 3), "uint8")).
+          path: the buffer's folder.
+          arrays: key -> (shape of one step, dtype), for example "img": ((96, 96, 3), "uint8").
           episode_ends: (n_episodes,) cumulative lengths.
-          attributes: JSON-able facts kept in the root's attributes; part of the description.
-          tasks: the sentences of the tasks shown, if there are several or a policy reads them.
-          episode_task: (n_episodes,) each episode's place in `tasks`; the first by default.
+          attributes: JSON values stored in the root's attributes.
+          tasks: sentences of the tasks, if there are several or a policy reads them.
+          episode_task: (n_episodes,) index of each episode's task; 0 by default.
 
-        Raises UserError when something else is at `path`.
+        Raises:
+          UserError: the folder holds something else.
         """
         path = Path(path)
         episode_ends = np.asarray(episode_ends, np.int64)
@@ -101,7 +103,7 @@ class ReplayBufferWriter:
                 f"{path} holds a different replay buffer: choose another path or delete it"
             )
         if found is None:
-            _mark(path, about, complete=False)  # first of all: from now on the folder is ours
+            _mark(path, about, complete=False)  # first, because it marks the folder as ours
         for group in ("", "data", "meta"):
             (path / group).mkdir(exist_ok=True)
             for name, content in ((".zattrs", b"{}"), (".zgroup", b'{"zarr_format": 2}')):
@@ -123,14 +125,22 @@ class ReplayBufferWriter:
         return unit * UNIT_STEPS, min((unit + 1) * UNIT_STEPS, self.n_steps)
 
     def missing_units(self) -> list[int]:
-        """The units that are still to be written."""
+        """The units that are not complete."""
         key = self._small[-1]
         tail = ".0" * (self._stores[key].rank - 1)
         folder = self.path / "data" / key
         return [u for u in range(self.n_units) if not (folder / f"{u}{tail}").exists()]
 
     def write_unit(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
-        """Writes every array's steps `unit_range(unit)`; returns once they are on the disk."""
+        """Writes one unit and waits until it is on disk.
+
+        Args:
+          unit: number of the unit.
+          values: for each array its steps `unit_range(unit)`, (steps, *item).
+
+        Raises:
+          ValueError: `values` has other names or shapes than the buffer.
+        """
         start, stop = self.unit_range(unit)
         wanted = {key: (stop - start, *s.shape[1:]) for key, s in self._stores.items()}
         given = {key: np.shape(value) for key, value in values.items()}
@@ -142,7 +152,11 @@ class ReplayBufferWriter:
                 future.result()
 
     def finish(self) -> ReplayBuffer:
-        """Marks the buffer complete and opens it."""
+        """Marks the buffer as complete and opens it.
+
+        Raises:
+          ValueError: units are missing.
+        """
         missing = self.missing_units()
         if missing:
             raise ValueError(f"{self.path}: units {missing} of {self.n_units} are not written yet")
@@ -158,14 +172,18 @@ def write_replay_buffer(
     tasks: Sequence[str] = (),
     episode_task: np.ndarray | None = None,
 ) -> ReplayBuffer:
-    """Writes arrays that are in memory, each (n_steps, *item), as one replay buffer.
+    """Writes arrays in memory, each (n_steps, *item), as one replay buffer.
 
-    `tasks` and `episode_task` are those of `ReplayBufferWriter.create`.
+    Other arguments as for `ReplayBufferWriter.create`.
+
+    Raises:
+      UserError: the folder holds something else.
+      ValueError: an array has another number of steps.
     """
     described = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}
     for key, value in arrays.items():
         if len(value) != episode_ends[-1]:
-            raise ValueError(f"{key} has {len(value)} steps, episode_ends says {episode_ends[-1]}")
+            raise ValueError(f"{key} has {len(value)} steps, but episode_ends {episode_ends[-1]}")
     writer = ReplayBufferWriter.create(
         path, described, episode_ends, tasks=tasks, episode_task=episode_task
     )
@@ -182,10 +200,18 @@ def to_uint8_cache(
     keys: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> ReplayBuffer:
-    """Copies a buffer with its image arrays cast to uint8, so that windows read 30 times faster.
+    """Copies a buffer with image arrays cast to uint8, of which windows are read 30 times faster.
 
-    An interrupted copy resumes; a finished one is opened as it is. Raises UserError when an image
-    array does not hold values in 0..255, or something else is at `path`.
+    An interrupted copy resumes; a finished one is opened.
+
+    Args:
+      source: the buffer to copy.
+      path: folder of the copy.
+      keys: arrays to copy; all by default.
+      progress: called with (steps done, total steps).
+
+    Raises:
+      UserError: an image array holds values outside 0..255, or the folder holds something else.
     """
     keys = source.keys if keys is None else tuple(keys)
     frames = [key for key in keys if source.is_frame(key)]
@@ -216,7 +242,7 @@ def to_uint8_cache(
 
 
 def own_attributes(path: Path) -> dict | None:
-    """What `ReplayBufferWriter` noted at `path`, or None where it never wrote."""
+    """Returns the attributes that `ReplayBufferWriter` has written at `path`, or None."""
     return read_json(path / ".zattrs").get(OWN_ATTRIBUTES)
 
 
@@ -239,7 +265,7 @@ def _create_array(path: Path, name: str, shape: tuple, dtype) -> ts.TensorStore:
             "filters": None,
             "order": "C",
         },
-        # Even a chunk of zeros is written: chunks that exist are what says that work is done.
+        # Chunks of zeros are written too, because existing chunks mark units as complete.
         "store_data_equal_to_fill_value": True,
     }
     return ts.open(spec, open=True, create=True).result()

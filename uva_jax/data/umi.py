@@ -1,8 +1,8 @@
-"""UMI's recordings as windows: poses of the hand relative to where it is now.
+"""Windows of UMI's recordings, with poses relative to the hand's current pose.
 
-The recordings hold absolute poses at the camera's rate and no actions. A window takes every third
-step of them, expresses its poses in the hand's current frame, and its actions are those poses
-themselves, with the gripper's width. Upstream: `umi_lazy_dataset.py`, with its default settings.
+The recordings hold absolute poses at the camera's rate and no actions. A window has every third
+step, poses are expressed in the hand's current frame, and actions are these poses and the gripper's
+width. Upstream: `umi_lazy_dataset.py`, with its default settings.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from uva_jax.data.rotations import axis_angle_to_matrix, pose_from_9d, pose_matr
 from uva_jax.data.source import DataOptions, WindowReader
 from uva_jax.data.windows import WindowSpec
 
-STRIDE = 3  # steps of the recording (59.94 Hz) a step of a window
+STRIDE = 3  # steps of the recording (59.94 Hz) per step of a window
 _POSE = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
-START_NOISE = 0.05  # radians; upstream blurs the start's rotation so that it cannot be memorized
+START_NOISE = 0.05  # radians; upstream perturbs the start's rotation against memorisation
 
 
 class UmiReader(WindowReader):
@@ -46,15 +46,15 @@ def relative_window(
     current: int,
     rng: np.random.Generator | None = None,
 ) -> dict[str, np.ndarray]:
-    """A window of absolute poses as the policy is shown it.
+    """Converts a window of absolute poses to the policy's relative states and actions.
 
     Args:
-      position: (..., t, 3) the hand's, in meters.
-      axis_angle: (..., t, 3) its rotation vector, in radians.
-      width: (..., t, 1) the gripper's, in meters.
+      position: (..., t, 3) of the hand, in metres.
+      axis_angle: (..., t, 3) rotation vector of the hand, in radians.
+      width: (..., t, 1) of the gripper, in metres.
       start_pose: (..., 6) position and rotation vector at the start of the demonstration.
-      current: the position of the current step in the window.
-      rng: draws upstream's noise on the start's rotation (for training); None: no noise.
+      current: index of the current step in the window.
+      rng: for upstream's noise on the start's rotation in training; None: no noise.
 
     Returns:
       float32 arrays under upstream's names: "robot0_eef_pos" (..., t, 3) and
@@ -80,9 +80,11 @@ def relative_window(
 
 
 def absolute_poses(actions: np.ndarray, current_pose: np.ndarray) -> np.ndarray:
-    """Actions (..., n, 10) relative to a pose (..., 6) -> absolute poses (..., n, 4, 4), float64.
+    """Converts actions relative to a pose to absolute poses (..., n, 4, 4), float64.
 
-    The pose is position and rotation vector; the gripper's width is the actions' last number.
+    Args:
+      actions: (..., n, 10) position, `rotation_6d` and gripper width.
+      current_pose: (..., 6) position and rotation vector.
     """
     turn = axis_angle_to_matrix(current_pose[..., 3:])
     base = pose_matrix(current_pose[..., :3], turn)

@@ -1,10 +1,10 @@
-"""Which steps of a recording make a window: the one rule, for acting, training and evaluation.
+"""The rule that gives the steps of a window, for acting, training and evaluation.
 
-A window is named by its current step: the observation ends there and the actions begin there. Its
-steps are offsets from that step (`WindowSpec.offsets`); past an episode's ends, its first or last
-step is repeated (`buffer_rows`). Strips are runs of windows one frame stride apart, so that
-neighbours share encoded frames. The results equal those of upstream's sampler and data utilities
-(`sampler.py`, `data_utils.py` of UVA), of which the golden fixtures hold examples.
+A window is identified by its current step, where the observation ends and the actions begin. Its
+steps are offsets from that step (`WindowSpec.offsets`); beyond an episode its first or last step is
+repeated (`buffer_rows`). A strip is a run of windows one frame stride apart, which share encoded
+frames. The results equal those of upstream's sampler and data utilities (`sampler.py`,
+`data_utils.py` of UVA), of which the golden fixtures hold examples.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from uva_jax.runtime.sections import DataOptions
 
 
 class Offsets(NamedTuple):
-    """Steps of a window relative to its current one, int64.
+    """Steps of a window relative to its current step, int64.
 
-    `frames` and `future_frames` (n_frames,); `actions` (n_actions,); `past_actions`; `states` that
-    are observed, and `future_states` (n_actions,). With a history of each window's own, `frames`
-    and `states` are (b, n_frames).
+    `frames` and `future_frames` are (n_frames,), `actions` and `future_states` (n_actions,),
+    `past_actions` (past_actions,) and observed `states` (state_steps,). With one history per
+    window, `frames` and `states` are (b, n_frames).
     """
 
     frames: np.ndarray
@@ -39,15 +39,18 @@ class Offsets(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """What a policy reads of a window.
+    """The parts of a window that a policy reads.
 
     Attributes:
-      n_frames, n_obs_steps: frames of the observation, and the steps that they are taken from.
-      n_actions: actions to predict; `action_offset`: the first one's distance to the current step.
-      states: arrays of the proprioceptive state, in order; `state_steps`: observed steps of it.
-      past_actions: how many actions before the predicted ones are an input.
+      n_frames: frames of the observation.
+      n_obs_steps: steps of the observation, from which the frames are selected.
+      n_actions: actions to predict.
+      action_offset: steps from the current step to the first action.
+      states: arrays of the proprioceptive state, in order.
+      state_steps: observed steps of the state.
+      past_actions: number of actions before the predicted ones that are an input.
       wrist: a second camera is an input.
-      text: a language vector is an input.
+      text: a language latent is an input.
     """
 
     n_frames: int
@@ -62,7 +65,7 @@ class WindowSpec:
 
     @classmethod
     def of(cls, config: PolicyConfig) -> WindowSpec:
-        """The windows of a policy's `predict_action`."""
+        """Returns the windows of a policy's `predict_action`."""
         mar = config.mar
         return cls(
             n_frames=mar.n_frames,
@@ -81,28 +84,28 @@ class WindowSpec:
         """Steps between neighbouring frames.
 
         Raises:
-          UserError: UVA's rule does not take n_frames from n_obs_steps.
+          UserError: UVA's rule does not select n_frames from n_obs_steps.
         """
         picks = frame_indices(self.n_obs_steps, self.n_frames)
         return picks[1] - picks[0]
 
     @property
     def more_than_images(self) -> bool:
-        """Whether an observation is more than one camera's images."""
+        """Whether an observation has more than one camera's images."""
         return bool(self.states or self.past_actions or self.wrist or self.text)
 
     def offsets(self, history: np.ndarray | None = None) -> Offsets:
-        """The window's steps relative to its current one.
+        """Returns the window's steps relative to its current step.
 
         Args:
           history: (n_frames,) or (b, n_frames) steps of the observed frames, at most 0, in place of
-            the even ones; states are then observed at these steps alone (`different_history_freq`).
+            the even ones; states are then observed only at these (`different_history_freq`).
 
         Raises:
-          UserError: UVA's rule does not take n_frames from n_obs_steps.
+          UserError: UVA's rule does not select n_frames from n_obs_steps.
           ValueError: `history` is not n_frames steps of the observation.
         """
-        current = self.n_obs_steps - 1  # its place in the observation
+        current = self.n_obs_steps - 1  # its index in the observation
         frames = np.array(frame_indices(self.n_obs_steps, self.n_frames)) - current
         following = frames[-1] + self.stride * np.arange(1, self.n_frames + 1)
         states = np.arange(1 - self.state_steps, 1)
@@ -126,28 +129,30 @@ class WindowSpec:
 
 
 def buffer_rows(first, last, current, offsets) -> np.ndarray:
-    """The rows of a recording that windows read; past an episode's ends, its ends are repeated.
+    """Returns the rows of a recording that windows read; the arguments broadcast.
+
+    Beyond an episode its first or last step is repeated.
 
     Args:
-      first, last: the rows of the first and the last step of each window's episode.
-      current: the current step, counted from the start of the episode.
-      offsets: steps relative to it. All broadcast against each other.
+      first, last: rows of the first and the last step of each window's episode.
+      current: current step, counted from the start of the episode.
+      offsets: steps relative to it.
     """
     return np.clip(first + current + offsets, first, last)
 
 
 def history_combinations() -> np.ndarray:
-    """The 816 choices for random history spacing, (816, 4): rising steps of 0..15, 15 last."""
+    """Returns all choices of random history spacing, (816, 4): rising steps of 0..15, 15 last."""
     heads = list(combinations_with_replacement(range(16), 3))
     return np.array([(*head, 15) for head in heads])
 
 
 def last_current_steps(lengths: np.ndarray, options: DataOptions) -> np.ndarray:
-    """The last step of episodes that can be a window's current one; negative: there is none.
+    """Returns the last possible current step of episodes, given their lengths; negative: none.
 
-    Upstream's windows of `horizon` steps, the current one at its middle, may pass the end of the
-    episode by `pad_after` steps. Before the start they may begin anywhere, so that every earlier
-    step is a current one, as in rollouts.
+    Upstream's windows of `horizon` steps, centred on the current step, may exceed the episode's end
+    by `pad_after` steps. They may begin anywhere before its start, so that every earlier step is a
+    current step, as in rollouts.
     """
     return lengths - (options.horizon // 2 + 1 - options.pad_after)
 
@@ -156,7 +161,8 @@ def last_current_steps(lengths: np.ndarray, options: DataOptions) -> np.ndarray:
 class Strips:
     """Strips of windows.
 
-    `current` (n, strip) are steps within the episode; `episode` and `mirror` are (n,).
+    `current` (n, strip) are current steps, counted from the episode's start; `episode` (n,) are
+    episode numbers and `mirror` (n,) says which strips are mirrored.
     """
 
     episode: np.ndarray
@@ -167,7 +173,7 @@ class Strips:
         return len(self.episode)
 
     def first(self, count: int) -> Strips:
-        """The first `count` strips, or all if there are fewer."""
+        """Returns the first `count` strips, or all if there are fewer."""
         return Strips(self.episode[:count], self.current[:count], self.mirror[:count])
 
 
@@ -181,18 +187,18 @@ def plan_strips(
     seed: int,
     count: int | None = None,
 ) -> Strips:
-    """All strips of the chosen episodes in a seeded order, or the first `count` of them.
+    """Returns strips of the chosen episodes in a seeded order.
+
+    Every window of every chosen episode is in at least one strip.
 
     Args:
       episode_ends: (e,) cumulative lengths.
       mask: (e,) episodes to use.
-      strip: windows a strip.
-      stride: steps between neighbouring windows, which is the frame stride of the observation.
-      options: horizon and padding; with a mirror, every strip also comes mirrored.
+      strip: windows per strip.
+      stride: steps between neighbouring windows, the frame stride of the observation.
+      options: horizon and padding; with a mirror, every strip also occurs mirrored.
       seed: of the order.
-      count: how many strips; they repeat in a new order when there are fewer.
-
-    Every window of every chosen episode is in at least one strip.
+      count: number of strips, repeated in a new order if there are fewer; None: all once.
 
     Raises:
       UserError: no episode is long enough for a window.
@@ -203,7 +209,7 @@ def plan_strips(
     for episode in np.flatnonzero(mask & (last >= 0)):
         for phase in range(min(stride, last[episode] + 1)):
             first = np.arange(phase, last[episode] + 1, stride * strip)
-            # The last strip is moved back so that it ends with the phase's last window.
+            # The last strip is shifted back so that it ends with the last window of the phase.
             final = first[-1] + (last[episode] - first[-1]) // stride * stride
             first = np.minimum(first, final - stride * (strip - 1))
             starts.append(first)
@@ -223,6 +229,6 @@ def plan_strips(
     rng = np.random.default_rng(seed)
     rounds = -(-count // len(episode))
     order = np.concatenate([rng.permutation(len(episode)) for _ in range(rounds)])[:count]
-    # A start before the episode means a copy of its first window.
+    # A current step before the episode's start is replaced by its first.
     current = np.maximum(start[order][:, None] + stride * np.arange(strip), 0)
     return Strips(episode[order], current, mirror[order])

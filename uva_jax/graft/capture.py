@@ -1,8 +1,8 @@
-"""Capture: one jitted pass over windows that gives every activation of the teacher's head.
+"""Capture: a jitted pass over windows that computes the activations of the teacher's head.
 
-Observation -> VAE -> MAR -> head, mapped over the devices with `jax.shard_map`. Each device always
-works on the same number of strips and every draw comes from `fold_in(key, sample)`, so the cache
-is the same to the bit on any number of devices.
+The pass (VAE, MAR, head) is mapped over the devices with `jax.shard_map`. Each device always
+processes the same number of strips and every draw comes from `fold_in(key, sample)`, so the cache
+is equal to the bit on any number of devices.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from uva_jax.runtime.sections_graft import CaptureOptions
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What the cache holds of each sample: name -> (shape, dtype).
+    """Returns the arrays that the cache holds for each sample: name -> (shape, dtype).
 
-    `z` video tokens (s, c); `actions` normalised (n, a); `condition` e_c = cond_embed(c) (n, w);
-    and, with `blocks`, for one draw of noise: `t` (), `noise` (n, a), and for every residual block
-    its input `h` (depth, n, w) and what it adds, `residual` (depth, n, w).
+    `z` (s, c) are the video tokens, `actions` (n, a) normalised, and `condition` (n, w) is
+    e_c = cond_embed(c). With `blocks`, for one noise draw: timestep `t` (), `noise` (n, a), and the
+    inputs `h` and residuals `residual` (depth, n, w) of all blocks.
     """
     head, mar = policy.config.action_head, policy.config.mar
     rows = (head.n_actions, head.width)
@@ -49,13 +49,13 @@ def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tup
 
 
 def head_activations(head, e_c: jax.Array, actions: jax.Array, t: jax.Array, noise: jax.Array):
-    """The MLP head's blocks on diffused actions.
+    """Computes the activations of the MLP head's blocks on noisy actions.
 
     Args:
       head: the teacher's `MLPHead`.
       e_c: (b, n, w) condition activation.
       actions, noise: (b, n, a).
-      t: (b,) one timestep a sample, as the grafted head takes it; the MLP head takes it too.
+      t: (b,) one timestep per sample, as the grafted head takes it.
 
     Returns:
       {"h", "residual"}: (b, depth, n, w), and "out" (b, n, 2a).
@@ -79,20 +79,20 @@ def capture_strips(
     blocks: bool,
     encode_frames: int = 0,
 ) -> dict[str, jax.Array]:
-    """Activations of a few strips of windows.
+    """Computes the activations of strips of windows.
 
     Args:
       policy: the teacher.
-      batch: what `WindowReader.read` gives: "image" (b, strip + n_frames - 1, h, w, 3), where
-        window k sees frames k ... k + n_frames - 1, "action" (b, strip, n, a) raw, and the further
-        inputs of this policy.
+      batch: as `WindowReader.read` returns it: "image" (b, strip + n_frames - 1, h, w, 3), of which
+        window k has frames k..k + n_frames - 1, "action" (b, strip, n, a) in raw units, and the
+        further inputs of this policy.
       samples: (b, strip) sample numbers, which seed the draws.
       key: base key.
-      blocks: also give the blocks' activations.
-      encode_frames: frames the VAE takes at a time (0: all).
+      blocks: also return the blocks' activations.
+      encode_frames: frames that the VAE encodes at a time (0: all).
 
     Returns:
-      The arrays of `cache_arrays`, each with a leading axis b * strip.
+      the arrays of `cache_arrays`, each with a leading axis b * strip.
     """
     b, strip = samples.shape
     window = np.arange(strip)[:, None] + np.arange(policy.config.mar.n_frames)
@@ -136,10 +136,10 @@ def capture_strips(
 def make_capture(
     policy: Policy, mesh: Mesh, *, blocks: bool, encode_frames: int = 0
 ) -> Callable[..., Mapping[str, jax.Array]]:
-    """The mapped, jitted capture: f(variables, batch, samples, key) -> activations.
+    """Returns the mapped, jitted capture: f(variables, batch, samples, key) -> activations.
 
-    `variables` is `nnx.state(policy)`, replicated; the arrays of `batch` and `samples` are split
-    over the mesh's data axes by their leading (strip) axis, and so is every result.
+    `variables` is `nnx.state(policy)`, replicated. The arrays of `batch` and `samples`, and every
+    result, are divided over the mesh's data axes along their leading (strip) axis.
     """
     graphdef, _ = nnx.split(policy)
     rows = P(mesh.axis_names)
@@ -154,15 +154,15 @@ def make_capture(
 
 
 class Capture:
-    """The capture of a policy on some devices, each of which takes `options.batch` strips a call.
+    """The capture of a policy on devices that each take `options.batch` strips per call.
 
     Attributes:
       mesh: the devices.
-      run: what `make_capture` gives.
+      run: the function of `make_capture`.
     """
 
     def __init__(self, policy: Policy, options: CaptureOptions, devices: Sequence[jax.Device]):
-        """A policy without arrays (`surgery.abstract_policy`) will do."""
+        """Builds the function; the policy may have no arrays (`surgery.abstract_policy`)."""
         self.mesh = parallel.make_mesh(devices=devices)
         self.strips, self.strip = options.batch * self.mesh.size, options.strip
         self.run = make_capture(
@@ -171,7 +171,7 @@ class Capture:
         self._state = nnx.state(policy)
 
     def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
-        """One call, from the shapes of `self.strips` strips."""
+        """Lowers one call, from the shapes of `self.strips` strips."""
         whole = parallel.replicated(self.mesh)
         rows = NamedSharding(self.mesh, P(self.mesh.axis_names))
         numbers = jax.ShapeDtypeStruct((self.strips, self.strip), jnp.int32)

@@ -1,9 +1,9 @@
-"""Stage 2: the graft trained end to end on part of the data, behind a parameter mask.
+"""Stage 2: fine-tuning of the whole graft on part of the data, with a parameter mask.
 
-Phases of one loop (`train.loop`), in which ever more parameters train. Frozen parameters are not in
-its state at all: they take no gradient, no optimiser state, no decay, and stay as they are to the
-bit. When everything before the head is frozen, batches are cached tokens and a step costs the head
-alone.
+Training has phases of one loop (`train.loop`) in which more and more parameters train. The loop's
+state holds no frozen parameters: they have no gradient, optimiser state or weight decay and do not
+change. If everything before the head is frozen, batches are cached tokens and a step runs only the
+head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from uva_jax.train.loop import Flat, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
 
-_TEACHER = "teacher"  # prefix of the teacher's own parameters among the frozen ones
+_TEACHER = "teacher"  # prefix of the teacher's parameters among the frozen ones
 
 
 def loss_on_tokens(
@@ -42,11 +42,11 @@ def loss_on_tokens(
     options: FinetuneOptions,
     teacher: Policy | None = None,
 ) -> dict[str, jax.Array]:
-    """Loss of the action head on cached tokens: "z" (b, s, c), "actions" (b, n, a).
+    """Computes the action head's loss on cached tokens: "z" (b, s, c), "actions" (b, n, a).
 
     Returns:
-      scalars: "mse" and "vb" of the diffusion loss; with a teacher "distance", the mean square
-      between its output and the graft's; and "loss", what is trained on.
+      scalars: "mse" and "vb" of the diffusion loss; with a teacher "distance", the mean squared
+      error between its output and the graft's; and "loss", the training loss.
     """
     z = batch["z"].astype(jnp.float32)
     return _head_losses(policy, batch["actions"], z, key, options, teacher, z)
@@ -59,7 +59,7 @@ def loss_on_images(
     options: FinetuneOptions,
     teacher: Policy | None = None,
 ) -> dict[str, jax.Array]:
-    """The same from raw windows: an observation as `Policy.condition` takes it, and "action"."""
+    """Computes the same from raw windows: an observation for `Policy.condition`, and "action"."""
     cond, streams = policy.condition(batch, key=sub_key(key, 0))
     cond = jax.lax.stop_gradient(cond)
     z = policy.video_tokens(cond, streams, key=sub_key(key, 1) if options.dropout else None)
@@ -82,14 +82,14 @@ def _head_losses(policy, actions, z, key, options, teacher, known) -> dict[str, 
 def graft_loss(
     policy: Policy, loss: Callable, options: FinetuneOptions, teacher: Policy | None = None
 ) -> Loss:
-    """The loss of a batch as `loop.run_loop` takes it, adapters merged into their targets.
+    """Returns the loss of a batch for `loop.run_loop`, with adapters merged into their targets.
 
     Args:
       policy: gives the structure; its arrays are not used.
       loss: `loss_on_tokens` or `loss_on_images`.
       options: of the loss.
-      teacher: its structure, where the loss holds the graft to it; among the frozen arrays are
-        then those of `teacher_arrays`.
+      teacher: gives the teacher's structure, if the loss compares with it; the frozen arrays then
+        include `teacher_arrays`.
     """
     abstract = surgery.abstract_policy(
         policy.config, dtype=policy.dtype, remat=options.gradient_checkpointing
@@ -112,8 +112,10 @@ def graft_loss(
 
 
 def teacher_arrays(arrays: Flat, phases: Sequence[Phase]) -> Flat:
-    """Those of the teacher's arrays that the graft does not share with it: its head, and what
-    trains in any phase. The same for shapes."""
+    """Returns the teacher's arrays (or shapes) that the graft does not share.
+
+    They are those of its head and of everything that trains in any phase.
+    """
     trained = {path for phase in phases for path in phase.trainable}
     trained |= {k.removeprefix(PREFIX).removesuffix("/a") for k in trained if k.startswith(PREFIX)}
     return {
@@ -124,10 +126,10 @@ def teacher_arrays(arrays: Flat, phases: Sequence[Phase]) -> Flat:
 
 
 def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
-    """Which parameters train from which step on; with LoRA, adapters in place of their targets."""
+    """Returns the phases of training; with LoRA, adapters train in place of their targets."""
     freeze, unfreeze = list(options.freeze), dict(options.unfreeze_at)
     if any(path.startswith("proprio_head/") for path in arrays):
-        freeze.append("proprio_head")  # Stage 2's loss is the action head's alone
+        freeze.append("proprio_head")  # Stage 2 has only the action head's loss
     if options.use_lora:
         freeze += [
             path.removeprefix(PREFIX).removesuffix("/a")
@@ -145,7 +147,7 @@ def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
 
 
 def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool:
-    """Whether nothing before the action head ever trains, so that its tokens can be cached."""
+    """Whether nothing before the action head trains in any phase, so that tokens can be cached."""
     trained = {path for phase in phases for path in phase.trainable}
     return not options.dropout and all(path.startswith("action_head/") for path in trained)
 
@@ -155,8 +157,8 @@ class Trainer:
 
     Attributes:
       phases: which parameters train from which step on.
-      tokens: a batch holds cached tokens, because nothing before the head trains; else windows.
-      loss: of such a batch, as `loop.run_loop` takes it.
+      tokens: batches hold cached tokens, because nothing before the head trains; else windows.
+      loss: of such a batch, for `loop.run_loop`.
     """
 
     def __init__(
@@ -167,12 +169,17 @@ class Trainer:
         seed: int,
         teacher: Policy | None = None,
     ):
-        """Given a teacher, the loss holds the graft to it, see `FinetuneOptions.teacher_weight`.
+        """Prepares training; policies without arrays are enough for `lower`.
 
-        Policies without arrays (`surgery.abstract_policy`) will do for `lower`.
+        Args:
+          policy: the assembled graft.
+          options: of the training.
+          mesh: (data, fsdp, tensor).
+          seed: of all draws.
+          teacher: for the distance to the teacher's output (`FinetuneOptions.teacher_weight`).
 
         Raises:
-          UserError: cached tokens are asked for, but the trunk trains.
+          UserError: `reuse_cache` is set, but parameters before the head train.
         """
         self.policy, self.options, self.mesh, self.seed = policy, options, mesh, seed
         abstract = surgery.is_abstract(policy)
@@ -198,12 +205,12 @@ class Trainer:
         self.loss = graft_loss(policy, loss, options, teacher)
 
     def parts(self, phase: Phase) -> tuple[Flat, Flat]:
-        """What trains in a phase, and what the loss reads besides."""
+        """Returns the arrays that train in a phase, and the other arrays that the loss uses."""
         params = {k: self.arrays[k] for k in phase.trainable}
         return params, {k: v for k, v in self.arrays.items() if k not in params} | self.held
 
     def lower(self, phase: Phase, batch: Mapping) -> jax.stages.Lowered:
-        """One step of a phase, as `run` compiles it, from the shapes of a whole batch."""
+        """Lowers one step of a phase, as `run` compiles it, from the shapes of a whole batch."""
         return loop.lower_step(
             self.loss, *self.parts(phase), batch, options=self.options, mesh=self.mesh
         )
@@ -214,7 +221,10 @@ class Trainer:
         Args:
           batches: step -> this process's share of its batch, as host arrays.
           folder: holds resumable states, by phase.
-          metrics: a MetricsWriter.
+          metrics: writer of progress and messages.
+
+        Raises:
+          UserError: training diverged.
         """
         total, state = self.options.steps, None
         stops = [*(phase.start for phase in self.phases[1:]), total]
@@ -237,7 +247,11 @@ class Trainer:
 
 
 def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):
-    """Cached samples: step -> this process's share of the batch."""
+    """Returns step -> this process's share of the batch of cached samples.
+
+    Raises:
+      UserError: there are too few samples for a batch.
+    """
     rows_of = _batch_rows(len(next(iter(data.values()))), options, seed)
 
     def batches(step: int) -> dict[str, np.ndarray]:
@@ -248,7 +262,17 @@ def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed
 
 
 def image_batches(reader: source.WindowReader, strips: Strips, options: FinetuneOptions, seed: int):
-    """Windows of the replay buffer (`strips` are single ones): step -> this process's share."""
+    """Returns step -> this process's share of the batch of windows.
+
+    Args:
+      reader: reads the windows.
+      strips: of one window each.
+      options: of the training.
+      seed: of the order.
+
+    Raises:
+      UserError: there are too few windows for a batch.
+    """
     rows_of = _batch_rows(len(strips), options, seed)
     return lambda step: source.single_windows(reader.read(strips, rows_of(step)))
 
@@ -259,7 +283,7 @@ def _batch_rows(count: int, options: FinetuneOptions, seed: int) -> Callable[[in
     if not batch:
         raise UserError(
             f"there are {count} windows, too few for a batch of config.finetune.accumulate="
-            f"{parts} parts: raise data_fraction or lower accumulate"
+            f"{parts} parts: raise config.finetune.data_fraction or lower accumulate"
         )
 
     def rows(step: int) -> np.ndarray:
@@ -270,21 +294,21 @@ def _batch_rows(count: int, options: FinetuneOptions, seed: int) -> Callable[[in
 
 
 def cached_tokens(folder) -> dict[str, np.ndarray]:
-    """The tokens and actions of an activation cache."""
+    """Reads the tokens and actions of an activation cache."""
     return SampleStore.open(folder).load(["z", "actions"])
 
 
 def chosen_episodes(buffer, data: source.DataOptions, options: FinetuneOptions, seed: int):
-    """The training episodes that `data_fraction` picks, as a mask."""
+    """Returns the mask of the training episodes that `data_fraction` selects."""
     train, _ = source.split(buffer, data)
     return select_episodes(buffer.episode_ends, options.data_fraction, seed, mask=train)
 
 
 def check_reuse(phases: tuple[Phase, ...], options: FinetuneOptions) -> None:
-    """Raises UserError when cached tokens are asked for, but the trunk trains."""
+    """Raises UserError if `reuse_cache` is set, but parameters before the head train."""
     if options.reuse_cache and not trunk_is_frozen(phases, options):
         raise UserError(
-            "config.finetune.reuse_cache takes tokens that capture has cached, but parameters "
-            "before the head train too: set config.finetune.freeze=('mar',) and no dropout, or "
+            "config.finetune.reuse_cache trains on tokens that capture has cached, but parameters "
+            "before the head train too: set config.finetune.freeze=('mar',) and dropout=False, or "
             "reuse_cache=False"
         )

@@ -1,7 +1,7 @@
-"""The capture stage: windows in, activation caches on disk.
+"""The capture stage, which writes activation caches.
 
-The device computes while earlier chunks are written. Every process fills its own chunks with its
-own devices, so nothing crosses the network; what a cut-off run has written is kept.
+The device computes while earlier chunks are written. Every process computes and writes its own
+chunks, so no data crosses the network. A resumed run keeps the chunks that are complete.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def capture_activations(
 
     Args:
       teacher, options, origin: see `capture_cache`.
-      reader: reads the windows; its options say which episodes are held out.
+      reader: reads the windows; its options select the held-out episodes.
       folder: of the stage.
-      metrics: a MetricsWriter.
+      metrics: writer of progress and messages.
       seed: of the choice of windows and of all draws.
       is_primary, barrier: see `Site`.
 
@@ -87,19 +87,22 @@ def capture_cache(
     seed: int,
     origin: str,
 ) -> SampleStore:
-    """Fills (or goes on filling, or just opens) one cache with `options.num_samples` windows.
+    """Fills one cache with `options.num_samples` windows, resumes it, or opens the finished one.
 
     Args:
-      site: the cache's folder; progress and processes.
-      teacher: the policy whose activations are taken.
-      strips: from `plan_strips`, at least num_samples / strip of them.
+      site: the cache's folder, metrics and processes.
+      teacher: the policy.
+      strips: from `plan_strips`, at least num_samples / strip.
       reader: reads the windows.
       options: `config.capture`.
-      seed: of the VAE's and the diffusion's draws, which depend on (seed, sample) alone.
-      origin: the teacher's hash; a cache of another teacher is refused.
+      seed: of the VAE's and the diffusion's draws, which depend only on (seed, sample).
+      origin: the teacher's hash, which the cache records.
+
+    Returns:
+      the finished cache.
 
     Raises:
-      UserError: the folder holds a cache made otherwise.
+      UserError: the folder holds a cache of another teacher, other data or other options.
     """
     capture = Capture(teacher, options, jax.local_devices())
     devices = capture.mesh.size
@@ -117,7 +120,7 @@ def capture_cache(
             chunks = mine[start : start + devices]
             padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
             rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
-            # The last chunk may be short of strips; repeats fill it and are not stored.
+            # Repeated strips fill an incomplete last chunk; they are not stored.
             batch = reader.read(strips, np.minimum(rows, len(strips) - 1))
             numbers = rows[:, None] * options.strip + np.arange(options.strip)
             found = capture.run(variables, batch, numbers, key)

@@ -1,7 +1,7 @@
-"""Stage 2 from end to end: the assembled graft and data in, the fine-tuned policy out.
+"""Stage 2 as a whole: selects the batches and fine-tunes the assembled graft.
 
-The training itself is in `finetune.py`; here batches are found for it. They come from the capture's
-tokens, from tokens of other windows that are captured first, or from the windows themselves.
+`finetune.py` has the training. Batches come from the tokens of the capture, from tokens of other
+windows that are captured first, or from the windows themselves.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from uva_jax.storage.site import Site
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What Stage 2 reads. What is a function is opened only where the options need it.
+    """The inputs of Stage 2. Functions are called only if the options need their result.
 
     Attributes:
       policy: the assembled graft, with arrays.
-      teacher: () -> the policy that it was made from.
+      teacher: () -> the policy from which it was made.
       reader: () -> the reader of the policy's windows.
-      cache: the capture's cache of training windows, or None where there is none.
-      origin: the teacher's hash, kept with tokens that are captured here.
+      cache: the capture's cache of training windows, or None.
+      origin: the teacher's hash, which caches of tokens record.
     """
 
     policy: Policy
@@ -52,23 +52,24 @@ def fine_tune(
     is_primary: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
 ) -> tuple[Policy, dict]:
-    """Trains the graft; every process calls it.
+    """Fine-tunes the graft; every process calls it.
 
     Args:
       inputs: see `Inputs`.
       options: of the training.
       folder: holds resumable states and captured tokens.
-      metrics: a MetricsWriter.
-      capture: how tokens are captured.
+      metrics: writer of progress and messages.
+      capture: options for capturing tokens.
       mesh: (data, fsdp, tensor).
       seed: of windows, order and draws.
       is_primary, barrier: see `Site`.
 
     Returns:
-      the policy with averaged parameters, and figures for the stage's record.
+      the policy with averaged parameters, and metrics that JSON can hold.
 
     Raises:
-      UserError: cached tokens are asked for, but the trunk trains; or there are too few windows.
+      UserError: `reuse_cache` is set, but parameters before the head train; or there are too few
+        windows.
     """
     teacher = inputs.teacher() if options.teacher_weight else None
     trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
@@ -101,7 +102,7 @@ def fine_tune(
 
 
 def _windows(reader, options, metrics, strip: int, seed: int) -> Strips:
-    """All windows of the episodes that `data_fraction` picks, in strips."""
+    """Returns all windows of the episodes that `data_fraction` selects, in strips."""
     mask = finetune.chosen_episodes(reader.buffer, reader.options, options, seed)
     strips = plan_strips(
         reader.buffer.episode_ends,

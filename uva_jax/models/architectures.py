@@ -1,8 +1,8 @@
 """Architectures of published checkpoints by file name.
 
-For work that comes before the download (`plan`), and for checkpoints from which the configuration
-was stripped (`convert --like`). Sizes and switches are those of UVA's own configurations; the tests
-hold them to the state dicts that its code builds.
+`plan` uses them before a checkpoint is downloaded, and `convert --like` for checkpoints without a
+configuration. They follow UVA's own configurations; tests compare them with the state dicts that
+UVA's code builds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VIDEO = MLPHeadConfig(channels=16, z_channels=768, width=1024, depth=6, clip=Fa
 
 
 def _rows(channels: int) -> MLPHeadConfig:
-    """The head of actions, or of states, so wide."""
+    """Returns the head that denoises rows of `channels` numbers: actions or states."""
     return MLPHeadConfig(channels, z_channels=768, width=1024, depth=6, aggregator="conv_fc")
 
 

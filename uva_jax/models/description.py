@@ -1,6 +1,6 @@
-"""What `policy.json` says of a policy: its architecture and where its weights come from.
+"""The content of `policy.json`: a policy's architecture and the origin of its weights.
 
-Apart from `policy_folder`, so that the json beside a .safetensors file is read without jax.
+It is separate from `policy_folder`, so that the json of a .safetensors file is read without jax.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ FORMAT = 1
 
 
 def describe(config: PolicyConfig, source: Mapping) -> dict:
-    """What `policy.json` says of a policy, as plain JSON values."""
+    """Returns the content of `policy.json` as plain JSON values."""
     return {"format": FORMAT, "policy": to_dict(config), "source": dict(source)}
 
 
 def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
-    """The architecture that a json file of `describe` holds, and all that it says.
+    """Reads a json file of `describe`; returns the architecture and the whole content.
 
     Raises:
       UserError: the file is damaged or of a newer format.
@@ -30,9 +30,12 @@ def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
         described = json.loads(path.read_text())
         version, policy, _ = (described[k] for k in ("format", "policy", "source"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); convert the checkpoint again.") from error
+        raise UserError(f"{path} is damaged ({error!r}): convert the checkpoint again") from error
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
+        raise UserError(
+            f"{path} has format {version}, but this version reads format {FORMAT}: convert the "
+            "checkpoint again"
+        )
     try:
         return from_dict(policy), described
     except UserError as error:
@@ -40,7 +43,7 @@ def parse_description(path: Path) -> tuple[PolicyConfig, dict]:
 
 
 def parse_architecture(path: Path) -> PolicyConfig:
-    """The architecture in a json file: a `policy.json`, or what it says under "policy".
+    """Reads the architecture in a json file: a `policy.json`, or its value of "policy".
 
     Raises:
       UserError: there is no such file, or it holds no architecture.
@@ -48,11 +51,11 @@ def parse_architecture(path: Path) -> PolicyConfig:
     try:
         held = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a policy.json.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a policy.json") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no json ({error}): give a policy.json.") from error
+        raise UserError(f"{path} is not json ({error}): give a policy.json") from error
     if not isinstance(held, dict):
-        raise UserError(f"{path} holds no architecture: give a policy.json.")
+        raise UserError(f"{path} holds no architecture: give a policy.json")
     try:
         return from_dict(held.get("policy", held))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Encoding many raw frames with a policy's VAE, a few at a time, to bound the memory it takes."""
+"""Encodes many raw frames with a policy's VAE, a few at a time, to limit memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from uva_jax.models.policy import Policy
 
 
 def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """`VAE.encode` of raw frames (n, h, w, 3), `size` at a time (0: all at once)."""
+    """Encodes raw frames (n, h, w, 3), `size` at a time (0: all at once).
+
+    Returns:
+      mean and log-variance (n, h', w', z), as `VAE.encode`.
+    """
 
     def encode(frames):
         return policy.vae.encode(policy.preprocess(frames))

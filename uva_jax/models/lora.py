@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) on any Linear of a policy, by path pattern.
 
-Works on flat parameters: the adapters are two more arrays a kernel, added to it before the model
-is put together. Merging for export is therefore the same addition.
+It works on flat parameters: the product of two further arrays per kernel is added to the kernel
+before the model is built. Merging adapters for an export is the same addition.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ PREFIX = "lora/"
 def init_lora(
     arrays: Mapping[str, jax.Array], patterns: Sequence[str], rank: int, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Adapters for every 2-d kernel whose path a pattern matches.
+    """Returns initial adapters for every 2-d kernel whose path matches a pattern.
+
+    Args:
+      arrays: parameters by path.
+      patterns: of paths.
+      rank: of the adapters.
+      key: of the random arrays.
 
     Returns:
-      {"lora/<path>/a": (in, rank), "lora/<path>/b": (rank, out)}; b is zero at first.
+      {"lora/<path>/a": (in, rank), "lora/<path>/b": (rank, out)}; b is zero.
 
     Raises:
       UserError: a pattern matches no kernel.
@@ -40,7 +46,9 @@ def init_lora(
             if path.endswith("/kernel") and x.ndim == 2 and fnmatchcase(path, f"{pattern}*")
         ]
         if not hits:
-            raise UserError(f"config.finetune.lora_targets: {pattern!r} matches no Linear")
+            raise UserError(
+                f"config.finetune.lora_targets: {pattern!r} matches no Linear: correct the pattern"
+            )
         for index, path in enumerate(hits):
             rows, cols = arrays[path].shape
             draw = jax.random.fold_in(jax.random.fold_in(key, number), index)
@@ -50,7 +58,7 @@ def init_lora(
 
 
 def merge_lora(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The parameters with adapters added to their kernels, and without them."""
+    """Returns the parameters with the adapters added to their kernels and removed."""
     merged = {k: v for k, v in arrays.items() if not k.startswith(PREFIX)}
     for path, a in arrays.items():
         if path.startswith(PREFIX) and path.endswith("/a"):

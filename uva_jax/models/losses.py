@@ -1,7 +1,7 @@
-"""UVA's training losses on a policy: every task mode, with every random draw injectable.
+"""UVA's training losses of a policy in every task mode; every random draw can be given.
 
-Kept apart from `Policy` because acting needs none of it. Upstream: `forward`, `forward_loss` of
-`mar_con_unified.py`, `compute_loss` of the policy.
+They are separate from `Policy` because acting does not need them. Upstream: `forward`,
+`forward_loss` of `mar_con_unified.py`, `compute_loss` of the policy.
 """
 
 from __future__ import annotations
@@ -37,26 +37,30 @@ def latent_loss(
     train: bool = True,
     noise_draws: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss from latents on.
+    """Computes the loss from latents.
 
     Args:
       policy: the model.
-      target: (b, t, h', w', z) future latents; cond: the same of the history.
+      target: (b, t, h', w', z) future latents.
+      cond: (b, t, h', w', z) history latents.
       nactions: (b, n_actions, action_dim) normalised.
       task_mode: one of TASK_MODES.
-      key: draws what is not given.
+      key: for draws that are not given.
       draws: given draws: "mask" (b, t, s); "t/<head>", "noise/<head>" for head in video, wrist,
         act, prop, shaped as `DiffusionHead.loss` takes them; "text", "history" uniforms.
       streams: further inputs of `MAR.embed`.
-      wrist_target: (b, t, h', w', z) future wrist latents, where the policy predicts them.
-      proprio_target: (b, n_actions, k), where the policy predicts proprioception.
-      train: dropout and random replacement on.
-      noise_draws: diffusion draws of the video and action heads for each sample; upstream makes
-        one.
+      wrist_target: (b, t, h', w', z) future wrist latents, if the policy predicts them.
+      proprio_target: (b, n_actions, k), if the policy predicts proprioception.
+      train: apply dropout and random replacement of inputs.
+      noise_draws: diffusion noise draws of the video and action heads for each sample (upstream:
+        1).
 
     Returns:
-      The scalar loss and the parts: "video_loss", "act_loss", "z" (b, t * s, c), "mask", and
+      the scalar loss, and its parts: "video_loss", "act_loss", "z" (b, t * s, c), "mask", and
       "rows/<head>" with per-row mse, vb and loss.
+
+    Raises:
+      UserError: an input that the policy or the mode needs is missing.
     """
     draws = dict(draws or {})
     patch = policy.config.patch_size
@@ -92,7 +96,7 @@ def latent_loss(
         return out["loss"]
 
     def tokens_loss(name, head, values, index):
-        """A head's mean loss over the masked tokens of all draws."""
+        """Returns a head's mean loss over the masked tokens of all draws."""
         found = rows(name, head, values, index, draws=noise_draws)
         weights = rearrange(mask, "b t s -> b (t s)")
         return jnp.sum(found * jnp.concatenate([weights] * noise_draws)) / (
@@ -111,7 +115,9 @@ def latent_loss(
     loss = parts["video_loss"] + parts["act_loss"]
     if policy.proprio_head is not None:
         if proprio_target is None:
-            raise UserError("this policy predicts proprioception, but the batch has no target.")
+            raise UserError(
+                "this policy predicts proprioception, but the batch has no target: add it"
+            )
         parts["prop_loss"] = jnp.mean(rows("prop", policy.proprio_head, proprio_target, 5))
         loss = loss + parts["prop_loss"]
     return loss, parts
@@ -124,9 +130,12 @@ def encode_batch(
     key: jax.Array | None = None,
     draws: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A window of raw data as what `latent_loss` takes: target, cond and normalised actions.
+    """Encodes windows of raw data for `latent_loss`; no gradient flows into the VAE.
 
-    Args are those of `batch_loss`; no gradient flows into the VAE.
+    Args: as for `batch_loss`.
+
+    Returns:
+      target and cond, latents (b, t, h', w', z), and normalised actions.
     """
     draws = dict(draws or {})
     n_frames, horizon = policy.config.mar.n_frames, batch["action"].shape[1]
@@ -162,16 +171,19 @@ def batch_loss(
     draws: Mapping[str, jax.Array] | None = None,
     train: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss from a window of raw data.
+    """Computes the loss from windows of raw data.
 
     Args:
       policy: the model.
-      batch: "image" (b, T, h, w, 3) with T the horizon, or the 2 * n_frames frames already
-        selected; "action" (b, T, action_dim) raw.
+      batch: "image" (b, T, h, w, 3) with T the horizon, or the 2 * n_frames selected frames;
+        "action" (b, T, action_dim) in raw units.
       task_mode: one of TASK_MODES.
-      key: draws what is not given.
+      key: for draws that are not given.
       draws: as in `latent_loss`, and "eps_target", "eps_cond" (b, t, h', w', z).
-      train: dropout and random replacement on.
+      train: apply dropout and random replacement of inputs.
+
+    Returns:
+      as `latent_loss`.
     """
     target, cond, nactions = encode_batch(policy, batch, key=key, draws=draws)
     return latent_loss(

@@ -1,8 +1,8 @@
-"""The masked autoregressive transformer (MAR) with UVA's streams: encoder and decoder.
+"""The masked autoregressive transformer (MAR) with UVA's inputs: encoder and decoder.
 
-Tokens are frame-major: token = frame * tokens_per_frame + row * columns + column. Which streams
-enter is decided by `MARConfig`; which of them are placeholders by the task mode, as in
-`mar_con_unified.py` upstream.
+Tokens are frame-major: token = frame * tokens_per_frame + row * columns + column. `MARConfig` says
+which inputs there are, and the task mode which of them are replaced by placeholders. Upstream:
+`mar_con_unified.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NORMAL = nnx.initializers.normal(0.02)
 
 
 def patchify(latents: jax.Array, patch_size: int) -> jax.Array:
-    """(b, t, h, w, c) -> (b, t, s, c * p * p), patch channels ordered (c, p, q)."""
+    """Turns latents (b, t, h, w, c) into tokens (b, t, s, c * p * p), ordered (c, p, q)."""
     return rearrange(latents, "b t (h p) (w q) c -> b t (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
-    """(b, t, s, c * p * p) -> (b, t, h, w, c)."""
+    """Turns tokens (b, t, s, c * p * p) into latents (b, t, h, w, c)."""
     return rearrange(
         tokens,
         "b t (h w) (c p q) -> b t (h p) (w q) c",
@@ -36,17 +36,17 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
 
 
 def ordered_mask(orders: jax.Array, rate: jax.Array, n_frames: int) -> jax.Array:
-    """(b, n_frames, s), 1 is masked: the first ceil(s * rate) tokens of each order (b, s)."""
+    """Returns a mask (b, n_frames, s): 1 for the first ceil(s * rate) tokens of orders (b, s)."""
     count = jnp.ceil(orders.shape[-1] * rate)
     mask = (jnp.argsort(orders, axis=-1) < count).astype(jnp.float32)
     return repeat(mask, "b s -> b t s", t=n_frames)
 
 
 def random_mask(config: MARConfig, batch: int, key: jax.Array) -> jax.Array:
-    """A training mask (b, t, s), 1 is masked: one rate a batch, one pattern for all frames.
+    """Draws a training mask (b, t, s), 1 for masked, with one rate per batch.
 
-    The rate is a truncated normal on [mask_ratio_min, 1] with mean parameter 1 and deviation 0.25;
-    ceil(s * rate) tokens are masked in a random order per sample.
+    The rate is a truncated normal on [mask_ratio_min, 1] with mean 1 and standard deviation 0.25.
+    Each sample masks ceil(s * rate) random tokens, the same in all its frames.
     """
     rate_key, order_key = jax.random.split(key)
     low = (config.mask_ratio_min - 1.0) / 0.25
@@ -59,7 +59,7 @@ class MAR(nnx.Module):
     """Encoder and decoder over the video tokens of a window."""
 
     def __init__(self, config: MARConfig, *, dtype=None, remat: bool = False, rngs: nnx.Rngs):
-        """`remat` recomputes blocks in the backward pass (gradient checkpointing)."""
+        """Makes random weights; `remat` recomputes blocks in the backward pass."""
         self.config = c = config
         self.remat = remat
         dim, dec = c.encoder_embed_dim, c.decoder_embed_dim
@@ -100,7 +100,7 @@ class MAR(nnx.Module):
             streams += 1
         if c.proprio_dim:
             self.proprioception_proj_cond = project(c.proprio_dim)
-            # UVA creates this layer even where the wrist image is no input (umi).
+            # UVA creates this layer even if the wrist image is not an input (umi).
             self.proprioception_image_proj_cond = project(c.token_dim)
             streams += 1 + c.proprio_image
         if c.text_dim:
@@ -138,32 +138,34 @@ class MAR(nnx.Module):
         key: jax.Array | None = None,
         uniforms: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Fuses all streams into the encoder's input, before its first norm.
+        """Fuses all inputs into the encoder's input, before its first norm.
 
         Args:
-          tokens: (b, t, s, token_dim) future video; not read in policy_model.
-          mask: (b, t, s), 1 where a future token is hidden.
-          cond: (b, t, s, token_dim) history; not read in inverse_model.
+          tokens: (b, t, s, token_dim) future video; not used in policy_model.
+          mask: (b, t, s), 1 for hidden future tokens.
+          cond: (b, t, s, token_dim) history; not used in inverse_model.
           task_mode: one of TASK_MODES.
-          nactions: (b, n_actions, action_dim) in [-1, 1]; read in dynamic_model.
+          nactions: (b, n_actions, action_dim) in [-1, 1]; used in dynamic_model.
           history_nactions: (b, n_actions, action_dim); None: placeholder.
           proprio: (b, proprio_steps, proprio_dim).
           proprio_tokens, wrist_tokens: (b, t, s, token_dim), the wrist camera's past and future.
           text_latents: (b, text_dim).
-          drop_condition: the unconditional pass of guidance: text becomes its placeholder, or,
-            in a model without language, the history becomes the video placeholder.
-          key: training key: random replacement of text and history actions. None: inference.
+          drop_condition: unconditional pass of guidance: the placeholder replaces the text or, in a
+            model without language, the history.
+          key: for random replacement of text and history actions in training. None: inference.
           uniforms: the draws of those replacements ("text" (b,), "history" (b, n_actions)).
 
         Returns:
           (b, [text_tokens +] t * s, encoder_embed_dim).
 
         Raises:
-          UserError: the task mode is unknown or needs an input that is not there.
+          UserError: the task mode is unknown or an input that it needs is missing.
         """
         c = self.config
         if task_mode not in TASK_MODES:
-            raise UserError(f"task mode {task_mode!r} is unknown; known: {', '.join(TASK_MODES)}.")
+            raise UserError(
+                f"task mode {task_mode!r} is unknown: use one of {', '.join(TASK_MODES)}"
+            )
         batch, total = cond.shape[0], c.n_tokens
 
         def placeholder(param, n=total):
@@ -176,7 +178,7 @@ class MAR(nnx.Module):
             if task_mode == "policy_model":
                 return placeholder(fake)
             if values is None:
-                raise UserError(f"{task_mode} needs the future video tokens, but got none.")
+                raise UserError(f"{task_mode} needs the future video tokens, but got none")
             x = flat(project(values))
             if task_mode == "inverse_model":
                 return x
@@ -201,14 +203,14 @@ class MAR(nnx.Module):
             parts.append(jnp.repeat(past, total // c.n_actions, axis=1))
         if task_mode == "dynamic_model":
             if nactions is None:
-                raise UserError("dynamic_model predicts video from actions, but got no actions.")
+                raise UserError("dynamic_model predicts video from actions, but got no actions")
             actions = self.action_proj_cond(nactions)
         else:
             actions = placeholder(self.fake_action_latent, c.n_actions)
         parts.append(jnp.repeat(actions, total // c.n_actions, axis=1))
         if c.proprio_dim:
             if proprio is None or (c.proprio_image and proprio_tokens is None):
-                raise UserError("this policy takes proprioception, but the observation has none.")
+                raise UserError("this policy takes proprioception, but the observation has none")
             if c.proprio_image:
                 parts.append(flat(self.proprioception_image_proj_cond(proprio_tokens)))
             state = self.proprioception_proj_cond(proprio)
@@ -222,7 +224,7 @@ class MAR(nnx.Module):
 
     def _text(self, text_latents, drop_condition, key, uniforms) -> jax.Array:
         if text_latents is None:
-            raise UserError("this policy is told its task in language, but got no text latents.")
+            raise UserError("this policy is conditioned on language, but got no text latents")
         c = self.config
         text, fake = self.text_proj_cond(text_latents), self.fake_latent[...]
         if drop_condition:
@@ -235,7 +237,7 @@ class MAR(nnx.Module):
         return repeat(text, "b c -> b n c", n=c.text_tokens) + self.text_pos_embed[...]
 
     def encode(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """(b, n, c) from `embed` -> (b, n, c)."""
+        """Applies the encoder to the result of `embed`: (b, n, c) -> (b, n, c)."""
         x = self.z_proj_ln(x)
         for i, block in enumerate(self.encoder_blocks):
             x = self._apply(block, x, sub_key(key, 100 + i))
@@ -244,19 +246,19 @@ class MAR(nnx.Module):
     def _apply(self, block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
         if not self.remat:
             return block(x, key=key)
-        # The block is taken apart around the checkpoint: nnx modules must not cross its trace.
+        # The block is split and merged again, because nnx modules must not cross a trace.
         graph, state = nnx.split(block)
         return jax.checkpoint(lambda s, v: nnx.merge(graph, s)(v, key=key))(state, x)
 
     def decoder_input(self, x: jax.Array) -> jax.Array:
-        """The encoder's output, projected and with the decoder's positions: what its blocks see."""
+        """Projects the encoder's output and adds the decoder's positions."""
         position = _grid_embedding(self.decoder_temporal_pos_embed, self.decoder_spatial_pos_embed)
         if self.config.text_dim:
             position = jnp.concatenate([self.decoder_text_pos_embed[...], position], axis=1)
         return self.decoder_embed(x) + position
 
     def decode(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """(b, [text +] t * s, c) -> video tokens z (b, t * s, decoder_embed_dim)."""
+        """Decodes (b, [text +] t * s, c) to video tokens z (b, t * s, decoder_embed_dim)."""
         x = self.decoder_input(x)
         for i, block in enumerate(self.decoder_blocks):
             x = self._apply(block, x, sub_key(key, 200 + i))
@@ -266,11 +268,11 @@ class MAR(nnx.Module):
         return x + _grid_embedding(self.diffusion_temporal_embed, self.diffusion_spatial_embed)
 
     def __call__(self, tokens, mask, cond, *, key: jax.Array | None = None, **streams) -> jax.Array:
-        """`embed`, `encode` and `decode` in a row: (b, t * s, decoder_embed_dim)."""
+        """Applies `embed`, `encode` and `decode`: returns (b, t * s, decoder_embed_dim)."""
         x = self.embed(tokens, mask, cond, key=sub_key(key, 0), **streams)
         return self.decode(self.encode(x, key=sub_key(key, 1)), key=sub_key(key, 2))
 
 
 def _grid_embedding(temporal: nnx.Param, spatial: nnx.Param) -> jax.Array:
-    """(1, t, c) and (1, s, c) -> their sum over the grid, (1, t * s, c)."""
+    """Adds embeddings (1, t, c) and (1, s, c) over the grid: (1, t * s, c)."""
     return rearrange(temporal[...][:, :, None] + spatial[...][:, None], "one t s c -> one (t s) c")

@@ -1,7 +1,7 @@
-"""The whole UVA policy: images in, actions (and video) out.
+"""The whole UVA policy, from images to actions and video.
 
-`Policy` holds the parts as attributes - `vae`, `mar`, `video_head`, `action_head` - so that a graft
-is an assignment: `policy.action_head = GraftedHead(...)`. Every random draw comes from a key or is
+`Policy` has its parts as attributes (`vae`, `mar`, `video_head`, `action_head`), so that a graft is
+an assignment: `policy.action_head = GraftedHead(...)`. Every random draw comes from a key or is
 given, so that two implementations can be compared number by number.
 """
 
@@ -26,11 +26,11 @@ from uva_jax.runtime.errors import UserError
 
 
 class Stat(nnx.Variable):
-    """A constant of the policy (normaliser): stored and sharded, never trained."""
+    """A constant of the normaliser: stored and sharded, but never trained."""
 
 
 def make_head(config: HeadConfig | None, *, dtype=None, rngs: nnx.Rngs) -> DiffusionHead | None:
-    """The head a config describes, or None."""
+    """Returns the head of a config with random weights, or None."""
     if config is None:
         return None
     kind = MLPHead if config.kind == "mlp" else GraftedHead
@@ -38,22 +38,22 @@ def make_head(config: HeadConfig | None, *, dtype=None, rngs: nnx.Rngs) -> Diffu
 
 
 def _divide(x: jax.Array, divisor: float) -> jax.Array:
-    """x / divisor, rounded as a division; XLA would multiply by the constant's reciprocal."""
+    """Returns x / divisor, rounded as a division; XLA would multiply by the reciprocal."""
     return x / jax.lax.optimization_barrier(jnp.float32(divisor))
 
 
 def _axis_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices and float32 weight of the two samples that each resized position mixes."""
+    """Returns the indices and the float32 weight of the two samples of each resized position."""
     source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
     low = np.minimum(source.astype(np.int32), length - 1)
     return low, np.minimum(low + 1, length - 1), (source - low).astype(np.float32)
 
 
 def resize_bilinear(x: jax.Array, size: int) -> jax.Array:
-    """(..., h, w, c) -> (..., size, size, c), half-pixel centres, no antialiasing.
+    """Resizes (..., h, w, c) to (..., size, size, c), half-pixel centres, no antialiasing.
 
-    In PyTorch's order of operations, because the VAE's group norms magnify the last bit of flat
-    image regions.
+    It follows PyTorch's order of operations, because the VAE's group norms magnify differences in
+    the last bit of flat image regions.
     """
     top, bottom, down = _axis_taps(x.shape[-3], size)
     left, right, across = _axis_taps(x.shape[-2], size)
@@ -68,15 +68,15 @@ def resize_bilinear(x: jax.Array, size: int) -> jax.Array:
 
 
 class Policy(nnx.Module):
-    """A UVA policy. See `PolicyConfig` for every size and switch.
+    """A UVA policy; see `PolicyConfig` for its sizes and options.
 
     Attributes:
       config: the architecture.
-      dtype: what products are computed in; None: float32, as the parameters.
+      dtype: of matrix products; None: float32, like the parameters.
     """
 
     def __init__(self, config: PolicyConfig, *, dtype=None, remat: bool = False, rngs: nnx.Rngs):
-        """`remat` recomputes the transformer's blocks in the backward pass, to save memory."""
+        """Makes random weights; `remat` recomputes transformer blocks in the backward pass."""
         self.config, self.dtype = config, dtype
         self.vae = VAE(config.vae, dtype=dtype, rngs=rngs)
         self.mar = mar.MAR(config.mar, dtype=dtype, remat=remat, rngs=rngs)
@@ -99,12 +99,16 @@ class Policy(nnx.Module):
             }
         )
 
-    # ---- borders: pixels, latents, normalisation ----
+    # ---- pixels, latents, normalisation ----
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """(..., h, w, 3) uint8, or float in [0, 1] -> (..., size, size, 3) float32 in [-1, 1].
+        """Converts images to the VAE's input; resizing is bilinear, as upstream.
 
-        Resizing is bilinear with half-pixel centres and no antialiasing, as upstream's.
+        Args:
+          images: (..., h, w, 3) uint8, or float in [0, 1].
+
+        Returns:
+          (..., size, size, 3) float32 in [-1, 1].
         """
         if images.dtype == jnp.uint8:
             x = jnp.asarray(np.arange(256, dtype=np.float32) / np.float32(255))[images]
@@ -116,7 +120,10 @@ class Policy(nnx.Module):
         return _divide(x * 255.0, 127.5) - 1.0
 
     def encode_frames(self, frames: jax.Array, eps: jax.Array) -> jax.Array:
-        """Frames (b, t, h, w, 3) in [-1, 1] and eps (b, t, h', w', z) -> latents, like eps."""
+        """Samples latents (b, t, h', w', z) of frames (b, t, h, w, 3) in [-1, 1].
+
+        `eps` is standard normal noise of the latents' shape.
+        """
         mean, logvar = self.vae.encode(rearrange(frames, "b t h w c -> (b t) h w c"))
         mean, logvar = (
             rearrange(x, "(b t) h w c -> b t h w c", b=len(eps)) for x in (mean, logvar)
@@ -124,23 +131,23 @@ class Policy(nnx.Module):
         return self.vae.sample(mean, logvar, eps)
 
     def latent_shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of a window's latents: (b, t, h', w', z)."""
+        """Returns the shape of a batch of windows' latents: (b, t, h', w', z)."""
         side = self.config.image_size // self.config.vae.stride
         return (batch, self.config.mar.n_frames, side, side, self.config.vae.z_channels)
 
     def decode_frames(self, latents: jax.Array) -> jax.Array:
-        """Latents (b, t, h', w', z) -> frames (b, t, h, w, 3) in [-1, 1]."""
+        """Decodes latents (b, t, h', w', z) to frames (b, t, h, w, 3) in [-1, 1]."""
         frames = self.vae.decode(rearrange(latents, "b t h w c -> (b t) h w c"))
         return jnp.clip(rearrange(frames, "(b t) h w c -> b t h w c", b=len(latents)), -1.0, 1.0)
 
     def normalize(self, field: str, values: jax.Array) -> jax.Array:
-        """Raw units -> about [-1, 1]; the identity where the policy has no normaliser."""
+        """Converts raw units to about [-1, 1]; the identity for a policy without normaliser."""
         if self.config.normalizer_type == "none":
             return values
         return values * self.normalizer[field]["scale"][...] + self.normalizer[field]["offset"][...]
 
     def unnormalize(self, field: str, values: jax.Array) -> jax.Array:
-        """The inverse of `normalize`."""
+        """Converts normalised values to raw units; the inverse of `normalize`."""
         if self.config.normalizer_type == "none":
             return values
         params = self.normalizer[field]
@@ -155,12 +162,12 @@ class Policy(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The decoder's tokens z in policy mode.
+        """Computes the decoder's tokens z in mode policy_model.
 
         Args:
           cond: (b, t, h', w', z) history latents.
           streams: further inputs of `MAR.embed` (language, proprioception, past actions).
-          key: training key (dropout, random replacement of inputs). None: inference.
+          key: for dropout and random replacement of inputs in training. None: inference.
 
         Returns:
           (b, t * s, decoder_embed_dim).
@@ -171,12 +178,12 @@ class Policy(nnx.Module):
     def streams(
         self, obs: Mapping[str, jax.Array], wrist_cond: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """The inputs beside the images that this policy's transformer takes.
+        """Returns the further inputs of `MAR.embed` that this policy takes.
 
         Args:
-          obs: "text_latents" (b, text_dim); "past_action" (b, n_actions, a) raw, which may be left
-            out; the states named in `config.proprio_keys` (b, steps, k) raw: each as the policy
-            takes it.
+          obs: the inputs that the policy takes among "text_latents" (b, text_dim); "past_action"
+            (b, n_actions, a) in raw units, which is optional; and the states of
+            `config.proprio_keys` (b, steps, k) in raw units.
           wrist_cond: (b, t, h', w', z) latents of the wrist camera's history.
 
         Raises:
@@ -189,7 +196,7 @@ class Policy(nnx.Module):
         if missing := [name for name in wanted if name not in obs]:
             raise UserError(
                 f"this policy also takes {', '.join(missing)}, but the observation holds only "
-                f"{', '.join(obs)}."
+                f"{', '.join(obs)}"
             )
         if c.text_dim:
             streams["text_latents"] = obs["text_latents"]
@@ -208,9 +215,10 @@ class Policy(nnx.Module):
     def encode_observation(
         self, images: jax.Array, *, key: jax.Array | None = None, eps: jax.Array | None = None
     ) -> jax.Array:
-        """Observation images (b, n_obs, h, w, 3), or (b, n_frames, ...) -> latents (b, t, ...).
+        """Encodes images (b, n_obs, h, w, 3) to latents (b, t, h', w', z).
 
-        A window of `n_frames` images is taken as already selected.
+        `n_frames` images in place of n_obs are taken as the selected frames. `key` or `eps`
+        (b, t, h', w', z) gives the VAE's noise.
         """
         n_frames = self.config.mar.n_frames
         if images.shape[1] != n_frames:
@@ -227,9 +235,9 @@ class Policy(nnx.Module):
         vae_eps: jax.Array | None = None,
         wrist_eps: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """An observation as `video_tokens` takes it: history latents and further streams.
+        """Encodes an observation for `video_tokens`: history latents and further inputs.
 
-        Args are those of `predict_action`; `key` draws the VAE's noises that are not given.
+        Args: as for `predict_action`; `key` draws the VAE's noise if it is not given.
 
         Raises:
           UserError: the observation lacks an input of this policy.
@@ -237,7 +245,7 @@ class Policy(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         names = ("image", "wrist_image") if self.config.mar.proprio_image else ("image",)
         if missing := [name for name in names if name not in obs]:
-            raise UserError(f"the observation has no {' and no '.join(missing)}.")
+            raise UserError(f"the observation has no {' and no '.join(missing)}: add it")
         wrist = None
         if self.config.mar.proprio_image:
             wrist = self.encode_observation(obs["wrist_image"], key=keys[1], eps=wrist_eps)
@@ -255,21 +263,23 @@ class Policy(nnx.Module):
         sampling_steps: str | None = None,
         eta: float | None = None,
     ) -> dict[str, jax.Array]:
-        """Acts on observations.
+        """Predicts actions for observations.
 
         Args:
-          obs: "image" (b, n_obs_steps, h, w, 3), uint8 or float in [0, 1] (or the n_frames that
-            UVA would pick), "wrist_image" alike, and whatever else the policy takes (see
-            `streams`).
-          key: draws what is not given.
+          obs: "image" (b, n_obs_steps, h, w, 3), uint8 or float in [0, 1], or only its n_frames
+            selected frames; "wrist_image" likewise; and the further inputs of `streams`.
+          key: for draws that are not given.
           vae_eps, wrist_eps: (b, n_frames, h', w', z) the VAE's sampling noise.
-          noise: (K + 1, b, n_actions, action_dim) the action loop's noise.
+          noise: (K + 1, b, n_actions, action_dim) the noise of action sampling with K steps.
           sampling_steps: respacing in place of the head's own, such as "10".
           eta: None for ancestral sampling, a number for DDIM.
 
         Returns:
           "action" (b, n_action_steps, action_dim) to execute and "action_pred"
           (b, n_actions, action_dim), both in raw units.
+
+        Raises:
+          UserError: the observation lacks an input of this policy.
         """
         encode_key, sample_key = (None, None) if key is None else jax.random.split(key)
         cond, streams = self.condition(obs, key=encode_key, vae_eps=vae_eps, wrist_eps=wrist_eps)

@@ -1,8 +1,8 @@
-"""The architecture of a policy as data: what `convert` infers and `policy.json` stores.
+"""The architecture of a policy as dataclasses, which `convert` infers and `policy.json` stores.
 
-UVA decides much of its architecture by task name; here every such decision is a field, so that
-the models know nothing about tasks. All classes are frozen and compare by value, which lets them
-be static arguments of jitted functions.
+UVA derives much of its architecture from the task's name; here each such choice is a field, so that
+models do not depend on tasks. All classes are frozen and compare by value, so that they can be
+static arguments of jitted functions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MARConfig:
-    """The masked autoregressive transformer: encoder, decoder and the streams it fuses."""
+    """The masked autoregressive transformer: encoder, decoder and its inputs."""
 
     encoder_embed_dim: int = 768
     encoder_depth: int = 12
@@ -51,12 +51,12 @@ class MARConfig:
     token_dim: int = 16  # latent channels times patch_size squared
     action_dim: int = 2
     n_actions: int = 16
-    history_action: bool = False  # past actions are a stream of their own
+    history_action: bool = False  # past actions are an input
     proprio_dim: int = 0  # width of the proprioceptive state; 0: none
     proprio_steps: int = 16  # states per window (4 with different_history_freq)
-    proprio_image: bool = False  # the wrist camera's history is a stream too
+    proprio_image: bool = False  # the wrist camera's history is an input
     wrist: bool = False  # the wrist camera's future is predicted
-    text_dim: int = 0  # width of the language vector; 0: no language
+    text_dim: int = 0  # width of the language latent; 0: no language
     text_tokens: int = 64
     attn_dropout: float = 0.1
     proj_dropout: float = 0.1
@@ -70,15 +70,15 @@ class MARConfig:
 
     @property
     def n_tokens(self) -> int:
-        """Video tokens of a window, without text."""
+        """Video tokens of a window, without text tokens."""
         return self.n_frames * self.tokens_per_frame
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPHeadConfig:
-    """Diffusion MLP head: `aggregator=None` denoises tokens (video), else action steps."""
+    """The diffusion MLP head: it denoises action steps, or video tokens if `aggregator` is None."""
 
-    channels: int  # what is denoised, per row
+    channels: int  # numbers of a row that is denoised
     z_channels: int
     width: int
     depth: int
@@ -94,10 +94,10 @@ class MLPHeadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GraftedHeadConfig:
-    """The head that a graft puts in the place of the MLP action head (DESIGN of the project).
+    """The head that replaces the MLP action head in a graft.
 
-    `operators` names one operator of each family per block: a tuple of `depth` triples
-    (cross-attention, self-attention, mlp), so that any block can hold any registered operator.
+    `operators` is a tuple of `depth` triples (cross-attention, self-attention, mlp), which name the
+    registered operators of each block.
     """
 
     channels: int
@@ -117,11 +117,11 @@ class GraftedHeadConfig:
     n_actions: int = 16
     n_frames: int = 4
     grid: tuple[int, int] = (16, 16)
-    pool: tuple[int, int] = (4, 4)  # the conv adapter pools each frame's grid to this
+    pool: tuple[int, int] = (4, 4)  # size to which the conv adapter pools each frame's grid
     train_steps: int = 1000
     sampling_steps: str = "100"
     clip: bool = True
-    aggregator: str = "conv_fc"  # the teacher's, kept when memory is "video+aggregate"
+    aggregator: str = "conv_fc"  # the teacher's, kept if memory is "video+aggregate"
     kind: typing.Literal["grafted"] = "grafted"
 
 
@@ -130,22 +130,22 @@ HeadConfig = MLPHeadConfig | GraftedHeadConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig:
-    """CLIP's text transformer (the defaults are ViT-B/32's), which turns a task into a vector."""
+    """CLIP's text transformer, which turns a task into a language latent; defaults: ViT-B/32."""
 
     vocab_size: int = 49408
     width: int = 512
     depth: int = 12
     num_heads: int = 8  # width // 64 in every CLIP
     max_length: int = 77  # tokens that a sentence can have
-    projection: int = 512  # width of the language vector
+    projection: int = 512  # width of the language latent
     mlp_width: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """A whole policy: image -> VAE -> MAR -> heads, and how it is called."""
+    """A whole policy: VAE, MAR, heads, and the shape of its inputs and outputs."""
 
-    task: str = "pusht"  # a label for people; nothing is decided by it
+    task: str = "pusht"  # a label; nothing depends on it
     image_size: int = 256
     patch_size: int = 1
     vae: VAEConfig = VAEConfig()
@@ -156,7 +156,7 @@ class PolicyConfig:
     proprio_head: MLPHeadConfig | None = None
     normalizer_type: str = "all"  # "all" or "none"
     normalizer_fields: tuple[tuple[str, int], ...] = ()  # (name, width) of every field
-    proprio_keys: tuple[str, ...] = ()  # observation fields joined into the state, in order
+    proprio_keys: tuple[str, ...] = ()  # observation fields concatenated to the state, in order
     n_obs_steps: int = 16
     n_action_steps: int = 8
     shift_action: bool = True
@@ -167,7 +167,7 @@ class PolicyConfig:
     cfg_schedule: str = "linear"
     language_model: str | None = None
     task_modes: tuple[str, ...] = TASK_MODES
-    text_tower: TextTowerConfig | None = None  # None: language vectors come from elsewhere
+    text_tower: TextTowerConfig | None = None  # None: language latents come from elsewhere
 
     @property
     def action_dim(self) -> int:
@@ -175,12 +175,12 @@ class PolicyConfig:
 
 
 def to_dict(config) -> dict:
-    """A frozen config as plain JSON values."""
+    """Converts a config to plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: dict, cls=PolicyConfig):
-    """Builds a frozen config from plain JSON values.
+    """Builds a config from plain JSON values.
 
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type.
@@ -191,24 +191,24 @@ def from_dict(values: dict, cls=PolicyConfig):
 def _build(kind, value, where: str):
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"{where} should be an object, but is {value!r}.")
+            raise UserError(f"{where} should be an object, but is {value!r}")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise UserError(
                 f"{where} has no field {', '.join(map(repr, unknown))}; "
-                f"known fields are {', '.join(hints)}."
+                f"known fields are {', '.join(hints)}"
             )
         try:
             return kind(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()})
         except TypeError as error:
-            raise UserError(f"{where} is incomplete: {error}.") from error
+            raise UserError(f"{where} is incomplete: {error}") from error
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Union or origin is types.UnionType:
         if value is None and type(None) in args:
             return None
         options = [a for a in args if a is not type(None)]
-        if isinstance(value, dict):  # heads say which kind they are
+        if isinstance(value, dict):  # the value says which class of head it is
             named = {
                 typing.get_args(typing.get_type_hints(a)["kind"])[0]: a
                 for a in options
@@ -219,19 +219,19 @@ def _build(kind, value, where: str):
         return _build(options[0], value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where} should be a list, but is {value!r}.")
+            raise UserError(f"{where} should be a list, but is {value!r}")
         items = (args[0],) * len(value) if args[-1] is Ellipsis else args
         if len(items) != len(value):
-            raise UserError(f"{where} should have {len(items)} entries, but has {len(value)}.")
+            raise UserError(f"{where} should have {len(items)} entries, but has {len(value)}")
         return tuple(
             _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(items, value, strict=True))
         )
     if origin is typing.Literal:
         if value not in args:
-            raise UserError(f"{where} is {value!r}; it can be one of {', '.join(map(repr, args))}.")
+            raise UserError(f"{where} is {value!r}; it can be one of {', '.join(map(repr, args))}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} should be {kind.__name__}, but is {value!r}.")
+        raise UserError(f"{where} should be {kind.__name__}, but is {value!r}")
     return value

@@ -1,9 +1,9 @@
-"""Policies as folders: saved, loaded, described.
+"""Saves and loads policies as folders.
 
 A policy folder holds `policy.json` (architecture and origin), `params/` (orbax: every variable,
-normaliser included) and, for policies that came from PyTorch, `source.records` (what an export
-needs and the model does not). Flax's own update functions accept wrong shapes and missing keys in
-silence, so everything that is put into a module goes through `replace`, which does not.
+with the normaliser) and, for policies from PyTorch, `source.records` (what only an export needs).
+Flax's own update functions accept wrong shapes and missing keys silently, so modules are filled by
+`surgery.replace`, which checks them.
 """
 
 from __future__ import annotations
@@ -39,18 +39,16 @@ def save_policy(
     source: Mapping,
     records: bytes | None = None,
 ) -> None:
-    """Writes a policy folder; it appears under its name only once it is complete.
-
-    With several processes, all of them call this, with the same folder.
+    """Writes a policy folder atomically. All processes call this, with the same folder.
 
     Args:
-      folder: where; an older policy there is replaced.
+      folder: the folder; an older policy in it is replaced.
       policy: the policy; its parameters may be sharded.
-      source: where the weights come from, plain JSON values (checkpoint name, sha256, ...).
-      records: `convert.torch_file.dump_records` of what an export needs.
+      source: origin of the weights, plain JSON values (checkpoint name, sha256, ...).
+      records: records for an export, as `convert.formats.torch_file.dump_records` writes them.
 
     Raises:
-      UserError: the folder holds something that is not a policy.
+      UserError: the folder holds something that is not a policy, or a value is not finite.
     """
     with _appearing(folder) as partial:
         if jax.process_index() == 0:
@@ -72,24 +70,24 @@ def save_arrays(
     source: Callable[[], Mapping],
     records: bytes | None = None,
 ) -> None:
-    """`save_policy` of arrays that are never all in memory.
+    """Writes a policy folder from lazy arrays, which are never all in memory.
 
-    With several processes, each loads every array, so that all of them refuse what one refuses;
-    the first writes.
+    Every process loads every array, so that all raise the same errors; the primary writes.
 
     Args:
-      folder: where; an older policy there is replaced.
+      folder: the folder; an older policy in it is replaced.
       config: the architecture.
-      arrays: every array of it by path; they are loaded once, one after another.
-      source: asked after that, so that it can still refuse what was read.
+      arrays: every array by path; each is loaded once, one after another.
+      source: returns the origin of the weights; called after all arrays are loaded, so that it can
+        still raise.
       records: as for `save_policy`.
 
     Raises:
-      UserError: the folder holds something that is not a policy; the arrays are not those of the
-        architecture; or what `source` raises. Nothing is left behind then.
+      UserError: the folder holds something that is not a policy, the arrays do not fit the
+        architecture, a value is not finite, or `source` raises it. Nothing is written then.
     """
     if problems := surgery.mismatches(surgery.shapes(surgery.abstract_policy(config)), arrays):
-        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}")
     with _appearing(folder) as partial:
         chief = jax.process_index() == 0
         if chief:
@@ -106,13 +104,13 @@ def save_arrays(
 
 @contextlib.contextmanager
 def _appearing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write to, which takes the name of a policy folder once it is complete."""
+    """Yields a folder to write to, which becomes the policy folder when it is complete."""
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give the name of a folder to write the policy to.")
+        raise UserError(f"{folder} is a file: give the name of a folder to write the policy to")
     if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).exists():
         raise UserError(
-            f"{folder} holds files that are not a policy (it has no {_JSON}); give another folder."
+            f"{folder} holds files that are not a policy (it has no {_JSON}): give another folder"
         )
     with atomic.new_folder(folder, is_primary=jax.process_index() == 0, barrier=_wait) as partial:
         yield partial
@@ -133,7 +131,7 @@ def _wait(what: str) -> None:
 
 
 def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
-    """The architecture and the source of a policy folder.
+    """Reads the architecture and the origin of a policy folder.
 
     Raises:
       UserError: there is no policy, or its description is damaged or of a newer format.
@@ -141,15 +139,15 @@ def read_description(folder: str | os.PathLike) -> tuple[PolicyConfig, dict]:
     path = Path(folder) / _JSON
     if not path.exists():
         raise UserError(
-            f"{folder} is not a policy folder (it has no {_JSON}); make one with "
-            "'python -m convert from_torch CKPT OUT'."
+            f"{folder} is not a policy folder (it has no {_JSON}): make one with "
+            "'python -m convert from_torch CKPT OUT'"
         )
     config, described = parse_description(path)
     return config, described["source"]
 
 
 def read_records(folder: str | os.PathLike) -> bytes | None:
-    """What `save_policy` was given as `records`, or None."""
+    """Returns the `records` of a policy folder, or None."""
     path = Path(folder) / _RECORDS
     return path.read_bytes() if path.exists() else None
 
@@ -160,16 +158,16 @@ def load_policy(
     dtype=None,
     shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
 ) -> Policy:
-    """Restores a policy from its folder, straight into its shardings.
+    """Loads a policy from its folder, directly into its shardings.
 
     Args:
-      folder: what `save_policy` wrote.
-      dtype: what products are computed in (None: float32, as the parameters).
-      shardings: the sharding of a path (as in `flatten`) of the given shape and dtype; without it
-        everything lies on the first device.
+      folder: a policy folder.
+      dtype: of matrix products; None: float32, like the parameters.
+      shardings: (path as in `surgery.flatten`, shape and dtype) -> sharding; None: the first
+        device.
 
     Raises:
-      UserError: the folder is no policy, or its arrays do not fit its architecture.
+      UserError: the folder is not a policy, or its arrays do not fit its architecture.
     """
     config, _ = read_description(folder)
     policy = surgery.abstract_policy(config, dtype=dtype)
@@ -196,10 +194,10 @@ def load_policy(
 
 
 def read_arrays(folder: str | os.PathLike) -> dict[str, LazyArray]:
-    """The arrays of a policy folder by path; each is read when it is loaded.
+    """Returns the arrays of a policy folder by path; each is read when it is loaded.
 
     Raises:
-      UserError: the folder is no policy, or its arrays do not fit its architecture.
+      UserError: the folder is not a policy, or its arrays do not fit its architecture.
     """
     config, _ = read_description(folder)
     found = policy_arrays.read(Path(folder).absolute() / _PARAMS)
@@ -211,5 +209,5 @@ def _refuse_mismatches(folder: str | os.PathLike, expected: Mapping, found: Mapp
     if problems := surgery.mismatches(expected, found):
         raise UserError(
             f"the arrays in {Path(folder).absolute() / _PARAMS} do not fit the architecture in "
-            f"{Path(folder) / _JSON}: {'; '.join(problems)}."
+            f"{Path(folder) / _JSON}: {'; '.join(problems)}"
         )

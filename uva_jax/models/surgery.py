@@ -1,7 +1,7 @@
-"""A module's variables as one flat dictionary, and modules made of such a dictionary.
+"""Converts modules to flat dictionaries of arrays and back, and makes modules without arrays.
 
-Flax's own update functions accept wrong shapes and missing keys in silence, so everything that is
-put into a module goes through `replace`, which does not.
+Flax's own update functions accept wrong shapes and missing keys silently, so modules are filled by
+`replace`, which checks them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _path(keys: tuple) -> str:
 
 
 def flatten(module: nnx.Module | nnx.State) -> dict[str, jax.Array]:
-    """Every variable of a module or state as {"mar/encoder_blocks/0/norm1/scale": array}."""
+    """Returns every variable of a module as {"mar/encoder_blocks/0/norm1/scale": array}."""
     state = module if isinstance(module, nnx.State) else nnx.state(module)
     return {_path(keys): variable[...] for keys, variable in nnx.to_flat_state(state)}
 
 
 def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
-    """Like `flatten`, for modules that may be abstract (`nnx.eval_shape`)."""
+    """Returns the shapes of a module, which may be abstract, by path as `flatten`."""
     state = module if isinstance(module, nnx.State) else nnx.state(module)
     return {
         _path(keys): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
@@ -38,14 +38,14 @@ def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def is_abstract(module: nnx.Module) -> bool:
-    """Whether a module has shapes in the place of arrays, as from `abstract_policy`."""
+    """Whether a module has shapes in place of arrays, as from `abstract_policy`."""
     return isinstance(jax.tree.leaves(nnx.state(module))[0], jax.ShapeDtypeStruct)
 
 
 class _OneKey:
-    """Stands for `nnx.Rngs` where only shapes are asked for.
+    """A replacement of `nnx.Rngs` for abstract modules.
 
-    The counters of the real ones are traced, which takes several times as long as all the rest.
+    Tracing the counters of `nnx.Rngs` takes several times as long as all the rest.
     """
 
     def params(self) -> jax.Array:
@@ -60,14 +60,14 @@ def _abstract_parts(config: PolicyConfig, dtype, remat) -> tuple[nnx.GraphDef, n
 
 
 def abstract_policy(config: PolicyConfig, *, dtype=None, remat: bool = False) -> Policy:
-    """A policy of that architecture without arrays; `dtype` and `remat` as `Policy` takes them."""
+    """Returns a policy with shapes in place of arrays; arguments as for `Policy`."""
     graph, state = _abstract_parts(config, dtype, remat)
-    # Merging shares variables, so they are made anew: what is cached must stay as it is.
+    # Merging shares variables, so they are copied: the cached ones must not change.
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
 
 
 def mismatches(expected: Mapping, found: Mapping) -> list[str]:
-    """Sentences on every path that is missing, unknown, or of another shape or dtype."""
+    """Returns a sentence on every path that is missing, unknown, or of another shape or dtype."""
     problems = [f"{path} is missing" for path in expected if path not in found]
     problems += [f"{path} is unknown to the architecture" for path in found if path not in expected]
     for path in expected:
@@ -82,13 +82,13 @@ def mismatches(expected: Mapping, found: Mapping) -> list[str]:
 
 
 def replace(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """A copy of a (possibly abstract) module whose variables are exactly `arrays`.
+    """Returns a copy of a (possibly abstract) module whose variables are exactly `arrays`.
 
     Raises:
       UserError: a path is missing or unknown, or a shape or dtype differs; all are listed.
     """
     if problems := mismatches(shapes(module), arrays):
-        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}.")
+        raise UserError(f"these arrays do not fit the model: {'; '.join(problems)}")
     graph, state = nnx.split(module)
     leaves = [
         (keys, variable.replace(arrays[_path(keys)])) for keys, variable in nnx.to_flat_state(state)

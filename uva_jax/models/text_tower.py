@@ -1,8 +1,8 @@
-"""CLIP's text transformer, which a Libero checkpoint carries: a task's sentence becomes a vector.
+"""CLIP's text transformer, which turns a task's sentence into a language latent.
 
-Only the text half of CLIP is here, since UVA runs no other. It is frozen in all of UVA's training
-and runs once a task, so it always computes in float32. Names follow those of transformers'
-`CLIPModel`; formulas are those of the CLIP paper (arXiv 2103.00020).
+Libero checkpoints contain it. UVA does not use CLIP's vision tower, so it is not ported. The tower
+is frozen in UVA's training and runs once per task, so it always computes in float32. Names follow
+`CLIPModel` of transformers and formulas the CLIP paper (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of GELU, `x * sigmoid(1.702 x)`."""
+    """Computes CLIP's approximation of GELU, `x * sigmoid(1.702 x)`."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -49,7 +49,7 @@ class _Mlp(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    """Pre-norm transformer layer; like `layers.Block`, but causal and with CLIP's GELU."""
+    """A pre-norm transformer layer like `layers.Block`, but causal and with CLIP's GELU."""
 
     def __init__(self, config: TextTowerConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = layer_norm(config.width, eps=_EPS, rngs=rngs)
@@ -63,7 +63,7 @@ class _Layer(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Token numbers in, one language vector a sentence out."""
+    """Maps the token numbers of sentences to language latents."""
 
     def __init__(self, config: TextTowerConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -74,22 +74,22 @@ class TextTower(nnx.Module):
         self.text_projection = Linear(c.width, c.projection, use_bias=False, rngs=rngs)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token numbers (b, n) -> (b, n, width)."""
+        """Embeds token numbers (b, n): (b, n, width)."""
         positions = self.position_embedding[...][: tokens.shape[1]]
         return jnp.take(self.token_embedding[...], tokens, axis=0) + positions
 
     def pool(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """The last layer's output (b, n, width) -> language vectors (b, projection).
+        """Projects the last layer's output (b, n, width) to language latents (b, projection).
 
-        The sentence is read off its end token. That is the first token of the highest number, as
-        transformers finds it for the published weights; padding repeats the end token behind it.
+        It uses the output at the end token: the first token with the highest number, as
+        transformers does for the published weights. Padding repeats the end token after it.
         """
         x = self.final_layer_norm(x)
         end = jnp.argmax(tokens, axis=1)
         return self.text_projection(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Language vectors, equal to `CLIPModel.get_text_features`.
+        """Computes language latents, equal to `CLIPModel.get_text_features`.
 
         Args:
           tokens: (b, n) integers, n at most `config.max_length`.
@@ -106,8 +106,8 @@ class TextTower(nnx.Module):
 
 
 def attention_mask(mask: jax.Array) -> jax.Array:
-    """Padding (b, n), 1 for tokens -> which tokens each one sees, (b, 1, n, n) booleans.
+    """Returns the causal attention mask (b, 1, n, n) of a padding mask (b, n), 1 for tokens.
 
-    A token sees itself and those before it, but no padding.
+    A token attends to itself and to the tokens before it, but not to padding.
     """
     return jnp.tril(jnp.ones((mask.shape[1],) * 2, bool)) & (mask != 0)[:, None, None]

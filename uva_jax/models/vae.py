@@ -1,7 +1,7 @@
-"""The KL-VAE that turns frames into latents and back (LDM's autoencoder as MAR ships it).
+"""The KL-VAE between frames and latents (LDM's autoencoder as MAR publishes it).
 
-Maps are channels-last. Module names follow the PyTorch original so that the conversion table
-stays short. Upstream: `unified_video_action/vae/vaekl.py`.
+Maps are channels-last. Module names follow the PyTorch original, which keeps the conversion table
+short. Upstream: `unified_video_action/vae/vaekl.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ _NONE = ((0, 0), (0, 0))
 
 
 class GroupNorm(nnx.Module):
-    """GroupNorm of 32 groups, eps 1e-6, in float32 with the two-pass variance.
+    """GroupNorm with 32 groups and eps 1e-6, in float32 with the two-pass variance.
 
-    Written out because Flax's own takes three times as long on a CPU, where it is a sixth of the
-    encoder's time.
+    Flax's own takes three times as long on a CPU, where this is a sixth of the encoder's time.
     """
 
     def __init__(self, channels: int):
@@ -32,7 +31,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(n, h, w, c) -> (n, h, w, c) float32."""
+        """Normalises (n, h, w, c); float32."""
         groups = rearrange(x.astype(jnp.float32), "n h w (g c) -> n h w g c", g=32)
         centered = groups - jnp.mean(groups, axis=(1, 2, 4), keepdims=True)
         variance = jnp.mean(centered**2, axis=(1, 2, 4), keepdims=True)
@@ -41,7 +40,7 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two norm-swish-convolution stages with a residual, 1x1 on the residual if widths differ."""
+    """Two stages of norm, swish and convolution, with a residual (1x1 if the widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype=None, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels)
@@ -55,7 +54,7 @@ class ResnetBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(n, h, w, c_in) -> (n, h, w, c_out)."""
+        """Maps (n, h, w, c_in) to (n, h, w, c_out)."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + y
@@ -81,11 +80,11 @@ class AttnBlock(nnx.Module):
 
 
 class Resample(nnx.Module):
-    """Halves or doubles a map; holds the convolution that does it or follows it."""
+    """Halves a map by a convolution, or doubles it and applies one."""
 
     def __init__(self, channels: int, *, down: bool, dtype=None, rngs: nnx.Rngs):
         self.is_down = down
-        # Downsampling pads one row below and one column right only, as the original does.
+        # As in the original, downsampling pads one row below and one column on the right.
         padding, strides = (((0, 1), (0, 1)), 2) if down else (_SAME, 1)
         self.conv = conv(
             channels, channels, (3, 3), padding=padding, strides=strides, dtype=dtype, rngs=rngs
@@ -98,7 +97,7 @@ class Resample(nnx.Module):
 
 
 class Level(nnx.Module):
-    """One resolution: residual blocks, attention after each where asked, then resampling."""
+    """One resolution: residual blocks, each optionally followed by attention, then resampling."""
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class Level(nnx.Module):
         )
 
     def blocks(self, x: jax.Array) -> jax.Array:
-        """The blocks without the resampling: (n, h, w, c_in) -> (n, h, w, c_out)."""
+        """Applies the blocks without resampling: (n, h, w, c_in) -> (n, h, w, c_out)."""
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -137,7 +136,7 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """Residual, attention, residual at the coarsest resolution."""
+    """Residual block, attention, residual block at the coarsest resolution."""
 
     def __init__(self, channels: int, *, dtype=None, rngs: nnx.Rngs):
         self.block_1 = ResnetBlock(channels, channels, dtype=dtype, rngs=rngs)
@@ -146,7 +145,7 @@ class Middle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Frames to the moments of the latent distribution, before `quant_conv`."""
+    """Maps frames to the moments of the latents, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, *, dtype=None, rngs: nnx.Rngs):
         widths = [config.ch] + [config.ch * m for m in config.ch_mult]
@@ -173,7 +172,7 @@ class Encoder(nnx.Module):
         )
 
     def stages(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Every intermediate map by name, ending with "out" (n, h/stride, w/stride, 2z)."""
+        """Returns every intermediate map by name; the last is "out" (n, h/stride, w/stride, 2z)."""
         maps = {}
         x = self.conv_in(x)
         for i, level in enumerate(self.down):
@@ -187,7 +186,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents (after `post_quant_conv`) to frames. `up` is indexed from fine (0) to coarse."""
+    """Maps latents, after `post_quant_conv`, to frames. `up` is indexed from fine (0) to coarse."""
 
     def __init__(self, config: VAEConfig, *, dtype=None, rngs: nnx.Rngs):
         widths = [config.ch * m for m in config.ch_mult]
@@ -215,7 +214,7 @@ class Decoder(nnx.Module):
         self.conv_out = conv(widths[0], 3, (3, 3), padding=_SAME, dtype=dtype, rngs=rngs)
 
     def stages(self, z: jax.Array) -> dict[str, jax.Array]:
-        """Every intermediate map by name, ending with "out" (n, h*stride, w*stride, 3)."""
+        """Returns every intermediate map by name; the last is "out" (n, h*stride, w*stride, 3)."""
         maps = {}
         x = maps["mid_attn"] = self.mid.attn_1(self.mid.block_1(self.conv_in(z)))
         x = self.mid.block_2(x)
@@ -239,18 +238,18 @@ class VAE(nnx.Module):
         self.post_quant_conv = conv(z, z, (1, 1), padding=_NONE, dtype=dtype, rngs=rngs)
 
     def moments(self, images: jax.Array) -> jax.Array:
-        """(n, h, w, 3) in [-1, 1] -> mean and log-variance (n, h', w', 2z), not clamped."""
+        """Encodes frames (n, h, w, 3) in [-1, 1] to mean and raw log-variance, (n, h', w', 2z)."""
         return self.quant_conv(self.encoder.stages(images)["out"])
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(n, h, w, 3) in [-1, 1] -> mean, logvar (n, h', w', z), logvar in [-30, 20]."""
+        """Encodes frames (n, h, w, 3) in [-1, 1] to mean, logvar in [-30, 20], (n, h', w', z)."""
         mean, logvar = jnp.split(self.moments(images).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def sample(self, mean: jax.Array, logvar: jax.Array, eps: jax.Array) -> jax.Array:
-        """The scaled latent (mean + std * eps) * scale_factor; UVA samples in evaluation too."""
+        """Returns (mean + std * eps) * scale_factor; UVA also samples in evaluation."""
         return (mean + jnp.exp(0.5 * logvar) * eps) * self.config.scale_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Scaled latents (n, h', w', z) -> frames (n, h, w, 3), about [-1, 1], not clipped."""
+        """Decodes scaled latents (n, h', w', z) to frames (n, h, w, 3), in about [-1, 1]."""
         return self.decoder.stages(self.post_quant_conv(latents / self.config.scale_factor))["out"]
