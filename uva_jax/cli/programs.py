@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from uva_jax.data import batch_shapes
+from uva_jax.data.check import AsRead
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
 from uva_jax.data.windows import WindowSpec
@@ -60,7 +61,9 @@ def _frame_size(config) -> tuple[int, int]:
     path = Path(config.data.path).expanduser()
     if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
-    return ReplayBuffer.open(path).shape(config.data.image_key)[1:3]
+    buffer = AsRead(ReplayBuffer.open(path))
+    buffer.take_frames(config.data.image_key)
+    return buffer.shape(config.data.image_key)[1:3]
 
 
 def _one(devices: Devices) -> NamedSharding:
