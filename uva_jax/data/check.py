@@ -103,7 +103,9 @@ class AsRead:
             self.notes.append(f"{self.path}: data/{key}, of shape {shape}, is read {frames.words}")
         if dtype != np.uint8:
             some = np.linspace(0, self.n_steps - 1, min(_LOOKED_AT, self.n_steps)).astype(int)
-            self.read_rows({key: some})
+            found = self._buffer.read_rows({key: some})[key]
+            self._pixels(key, found, some)
+            to_uint8(found, f"{self.path}: data/{key}")  # that they are not 0..1, all together
 
     def take_numbers(self, key: str, width: int | None = None) -> None:
         """Announces an array of numbers, `width` a step (None: any). `check_finite` reads them.
@@ -166,19 +168,26 @@ class AsRead:
     def _given(self, key: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Values (*rows.shape, ...) in the announced form."""
         if key in self._frames:
-            if values.dtype.kind == "f":
-                flat = values.reshape(rows.size, -1)
-                # NaN and infinity survive a sum.
-                bad = np.flatnonzero(~np.isfinite(flat.sum(axis=1, dtype=np.float64)))
-                if len(bad):
-                    raise UserError(
-                        f"{self._place(key, rows.reshape(-1)[bad[0]])}, is a frame with pixels "
-                        "that are not finite: mend the recording, or leave the episode out"
-                    )
-            return self._frames[key].shown(to_uint8(values, f"{self.path}: data/{key}"))
+            return self._frames[key].shown(self._pixels(key, values, rows))
         if key in self._numbers and values.ndim == rows.ndim:
             return values[..., None]
         return values
+
+    def _pixels(self, key: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Stored pixels as uint8; frames may be all dark."""
+        if values.dtype == np.uint8:
+            return values
+        flat = values.reshape(rows.size, -1)
+        bad = ~((flat.min(axis=1) >= 0) & (flat.max(axis=1) <= 255))  # NaN is bad too
+        if bad.any():
+            row = int(bad.argmax())
+            low, high = flat[row].min(), flat[row].max()
+            raise UserError(
+                f"{self._place(key, rows.reshape(-1)[row])}, is a frame whose pixels range from "
+                f"{low:g} to {high:g}, where 0..255 is expected: mend the recording, or leave the "
+                "episode out"
+            )
+        return np.rint(values).astype(np.uint8)
 
     def _place(self, key: str, row: int) -> str:
         episode = int(np.searchsorted(self.episode_ends, row, side="right"))
