@@ -90,7 +90,7 @@ def nan_pixel(arrays):
     [
         (shaped("view", lambda x: x.reshape(len(x), -1)), r"data/view is uint8 of shape \(30, 307"),
         (shaped("wrist", lambda x: np.tile(x, 2)), r"data/wrist is uint8 of shape \(30, 32, 32, 6"),
-        (shaped("view", lambda x: x[:, None]), "which are no frames"),
+        (shaped("view", lambda x: x[:, None]), "but frames are pixel values"),
         (shaped("view", lambda x: (x / 255).astype(np.float32)), "data/view should hold pixel"),
         (nan_pixel, r"data/view\[0\], step 0 of episode 0 .*range from nan to nan, where 0..255"),
         (shaped("action", lambda x: x[:, :7]), "data/action is 7 .* this policy's actions are 10"),

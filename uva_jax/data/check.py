@@ -95,8 +95,9 @@ class AsRead:
         frames = _Frames.of(shape[1:])
         if frames is None or dtype.kind not in "iuf":
             raise UserError(
-                f"{self.path}: data/{key} is {dtype} of shape {shape}, which are no frames: they "
-                "are numbers (n, h, w, 3), or with the channels first, with alpha, or gray"
+                f"{self.path}: data/{key} is {dtype} of shape {shape}, but frames are "
+                "pixel values (n, h, w, 3), or with channels first, with alpha, or gray: name the "
+                "cameras' arrays with config.data.image_key and config.data.wrist_key"
             )
         self._frames[key] = frames
         if frames.words:
