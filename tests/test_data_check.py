@@ -8,7 +8,7 @@ from conftest import CONFIG, silently
 from variants import VARIANTS, recording
 
 from uva_jax.cli import sample
-from uva_jax.data.check import AsRead, check_split
+from uva_jax.data.check import BufferView, check_split
 from uva_jax.data.readers import open_reader
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
@@ -134,7 +134,7 @@ def test_single_numbers_are_rows_of_one(tmp_path):
     policy = surgery.abstract_policy(CONFIG)
     with pytest.raises(UserError, match="data/action is 1 numbers wide.*actions are 2"):
         open_reader(data, policy)
-    any_width = WindowSpec.of(CONFIG).of_any_width()
+    any_width = WindowSpec.of(CONFIG).without_widths()
     reader = open_reader(data, policy, spec=any_width)
     assert reader.buffer.shape("action") == (30, 1)
     found = reader.read(STRIPS, np.arange(1))["action"]
@@ -152,7 +152,7 @@ def test_a_mirror_needs_square_frames_and_points(tmp_path):
 def test_a_read_out_is_checked_like_the_policy_s_own_numbers(tmp_path):
     state = np.random.default_rng(0).normal(size=(30, 3))
     pusht(tmp_path, state=state, bad=np.where(np.arange(30) == 4, np.nan, 0.0))
-    buffer = AsRead(ReplayBuffer.open(tmp_path / "data.zarr"))
+    buffer = BufferView(ReplayBuffer.open(tmp_path / "data.zarr"))
     scale = readout_scale(buffer, "state", (), mirrored=False)
     np.testing.assert_allclose(scale(state).std(axis=0), 1, atol=1e-5)
     assert readout_scale(buffer, "", (), mirrored=True) is None
@@ -168,7 +168,7 @@ def test_a_read_out_is_checked_like_the_policy_s_own_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("lengths", "options", "words"),
     [
-        ([30], {}, "holds one episode, so that none can be held out"),
+        ([30], {}, "holds one episode, so none can be held out"),
         ([30, 30], {"val_ratio": 0.0}, r"no episode held out.*val_ratio=0, split_seed=42"),
         ([30, 30, 4], {"val_ratio": 0.3, "split_seed": 0}, "1 of 3 episodes held out.* of 4 steps"),
         ([4, 30, 4], {"val_ratio": 0.3, "split_seed": 1}, "none to train on: lower"),

@@ -86,7 +86,7 @@ class Bench:
         self.config, self.workdir, self.metrics = config, workdir, metrics
         self.data = section(config.data, source.DataOptions)
         model = section(config.pretrain.model, architecture.ModelOptions)
-        any_width = WindowSpec.of(vae_of.config).of_any_width()
+        any_width = WindowSpec.of(vae_of.config).without_widths()
         self.buffer = open_reader(self.data, vae_of, spec=any_width).buffer
         check_split(self.buffer, self.data)
         shape = self.buffer.shape(self.data.action_key)

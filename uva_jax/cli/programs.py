@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from uva_jax.data import batch_shapes
-from uva_jax.data.check import AsRead
+from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
 from uva_jax.data.windows import WindowSpec
@@ -61,8 +61,8 @@ def _frame_size(config) -> tuple[int, int]:
     path = Path(config.data.path).expanduser()
     if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
-    buffer = AsRead(ReplayBuffer.open(path))
-    buffer.take_frames(config.data.image_key)
+    buffer = BufferView(ReplayBuffer.open(path))
+    buffer.add_frames(config.data.image_key)
     return buffer.shape(config.data.image_key)[1:3]
 
 

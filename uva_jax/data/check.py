@@ -1,9 +1,9 @@
-"""Demonstrations held against the policy that reads them, before anything is computed.
+"""Checks of demonstrations against the policy that reads them, before anything is computed.
 
-Recordings keep frames with their channels first or last, with alpha or in gray, and single numbers
-without an axis of their own. `AsRead` gives them all one form, refuses what has none, and finds
-numbers that are not finite; `check_widths` compares with the policy, `check_split` asks whether
-there are windows to train on and to judge by.
+Recordings store frames with channels first or last, with alpha or in gray, and actions of one
+number with or without an axis. `BufferView` converts these to one form and refuses the rest, and
+values that are not finite. `check_widths` compares with the policy; `check_split` refuses a split
+without training or held-out windows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ _LOOKED_AT = 8  # frames that tell the range of pixels which are not uint8
 
 
 class _Frames(NamedTuple):
-    """How an array keeps its frames: the channels' axis in a step (None: gray without one)."""
+    """How an array stores frames.
+
+    Attributes:
+      axis: the channels' axis in a frame; None: gray without such an axis.
+      channels: 1, 3 or 4.
+      size: height and width.
+    """
 
     axis: int | None
     channels: int
@@ -32,9 +38,9 @@ class _Frames(NamedTuple):
 
     @classmethod
     def of(cls, item: tuple[int, ...]) -> _Frames | None:
-        """The form of frames of that shape; None: it is no frame's.
+        """Finds the form of frames of a shape; None: no frame has that shape.
 
-        Where both ends could be channels, they are at the end that leaves the larger frame.
+        Where the first and the last axis could both be channels, the larger frame decides.
         """
         if len(item) == 2:
             return cls(None, 1, item) if min(item) else None
@@ -48,14 +54,14 @@ class _Frames(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What is done with them, if they are not (h, w, 3) already."""
+        """How the frames are read, in words; "" for (h, w, 3)."""
         said = ["with its channels first"] if self.axis == 0 else []
         said += ["without its fourth channel, alpha"] if self.channels == 4 else []
-        said += ["as gray, which is shown as red, green and blue"] if self.channels == 1 else []
+        said += ["as gray, repeated for red, green and blue"] if self.channels == 1 else []
         return " and ".join(said)
 
-    def shown(self, values: np.ndarray) -> np.ndarray:
-        """Stored frames (..., *item) as (..., h, w, 3)."""
+    def convert(self, values: np.ndarray) -> np.ndarray:
+        """Converts stored frames (..., *item) to (..., h, w, 3)."""
         if self.axis is None:
             values = values[..., None]
         elif self.axis == 0:
@@ -65,14 +71,14 @@ class _Frames(NamedTuple):
         return np.ascontiguousarray(values[..., :3])
 
 
-class AsRead:
-    """A replay buffer whose arrays have the form that policies take; else as the buffer it is of.
+class BufferView:
+    """A replay buffer with the interface of `ReplayBuffer`, in the form that policies take.
 
-    Frames are (n, h, w, 3) uint8 and numbers (n, k), as soon as an array was announced with
-    `take_frames` or `take_numbers`.
+    Arrays added with `add_frames` are read as (n, h, w, 3) uint8, those added with `add_numbers` as
+    (n, k); all others as they are stored.
 
     Attributes:
-      notes: what was done to arrays of another form, a sentence each.
+      notes: a sentence for each array that is stored in another form.
     """
 
     def __init__(self, buffer: ReplayBuffer):
@@ -84,12 +90,12 @@ class AsRead:
     def __getattr__(self, name: str):
         return getattr(self._buffer, name)
 
-    def take_frames(self, key: str) -> None:
-        """Announces an array of frames.
+    def add_frames(self, key: str) -> None:
+        """Adds an array of frames.
 
         Raises:
-          UserError: the array is not there, holds no frames, or pixels out of range in those few
-            of its frames that are looked at.
+          UserError: the array is missing, holds no frames, or a sample of its frames holds pixels
+            that are out of range.
         """
         shape, dtype = self._buffer.shape(key), self._buffer.dtype(key)
         frames = _Frames.of(shape[1:])
@@ -106,13 +112,13 @@ class AsRead:
             some = np.linspace(0, self.n_steps - 1, min(_LOOKED_AT, self.n_steps)).astype(int)
             found = self._buffer.read_rows({key: some})[key]
             self._pixels(key, found, some)
-            to_uint8(found, f"{self.path}: data/{key}")  # that they are not 0..1, all together
+            to_uint8(found, f"{self.path}: data/{key}")  # refuses a range of 0..1
 
-    def take_numbers(self, key: str, width: int | None = None) -> None:
-        """Announces an array of numbers, `width` a step (None: any). `check_finite` reads them.
+    def add_numbers(self, key: str, width: int | None = None) -> None:
+        """Adds an array of numbers, `width` a step (None: any); their values are not read.
 
         Raises:
-          UserError: the array is not there, or holds something else.
+          UserError: the array is missing, or has another width, shape or dtype.
         """
         shape, dtype = self._buffer.shape(key), self._buffer.dtype(key)
         if len(shape) not in (1, 2) or not all(shape) or dtype.kind not in "biuf":
@@ -139,7 +145,7 @@ class AsRead:
             more = f" (and in {len(rows) - 1} further steps)" if len(rows) > 1 else ""
             raise UserError(
                 f"{self._place(key, first)}, column {column}, is {stored[first, column]}{more}, "
-                "where only finite numbers make sense: mend the recording, or leave the episode out"
+                "but must be finite: correct the recording, or leave that episode out"
             )
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -167,15 +173,15 @@ class AsRead:
         return {key: self._given(key, found[key], np.asarray(rows[key])) for key in rows}
 
     def _given(self, key: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Values (*rows.shape, ...) in the announced form."""
+        """Converts stored values (*rows.shape, ...) of an array."""
         if key in self._frames:
-            return self._frames[key].shown(self._pixels(key, values, rows))
+            return self._frames[key].convert(self._pixels(key, values, rows))
         if key in self._numbers and values.ndim == rows.ndim:
             return values[..., None]
         return values
 
     def _pixels(self, key: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Stored pixels as uint8; frames may be all dark."""
+        """Converts stored pixels to uint8. A single frame may be all dark."""
         if values.dtype == np.uint8:
             return values
         flat = values.reshape(rows.size, -1)
@@ -185,8 +191,8 @@ class AsRead:
             low, high = flat[row].min(), flat[row].max()
             raise UserError(
                 f"{self._place(key, rows.reshape(-1)[row])}, is a frame whose pixels range from "
-                f"{low:g} to {high:g}, where 0..255 is expected: mend the recording, or leave the "
-                "episode out"
+                f"{low:g} to {high:g}, where 0..255 is expected: correct the recording, or leave "
+                "that episode out"
             )
         return np.rint(values).astype(np.uint8)
 
@@ -197,15 +203,15 @@ class AsRead:
 
 
 def check_widths(spec: WindowSpec, widths: Mapping[str, tuple[str, int]], path: str) -> None:
-    """Compares what the data give with what a policy takes, where the policy says.
+    """Compares the widths of actions and states with the policy's, as far as it fixes them.
 
     Args:
-      spec: of the policy.
-      widths: for "action" and every state, the array that it comes from, and numbers a step.
-      path: the data's.
+      spec: the policy's windows.
+      widths: (name of the array, numbers a step) of "action" and of every state.
+      path: the recording, named in errors.
 
     Raises:
-      UserError: they differ; both numbers and the arrays are named.
+      UserError: the widths differ, or a state is missing.
     """
     own = "give the data that it was trained on"
     array, width = widths["action"]
@@ -237,8 +243,8 @@ def check_widths(spec: WindowSpec, widths: Mapping[str, tuple[str, int]], path: 
         )
 
 
-def check_mirror(buffer: AsRead, options: DataOptions) -> None:
-    """Raises UserError for data that `config.data.mirror` has no mirror image for."""
+def check_mirror(buffer: BufferView, options: DataOptions) -> None:
+    """Raises UserError where `config.data.mirror` cannot mirror the frames or the actions."""
     if options.mirror != "pusht":
         return
     frame, width = buffer.shape(options.image_key)[1:3], buffer.shape(options.action_key)[1]
@@ -250,30 +256,30 @@ def check_mirror(buffer: AsRead, options: DataOptions) -> None:
         )
 
 
-def check_split(buffer: ReplayBuffer | AsRead, options: DataOptions, way_out: str = "") -> None:
-    """Asks whether both parts of the episodes, training and held-out, have a window.
+def check_split(buffer: ReplayBuffer | BufferView, options: DataOptions, way_out: str = "") -> None:
+    """Checks that the training episodes and the held-out episodes each hold a window.
 
     Args:
-      buffer: the data.
-      options: says which episodes are held out.
-      way_out: what else can be done, at the end of the sentence.
+      buffer: the recording.
+      options: how episodes are held out.
+      way_out: a further remedy, appended to the error.
 
     Raises:
-      UserError: one of them has none.
+      UserError: training or held-out episodes hold none.
     """
     lengths = np.diff(buffer.episode_ends, prepend=0)
     long = last_current_steps(lengths, options) >= 0
     if not long.any():
-        return  # said by `plan_strips`
+        return  # `plan_strips` says so
     held_out = validation_mask(buffer.n_episodes, options.val_ratio, options.split_seed)
     said = f"(config.data.val_ratio={options.val_ratio:g}, split_seed={options.split_seed})"
     need = f"the {steps_of_a_window(options)} steps of a window"
     if not held_out.any() and buffer.n_episodes == 1:
-        wrong = "holds one episode, so that none can be held out to judge by: give at least two"
+        wrong = "holds one episode, so none can be held out for evaluation: give at least two"
     elif not held_out.any():
         wrong = (
-            f"has no episode held out to judge by {said}: set config.data.val_ratio above 0 (at "
-            "least one episode is then held out)"
+            f"has no episode held out for evaluation {said}: set config.data.val_ratio above 0 "
+            "(at least one episode is then held out)"
         )
     elif not (long & held_out).any():
         wrong = (

@@ -158,7 +158,7 @@ class Hdf5Recording:
         return steps
 
     def _check_numbers(self) -> None:
-        """Looks at all actions and states, and notes what could not be checked.
+        """Checks the values of all actions and states, and notes what could not be checked.
 
         Raises:
           UserError: values are not finite, or the actions are relative ones, which a policy of
@@ -171,7 +171,7 @@ class Hdf5Recording:
                 if len(bad):
                     raise UserError(
                         f"{self.path}: {demo.name}/{key} is not finite at step {bad[0][0]} "
-                        "(counted from 0): mend the file, or leave the demonstration out"
+                        "(counted from 0): correct the file, or leave that demonstration out"
                     )
             hand = self._hand(demo)
             unknown += hand is None
@@ -204,7 +204,7 @@ class Hdf5Recording:
         )
 
     def _hand(self, demo) -> np.ndarray | None:
-        """The hand's positions (steps, 3), where the demonstration holds them."""
+        """Reads the hand's positions (steps, 3); None where the demonstration holds none."""
         for name in self._layout.positions:
             place = demo.get(f"obs/{name}")
             shape = getattr(place, "shape", ())

@@ -65,7 +65,7 @@ class WindowReader:
     """Reads strips of windows as a policy takes them, from arrays that hold just that.
 
     Attributes:
-      buffer: the data, frames and numbers in the form that policies take.
+      buffer: the recording, in the form that policies take.
       spec: what a window holds.
       stride: steps of the recording between neighbouring frames, and windows of a strip.
     """
@@ -114,7 +114,7 @@ class WindowReader:
           UserError: the data lacks what the policy reads, has it in a form or width that does not
             fit, holds numbers that are not finite, or cannot be mirrored.
         """
-        self.buffer, self.options = check.AsRead(buffer), options
+        self.buffer, self.options = check.BufferView(buffer), options
         self.spec = spec = spec or WindowSpec.of(policy.config)
         self.stride = spec.stride * self.pace
         if options.mirror and spec.more_than_images:
@@ -124,9 +124,9 @@ class WindowReader:
             )
         numbers = self.numbers(spec, options)
         for name in self.frames(spec, options):
-            self.buffer.take_frames(name)
+            self.buffer.add_frames(name)
         for name, width in numbers.items():
-            self.buffer.take_numbers(name, width)
+            self.buffer.add_numbers(name, width)
         check.check_widths(spec, self.widths(), str(buffer.path))
         check.check_mirror(self.buffer, options)
         for name in numbers:

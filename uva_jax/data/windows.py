@@ -87,8 +87,8 @@ class WindowSpec:
             text=mar.text_dim > 0,
         )
 
-    def of_any_width(self) -> WindowSpec:
-        """The same windows of actions and states of any width, for a policy yet to be made."""
+    def without_widths(self) -> WindowSpec:
+        """Returns the spec for actions and states of any width, for a policy not yet built."""
         return dataclasses.replace(self, action_dim=None, state_dim=None, state_dims=())
 
     @property
@@ -158,7 +158,7 @@ def history_combinations() -> np.ndarray:
 
 
 def steps_of_a_window(options: DataOptions) -> int:
-    """Steps that an episode needs for one window: up to the current one, and what follows it."""
+    """Counts the steps that an episode needs for one window."""
     return options.horizon // 2 + 1 - options.pad_after
 
 

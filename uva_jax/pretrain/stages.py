@@ -255,14 +255,14 @@ def _copies(options: Options, data: source.DataOptions) -> latents.Copies:
 
 
 def _opened(open_data: OpenData, policy: Policy, settings) -> source.WindowReader:
-    # Widths are the data's; no policy to be trained has its own yet.
-    reader = open_data(policy, spec=WindowSpec.of(policy.config).of_any_width())
+    # The policy is not built yet, so the recording decides the widths.
+    reader = open_data(policy, spec=WindowSpec.of(policy.config).without_widths())
     if reader.options.layout:
         raise UserError(
             f"config.data.layout is {reader.options.layout!r}, but training a policy supports only "
             "images and actions as they are stored: set it to ''"
         )
-    if settings.steps:  # the policy's training, which is judged on held-out windows
+    if settings.steps:  # the policy's training evaluates on held-out windows
         check_split(reader.buffer, reader.options)
     return reader
 

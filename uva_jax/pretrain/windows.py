@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
-from uva_jax.data.check import AsRead
+from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.windows import WindowSpec, buffer_rows, history_combinations, plan_strips
 from uva_jax.models.policy import Policy
@@ -160,22 +160,21 @@ class StateScale(NamedTuple):
 
 
 def readout_scale(
-    buffer: AsRead, key: str, angles: Sequence[int], *, mirrored: bool
+    buffer: BufferView, key: str, angles: Sequence[int], *, mirrored: bool
 ) -> StateScale | None:
-    """Announces the array that is read out, and fits its scale; None if there is none (key "").
+    """Checks the readout array, adds it to the buffer and fits its scale; None for key "".
 
     Raises:
-      UserError: the data lack it, it holds no finite numbers, has no such angles, or is to be
-        mirrored and is not PushT's state.
+      UserError: the array is missing, is not finite, lacks such angles, or cannot be mirrored.
     """
     if not key:
         return None
     if key not in buffer.keys:
         raise UserError(
             f"config.pretrain.readout is {key!r}, but the data holds {', '.join(buffer.keys)}: "
-            "name one of them, or '' for no read-out"
+            "name one of them, or '' for no readout head"
         )
-    buffer.take_numbers(key)
+    buffer.add_numbers(key)
     if mirrored and (width := buffer.shape(key)[1]) != _PUSHT_STATE:
         raise UserError(
             f"config.data.mirror mirrors a state of {_PUSHT_STATE} numbers (agent, block, angle), "
