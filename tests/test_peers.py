@@ -1,4 +1,4 @@
-"""A process that fails or dies is not waited for: the others end with a sentence that names it."""
+"""If one process of a run fails or is killed, the others exit with a message that names it."""
 
 import signal
 import socket
@@ -14,9 +14,9 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DistributedOptions
 
 number, address, what = int(sys.argv[1]), *sys.argv[2:]
-peers._SILENCE = peers._EVERY = 1.0
+peers._SILENCE = peers._INTERVAL = 1.0
 parallel.initialize_distributed(DistributedOptions(False, address, 2, number))
-with peers.watched(address):
+with peers.exit_together(address):
     parallel.barrier("begun")
     if number == int(what[-1]):
         if what.startswith("fails"):
@@ -27,7 +27,6 @@ with peers.watched(address):
             os.kill(os.getpid(), signal.SIGKILL)
         if what.startswith("exits"):
             sys.exit(143)
-    print("waits", flush=True)
     parallel.barrier("never")
 print("over", flush=True)
 """
@@ -50,25 +49,25 @@ def run_two(what: str):
 @pytest.mark.parametrize(
     "what, status, sentence",
     [
-        ("fails in 0", 2, "error: process 0 has ended (the disk is full)"),
-        ("breaks in 1", 1, "error: process 1 has ended (KeyError: 'a fault')"),
-        ("exits in 0", 143, "error: process 0 has ended (it was stopped)"),
+        ("fails in 0", 2, "error: process 0 has failed (the disk is full)"),
+        ("breaks in 1", 1, "error: process 1 has failed (KeyError: 'a fault')"),
+        ("exits in 0", 143, "error: process 0 has failed (it was stopped)"),
         ("killed in 0", -signal.SIGKILL, "error: process 0 is gone"),
         ("killed in 1", -signal.SIGKILL, "error: process 1 is gone"),
     ],
 )
-def test_what_ends_one_process_ends_the_other_with_a_sentence(what, status, sentence):
+def test_if_one_process_ends_the_other_exits_with_a_message(what, status, sentence):
     number = int(what[-1])
     results = run_two(what)
     assert results[number][0] == status
     other, out, error = results[1 - number]
-    assert other not in (0, None) and "waits" in out and "over" not in out
+    assert other not in (0, None) and "over" not in out
     told = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and told[0].startswith(sentence)
-    assert "start all processes again with the same command" in told[0]
+    assert "run the same command again in all processes" in told[0]
 
 
-def test_processes_that_end_well_end_together():
+def test_processes_that_finish_exit_with_status_0():
     results = run_two("nothing in 2".replace("never", ""))
     assert [status for status, _, _ in results] == [0, 0]
     assert all("over" in out and not error for _, out, error in results)

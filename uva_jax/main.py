@@ -37,7 +37,7 @@ def run(config, workdir: str, only: list[str] | None) -> dict:
 
     distributed = section(config.distributed, DistributedOptions)
     parallel.initialize_distributed(distributed)
-    with peers.watched(distributed.coordinator_address):
+    with peers.exit_together(distributed.coordinator_address):
         return run_pipeline(
             stages.stages(config),
             config,

@@ -1,8 +1,8 @@
-"""The other processes of a run: each tells the rest that it is at work, and why it ends.
+"""Failure detection between the processes of a distributed run.
 
-A process in a barrier or a collective waits for hours for one that is gone. So every process keeps
-a note of its own where JAX's processes meet, renews it while it works, and looks at the others'.
-Where one has failed, or has been silent for long, the rest end with a sentence that names it.
+A process that waits in a barrier or a collective does not notice that another one is gone. Each
+process therefore writes a heartbeat to the key-value store of JAX's coordination service and reads
+those of the others. If one fails, or its heartbeat stops, the others print which one and exit.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from orbax.checkpoint import multihost
 
 from uva_jax.runtime.errors import UserError
 
-_EVERY = 2.0  # seconds between two looks
-_SILENCE = 30.0  # seconds after which a process that renews nothing counts as gone
-_HEARING = 10.0  # seconds that a process which fails waits for the others to read why
-_NOTES = "uva_jax/peers"
-_AGAIN = "start all processes again with the same command to resume"
+_INTERVAL = 2.0  # seconds between two heartbeats
+_SILENCE = 30.0  # seconds without a heartbeat after which a process counts as gone
+_ACKNOWLEDGE = 10.0  # seconds that a failing process waits for the others to read its message
+_STORE = "uva_jax/peers"  # prefix of the keys
+_RESTART = "run the same command again in all processes to resume"
 
-# JAX ends a process at once, by a signal, when process 0 is gone, so that another has to say it.
-_TELLER = """
+# Without process 0, which hosts the coordination service, JAX aborts the other processes at once.
+# This program outlives its process and prints the message that the process no longer can.
+_REPORTER = """
 import socket, sys
-sentence, host, port = sys.argv[1:]
+message, host, port = sys.argv[1:]
 if not sys.stdin.read():
     try:
         socket.create_connection((host, int(port)), 2).close()
     except OSError:
-        sys.exit(sentence)
+        sys.exit(message)
 """
 
 
 @contextmanager
-def watched(coordinator: str = "") -> Iterator[None]:
-    """While the block runs, ends this process with a sentence once another one has failed.
+def exit_together(coordinator: str = "") -> Iterator[None]:
+    """While the block runs, exits with a message if another process of the run fails or is gone.
 
-    What the block raises ends this process here, once the others know of it: as `exit_status`
-    does, but without JAX's farewell, which would wait for them. A single process is left alone.
+    An exception in the block is printed as `exit_status` prints it, reported to the other
+    processes, and ends this one here: JAX's own shutdown would wait for the others. With a single
+    process this does nothing.
 
     Args:
-      coordinator: "host:port" of process 0, if that was given.
+      coordinator: "host:port" of process 0, where known.
     """
     if jax.process_count() == 1:
         yield
@@ -57,46 +59,47 @@ def watched(coordinator: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        peers.end(str(error), f"error: {error}", 2)
+        peers.fail(str(error), f"error: {error}", 2)
     except SystemExit as error:
-        peers.end("it was stopped", "", error.code if isinstance(error.code, int) else 1)
+        peers.fail("it was stopped", "", error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            peers.wait_for_a_cause()  # what lost its other side fails like this
+            # Collectives and barriers raise this if another process is gone. Then the thread that
+            # watches heartbeats ends this process meanwhile.
+            time.sleep(_SILENCE + 3 * _INTERVAL)
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        peers.end(what, traceback.format_exc().rstrip(), 1)
-    peers.leave_well()
+        peers.fail(what, traceback.format_exc().rstrip(), 1)
+    peers.finish()
 
 
 class _Peers:
+    """The heartbeat thread of this process, and what it tells the others."""
+
     def __init__(self, coordinator: str):
         self._client = multihost.get_jax_distributed_client()
         self._own, self._count = jax.process_index(), jax.process_count()
         self._stopped = threading.Event()
-        self._seen: dict[int, tuple[str, float]] = {}  # process -> its note, when it was new
-        self._teller = self._start_teller(coordinator)
+        self._last: dict[int, tuple[str, float]] = {}  # process -> its heartbeat, when it changed
+        self._reporter = self._start_reporter(coordinator)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
-    def leave_well(self) -> None:
+    def finish(self) -> None:
+        """Ends the watch after a block that ended well."""
         self._stop_watching()
-        self._note("ended", "well")
-        self._dismiss_teller()
+        self._set("finished", "")
+        self._dismiss_reporter()
 
-    def wait_for_a_cause(self) -> None:
-        """Gives the watch the time to find out that another process is gone, and to end this."""
-        time.sleep(_SILENCE + 3 * _EVERY)
-
-    def end(self, what: str, printed: str, status: int) -> NoReturn:
-        """Prints, lets the others know what happened, and ends this process."""
+    def fail(self, what: str, printed: str, status: int) -> NoReturn:
+        """Prints, reports the failure to the others, and exits."""
         self._stop_watching()
         if printed:
             print(printed, file=sys.stderr, flush=True)
-        with suppress(jax.errors.JaxRuntimeError):  # the meeting place may be gone
-            self._note("failed", what)
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone, and the store with it
+            self._set("failed", what)
             others = {str(i) for i in range(self._count)} - {str(self._own)}
-            until = time.monotonic() + _HEARING
-            while others - self._notes("heard").keys() and time.monotonic() < until:
+            until = time.monotonic() + _ACKNOWLEDGE
+            while others - self._get("acknowledged").keys() and time.monotonic() < until:
                 time.sleep(0.1)
         self._exit(status)
 
@@ -106,65 +109,67 @@ class _Peers:
 
     def _watch(self) -> None:
         beat = 0
-        while not self._stopped.wait(_EVERY):
+        while not self._stopped.wait(_INTERVAL):
             beat += 1
             try:
-                self._note("alive", str(beat))
-                if sentence := self._what_happened():
-                    self._note("heard", "")
+                self._set("alive", str(beat))
+                if message := self._find_failure():
+                    self._set("acknowledged", "")
             except jax.errors.JaxRuntimeError:
-                sentence = _lost(0)
-            if sentence:
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
+                message = _gone(0)
+            if message:
+                print(f"error: {message}", file=sys.stderr, flush=True)
                 if self._own == 0:
-                    time.sleep(2 * _EVERY)  # the others read the notes here
+                    time.sleep(2 * _INTERVAL)  # until the others have read the store
                 self._exit(2)
 
-    def _what_happened(self) -> str | None:
-        for process, what in self._notes("failed").items():
+    def _find_failure(self) -> str | None:
+        """A message about a process that has failed or is gone, if there is one."""
+        for process, what in self._get("failed").items():
             if process != str(self._own):
-                return f"process {process} has ended ({what}), so this one ends too: {_AGAIN}"
-        alive, ended, now = self._notes("alive"), self._notes("ended"), time.monotonic()
-        for process in set(range(self._count)) - {self._own, *map(int, ended)}:
-            note = alive.get(str(process), "")
-            if self._seen.setdefault(process, (note, now))[0] != note:
-                self._seen[process] = (note, now)
-            if now - self._seen[process][1] > _SILENCE:
-                return _lost(process)
+                return f"process {process} has failed ({what}); {_RESTART}"
+        alive, finished, now = self._get("alive"), self._get("finished"), time.monotonic()
+        for process in set(range(self._count)) - {self._own, *map(int, finished)}:
+            beat = alive.get(str(process), "")
+            if self._last.setdefault(process, (beat, now))[0] != beat:
+                self._last[process] = (beat, now)
+            if now - self._last[process][1] > _SILENCE:
+                return _gone(process)
         return None
 
-    def _note(self, kind: str, value: str) -> None:
-        self._client.key_value_set(f"{_NOTES}/{kind}/{self._own}", value, allow_overwrite=True)
+    def _set(self, kind: str, value: str) -> None:
+        self._client.key_value_set(f"{_STORE}/{kind}/{self._own}", value, allow_overwrite=True)
 
-    def _notes(self, kind: str) -> dict[str, str]:
-        found = self._client.key_value_dir_get(f"{_NOTES}/{kind}/")
+    def _get(self, kind: str) -> dict[str, str]:
+        """Values by process."""
+        found = self._client.key_value_dir_get(f"{_STORE}/{kind}/")
         return {key.rsplit("/", 1)[1]: value for key, value in found}
 
-    def _start_teller(self, coordinator: str) -> subprocess.Popen | None:
+    def _start_reporter(self, coordinator: str) -> subprocess.Popen | None:
         host, _, port = coordinator.rpartition(":")
         if self._own == 0 or not host:
             return None
-        sentence = f"error: {_lost(0)}"
+        message = f"error: {_gone(0)}"
         return subprocess.Popen(
-            [sys.executable, "-S", "-c", _TELLER, sentence, host.strip("[]"), port],
+            [sys.executable, "-S", "-c", _REPORTER, message, host.strip("[]"), port],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C does not end it
         )
 
-    def _dismiss_teller(self) -> None:
-        if self._teller is not None:
+    def _dismiss_reporter(self) -> None:
+        if self._reporter is not None:
             with suppress(OSError):
-                self._teller.communicate(b"all is said")
+                self._reporter.communicate(b"nothing to report")
 
     def _exit(self, status: int) -> NoReturn:
-        self._dismiss_teller()
+        self._dismiss_reporter()
         sys.stdout.flush()
         os._exit(status)
 
 
-def _lost(process: int) -> str:
+def _gone(process: int) -> str:
     return (
-        f"process {process} is gone (killed, or its machine is lost; its own output may say more), "
-        f"so this one ends too: {_AGAIN}"
+        f"process {process} is gone (killed, or its host is down; its own output may tell more); "
+        f"{_RESTART}"
     )
