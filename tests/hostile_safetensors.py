@@ -83,12 +83,12 @@ def damaged_pairs(pair: Path) -> Made:
     length = struct.unpack("<Q", whole[:8])[0]
     cuts = {"in the length": 4, "in the header": 8 + length // 2, "at the data": 8 + length}
     for name, size in (cuts | {"in the data": len(whole) - 100, "last byte": -1}).items():
-        yield f"cut {name}", "no sound safetensors", make(whole[:size])
+        yield f"cut {name}", "not a valid safetensors", make(whole[:size])
     for name, place in {"first": 8 + length, "middle": len(whole) // 2 + 4000, "last": -1}.items():
         data = bytearray(whole)
         data[place] ^= 0x10
         yield f"flipped: {name} byte of the data", "states another sha256", make(bytes(data))
-    yield "no json", "beside it", make(beside=None)
+    yield "no json", "lacks the file", make(beside=None)
     yield "empty json", "is damaged", make(beside=b"")
     yield "json of something else", "is damaged", make(beside={"model": 1})
     yield "endless json", "is damaged", make(beside=b"[" * 100_000)

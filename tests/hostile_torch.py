@@ -166,7 +166,7 @@ def running(folder: Path) -> Made:
     record = torch_file.Record(torch_file.Global("os", "system"), (f"touch {folder / 'marker'}",))
     state = sound_state()
     yield "as the cfg", "", lambda path: sound(path, cfg=record)
-    yield "as a tensor", "is no tensor", lambda path: sound(path, state | {WEIGHT: record})
+    yield "as a tensor", "is not a tensor", lambda path: sound(path, state | {WEIGHT: record})
     yield "as the state dict", "", lambda path: sound(path, state_dicts={"ema_model": record})
     yield "as the state dicts", "", lambda path: sound(path, state_dicts=record)
     yield "as the architecture", "", lambda path: sound(path, uva_jax=record)

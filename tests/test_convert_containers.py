@@ -211,7 +211,7 @@ def test_a_state_dict_alone_is_read_with_its_architecture(plain, tmp_path, capsy
         ("{", "is not json"),
         ("[1]", "holds no architecture"),
         ('{"mar": {"evil": 1}}', "has no field 'evil'"),
-        ('{"n_action_steps": 99}', "n_action_steps is 99, but it has to be 1 to 16"),
+        ('{"n_action_steps": 99}', "n_action_steps is 99, but it must be 1 to 16"),
     ],
 )
 def test_an_architecture_that_is_none_is_named(content, said, plain, tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_what_the_cfg_says_otherwise_than_the_tensors_is_told(plain, tmp_path, c
         assert part in told
     assert len(info["contradictions"]) == 7
     assert main(["inspect", str(path)]) == 0
-    assert capsys.readouterr().out.count("the tensors are believed") == 7
+    assert capsys.readouterr().out.count("the tensors are used") == 7
     assert from_torch.convert_checkpoint(plain[0])[1]["contradictions"] == []
 
 

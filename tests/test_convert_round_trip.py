@@ -282,7 +282,7 @@ def test_inspect_says_what_a_checkpoint_is(tmp_path, capsys):
         (["from_torch", str(TEACHER), "out", "--weights", "model"], "no model weights"),
         (["to_torch", "nowhere", "out.ckpt"], "is not a policy folder"),
         (["verify", "--fixtures", "nowhere"], "holds no .npz file"),
-        (["verify"], "verify takes either a checkpoint or --fixtures"),
+        (["verify"], "give verify either a checkpoint or --fixtures"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, sentence, capsys, tmp_path, monkeypatch):

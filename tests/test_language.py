@@ -123,7 +123,7 @@ def without(*words):
         ({"vocab.json": "{"}, "vocab.json is not readable JSON"),
         ({"vocab.json": "[" * 100_000}, "vocab.json is not readable JSON"),
         ({"vocab.json": "[]"}, "should hold a JSON object"),
-        ({"vocab.json": '{"a": "b"}'}, "no count"),
+        ({"vocab.json": '{"a": "b"}'}, "not a whole number"),
         ({"vocab.json": '{"a": 1, "b": 1}'}, "share a number"),
         ({"vocab.json": json.dumps(without(START))}, "lacks <.startoftext.>"),
         ({"vocab.json": json.dumps(without("turn</w>"))}, "'turn</w>', which the vocabulary lacks"),
@@ -166,7 +166,7 @@ def test_without_tower_or_file_there_are_no_vectors(plain_policy, folder):
 
 def test_another_models_vocabulary_is_refused(policy, tmp_path):
     words = vocabulary() | {"extra": len(vocabulary())}
-    with pytest.raises(UserError, match="has 555 words .* knows 554"):
+    with pytest.raises(UserError, match="has 555 words .* has 554"):
         task_latents(TASKS, policy=policy, vocabulary=str(write_vocabulary(tmp_path, words)))
 
 

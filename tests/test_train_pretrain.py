@@ -325,13 +325,13 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     fresh = make_policy(dataclasses.replace(CONFIG, task="other"))
     zeros = {k: jnp.zeros_like(v) for k, v in surgery.flatten(fresh).items()}
     filled, said = start_from(zeros, tmp_path / "start.pth", kind)
-    assert "loss.logvar" in said and "1 of the policy's start fresh" in said
+    assert "loss.logvar" in said and "1 of the policy start from random values" in said
     got = torch_arrays(filled)
     for name, value in named.items():
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
     # What nothing trains afterwards has to be there.
-    with pytest.raises(UserError, match="nothing trains the other 1 .*which would stay random"):
+    with pytest.raises(UserError, match="the other 1 .*are not trained and would stay random"):
         start_from(zeros, tmp_path / "start.pth", kind, trained=("other/",))
     # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
     whole = torch_arrays(surgery.flatten(teacher))
@@ -387,12 +387,14 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     stage_config.pretrain.vae = str(tmp_path / "vae" / "vae.ckpt")
     stage_config.pretrain.vae_training.steps = 0
     _, told = silently(run, stage_config, str(tmp_path / "other"), ["vae"])
-    assert "0 of the policy's start fresh" in told
+    assert "0 of the policy start from random values" in told
     files = [folder / "vae" / "vae.ckpt" for folder in (tmp_path / "other", tmp_path)]
     assert files[0].read_bytes() == files[1].read_bytes()
     # Another architecture's VAE, which nothing trains on, would leave arrays random.
     stage_config.pretrain.model.update(image_size=32, vae_multipliers=(1, 1, 1, 1))
-    with pytest.raises(UserError, match=r"vae\.ckpt .* nothing trains the other .* stay random"):
+    with pytest.raises(
+        UserError, match=r"vae\.ckpt .* the other .* are not trained and would stay random"
+    ):
         silently(run, stage_config, str(tmp_path / "third"), ["vae"])
     assert not (tmp_path / "third" / "vae" / "vae.ckpt").exists()
 
