@@ -49,7 +49,7 @@ def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
         "pickle gadgets": lambda: ht.running(folder),
         "pickle bombs": lambda: pickled(ht.pickle_bombs()),
         "tensors that lie": lambda: pickled(lies),
-        "cut short": lambda: ht.truncated(whole, ht.sections(good), "cut short"),
+        "cut short": lambda: ht.truncated(whole, ht.sections(good), "truncated"),
         "flipped bytes": lambda: ht.flipped(whole, ht.places(good), ""),
         "shapes": ht.shapes,
         "weights": ht.weights,
