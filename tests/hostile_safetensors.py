@@ -1,4 +1,4 @@
-"""Damaged and hostile .safetensors files; see `hostile_torch` for what a kind gives."""
+"""Damaged and hostile .safetensors files; `hostile_torch` describes the tuples of a kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uva_jax.models import description
 
 
 def _pair(path: Path, header: object, data: bytes = b"", length: int | None = None) -> None:
-    """A .safetensors file by hand, with the sound json beside it."""
+    """Writes a .safetensors file from header and data, with a valid json."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = struct.pack("<Q", len(encoded) if length is None else length)
     path.write_bytes(size + encoded + data)
@@ -24,7 +24,7 @@ def _pair(path: Path, header: object, data: bytes = b"", length: int | None = No
 
 
 def headers() -> Made:
-    """Headers that lie."""
+    """Headers with wrong values."""
 
     def entry(begin: int, end: int, shape=(1,), dtype: object = "F32") -> dict:
         return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -68,7 +68,7 @@ def headers() -> Made:
 
 
 def damaged_pairs(pair: Path) -> Made:
-    """Sound pairs of files with one of them damaged."""
+    """Pairs of files of which one is damaged."""
     whole, described = pair.read_bytes(), json.loads(safetensors_file.json_of(pair).read_text())
 
     def make(data: bytes = whole, beside: object = described) -> Callable[[Path], None]:

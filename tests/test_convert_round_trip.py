@@ -1,4 +1,4 @@
-"""Checkpoints to policies and back: nothing is lost, and what does not fit is named."""
+"""Conversion of checkpoints to policies and back loses nothing; errors name what does not fit."""
 
 import dataclasses
 import json
@@ -47,8 +47,10 @@ def assert_same_tensors(found, wanted):
 
 
 def rewrite(tmp_path, change, **payload_changes):
-    """The teacher with `change` applied to its tensors (a dict of arrays) in a new file, without
-    the entry that says its architecture: as an original, it has to be inferred."""
+    """Writes the teacher with `change` applied to its tensors (a dict of arrays) to a new file.
+
+    The entry with the architecture is left out, so that it is inferred as for an original.
+    """
     source = torch_file.read(TEACHER)
     state = OrderedDict((k, v.numpy()) for k, v in source.state_dict("ema_model").items())
     change(state)

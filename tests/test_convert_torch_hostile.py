@@ -1,4 +1,4 @@
-"""Hostile and damaged checkpoints run nothing and end in one sentence that names the file."""
+"""Hostile and damaged checkpoints run no code and give one sentence that names the file."""
 
 import codecs
 import pickle
@@ -39,7 +39,7 @@ def nothing_runs(tmp_path):
 
 
 def refused(path) -> str:
-    """The one sentence with which `path` is refused."""
+    """Returns the error for `path`."""
     with pytest.raises(UserError) as caught:
         torch_file.read(path)
     message = str(caught.value)
@@ -76,7 +76,7 @@ def test_a_reduce_method_becomes_a_record_and_stays_one(tmp_path, nothing_runs):
 
 
 def sample(path):
-    """A small checkpoint with everything in it: tensors, records, nested values."""
+    """Writes a small checkpoint with tensors, records and nested values."""
     payload = {
         "cfg": torch_file.records_from_dict({"a": 1, "b": {"c": "${a}", "d": [1, "x${b.c}"]}}),
         "state_dicts": {"model": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}},
@@ -96,9 +96,9 @@ def tensors(value):
 
 
 def read_all(path, wanted) -> bool:
-    """True if the damaged file is still read to the end; only a UserError may come instead.
+    """Returns whether the damaged file can still be read; only a UserError may be raised.
 
-    What is read then is what the file held before: damage to what matters is found by checksum.
+    What is read must equal the original content: a checksum finds damage that matters.
     """
     try:
         checkpoint = torch_file.read(path)

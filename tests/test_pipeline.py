@@ -1,4 +1,4 @@
-"""The promises of the stage engine: skip, resume, rerun, locks, full disks, stops and kills."""
+"""The stage engine: skipping, resuming, rerunning, locks, full disks, stop signals and kills."""
 
 import dataclasses
 import errno
@@ -29,7 +29,7 @@ def make_config(**changes):
 
 
 class Recorder:
-    """Three stages that write their inputs' text plus their own name, and note their calls."""
+    """Three stages that write their inputs' text and their own name, and record their calls."""
 
     def __init__(self, fingerprint=None):
         self.calls = []
@@ -194,7 +194,7 @@ def test_stages_on_request_run_only_there_with_those_on_request_that_they_need(t
     assert recorder.calls == ["convert"]
     recorder.run(tmp_path, only=["distill"])
     assert recorder.calls == ["capture", "distill"]
-    # What a changed setting does not shape stays.
+    # Stages that do not depend on a changed setting are not rerun.
     recorder.run(tmp_path, make_config(distill={"lr": 0.2, "epochs": 2}), only=["distill"])
     assert recorder.calls == ["distill"]
 

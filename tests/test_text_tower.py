@@ -1,4 +1,4 @@
-"""CLIP's text transformer: equal to transformers', converted both ways, verified against torch."""
+"""CLIP's text transformer: parity with transformers, conversion both ways, `verify`."""
 
 import dataclasses
 from collections import OrderedDict
@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
 
 
 def random_policy(config):
-    """A policy of numpy's random numbers, which are there at once."""
+    """Returns a policy with numpy's random numbers, which need no compilation."""
     policy, rng = surgery.abstract_policy(config), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(rng.normal(path.endswith("/scale"), 0.1, leaf.shape).astype(np.float32))
@@ -137,7 +137,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def libero(policy, tmp_path_factory):
-    """A checkpoint as UVA's training writes it: all of CLIP, and nothing of this project's."""
+    """A checkpoint as UVA's training writes it, with all of CLIP."""
     path = tmp_path_factory.mktemp("libero") / "libero10.ckpt"
     to_torch.export_policy(policy, path)
     written = torch_file.read(path)
