@@ -1,4 +1,4 @@
-"""Full size: graft the published `libero10.ckpt`, which is told its task in language.
+"""Full size: graft the published `libero10.ckpt`, which is conditioned on language.
 
     python -m uva_jax import --kind libero data/libero_10 --out data/libero_10.zarr
     python -m uva_jax.main --config configs/libero10.py --workdir runs/libero10
@@ -8,7 +8,7 @@ the checkpoint and CLIP's vocabulary (`config.data.vocabulary`), or from a file 
 (`config.data.language`).
 `--stage pretrain` trains such a policy on the same recording, from MAR's weights and its KL-VAE
 (`config.pretrain.mar`, `config.pretrain.vae`); it needs the file of latents.
-There is no Libero simulator here: the graft is judged by its actions on held-out windows.
+There is no Libero simulator: the graft is evaluated by its actions on held-out windows.
 """
 
 from configs import pusht

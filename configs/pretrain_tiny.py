@@ -1,11 +1,11 @@
-"""Train a small PushT policy from nothing on the embedded demonstrations: about 2 hours, 2 cores.
+"""Train a small PushT policy from random weights on the embedded data: about 2 hours, 2 cores.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m uva_jax.main --config configs/pretrain_tiny.py --workdir runs/own --stage pretrain
 
-It writes `runs/own/pretrain/policy` and `policy.ckpt` beside it, for PyTorch and as a teacher to
-graft (`--config.teacher.checkpoint`). Two devices, one a core, work better side by side than two
-threads on one; large pages spare the system half a million page faults a second.
+It writes `policy` and `policy.ckpt` to `runs/own/pretrain`; the checkpoint is for PyTorch and as a
+teacher to graft (`--config.teacher.checkpoint`). Two devices, one per core, are faster than two
+threads on one; huge pages save half a million page faults per second.
 """
 
 from configs import common

@@ -4,7 +4,7 @@
     python -m uva_jax plan --config configs/pusht.py --topology v5e:4x4
     python -m uva_jax.main --config configs/pusht.py --workdir runs/pusht
 
-The checkpoint is UVA's own (256 px, 16x16 tokens a frame, 12 + 12 blocks of width 768, action head
+The checkpoint is UVA's own (256 px, 16x16 tokens per frame, 12 + 12 blocks of width 768, a head of
 6 x 1024); the data is diffusion policy's human demonstrations, as a folder or as the .zip that is
 downloaded. The schedule, most of it the defaults: Stage 1 takes 8k samples for 200 epochs at rate
 1e-4 in batches of 64; Stage 2 takes 10% of the episodes for 50k steps at rate 1e-4, 1k of them
@@ -18,6 +18,6 @@ def get_config():
     config = common.get_config()
     config.teacher.checkpoint = "pretrained_models/pusht.ckpt"
     config.data.path = "data/pusht/pusht_cchi_v7_replay.zarr"
-    # Activations of all 12 decoder blocks do not fit beside a batch of 256 on 16 small chips.
+    # Activations of all 12 decoder blocks for a batch of 256 do not fit on 16 small chips.
     config.finetune.gradient_checkpointing = True
     return config

@@ -2,7 +2,7 @@
 
     python -m uva_jax.main --config configs/pusht_multitask.py --workdir runs/pusht_multitask
 
-As `configs/pusht.py`, on the data of PushT-M, and rolled out with a random goal for every seed.
+Like `configs/pusht.py`, on the data of PushT-M and with a random goal for every rollout.
 """
 
 from configs import pusht

@@ -18,9 +18,9 @@ def get_config():
     config.distill.lr = 1e-3
     config.distill.block_epochs = 1
     config.distill.block_lr = 2e-5
-    # The trunk stays as it is, so Stage 2 reads the tokens that capture has cached. The teacher has
-    # converged on many times as many windows, so the data alone would move the head away from it,
-    # and samples would get worse while the training loss falls: the teacher's output holds it.
+    # Everything before the head is frozen, so Stage 2 trains on cached tokens. The teacher has
+    # converged on many more windows, so the data alone would worsen samples while the training loss
+    # falls; the distance to the teacher's output prevents it.
     config.finetune.freeze = ("mar", "action_head/memory/conv", "action_head/memory/aggregator")
     config.finetune.reuse_cache = True
     config.finetune.steps = 300

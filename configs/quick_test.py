@@ -3,9 +3,9 @@
 python -m uva_jax.main --config configs/quick_test.py:runs/tiny/operators \\
     --workdir runs/quick --stage convert,finetune
 
-The operators are those of `configs/pusht_tiny.py` (another folder of operators for the same head
-will do), the data a few of its demonstrations. It shows that weights load and that the loss falls;
-it does not make a good policy.
+The operators are those of `configs/pusht_tiny.py`, or others for the same head; the data are a few
+of its demonstrations. It shows that weights load and that the loss falls, but does not make a good
+policy.
 """
 
 from pathlib import Path
@@ -15,8 +15,10 @@ from uva_jax.runtime.errors import UserError
 
 
 def get_config(operators: str = "runs/tiny/operators"):
-    """`operators`: a folder with cross_attn/, self_attn/ and mlp/; one left out starts fresh."""
-    config = pusht_tiny.get_config()  # the head has to be the one the operators were made for
+    """Args:
+    operators: a folder with cross_attn/, self_attn/ and mlp/; missing ones start at random.
+    """
+    config = pusht_tiny.get_config()  # the head must be the one that the operators were made for
     families = [
         f for f in config.head.init_paths if (Path(operators) / f / "operator.json").exists()
     ]
@@ -28,7 +30,7 @@ def get_config(operators: str = "runs/tiny/operators"):
     for family in families:
         config.head.init_paths[family] = str(Path(operators) / family)
     config.data.max_episodes = 12
-    # Its own data, not another run's cache.
+    # Its own data, because there is no cache of another run.
     config.finetune.reuse_cache = False
     config.finetune.data_fraction = 0.1
     config.finetune.steps = 30

@@ -4,9 +4,9 @@
         --out data/tool_hang.zarr
     python -m uva_jax.main --config configs/toolhang.py --workdir runs/toolhang
 
-Whether the policy takes the wrist camera, the state and past actions is read from the checkpoint;
-what it does not take is not read. `--stage pretrain` trains such a policy on the same recording.
-There is no robomimic simulator here: the graft is judged by its actions on held-out windows.
+The checkpoint says whether the policy takes the wrist camera, the state and past actions; other
+arrays are not read. `--stage pretrain` trains such a policy on the same recording. There is no
+robomimic simulator: the graft is evaluated by its actions on held-out windows.
 """
 
 from configs import pusht

@@ -5,10 +5,10 @@
         --task towel --out data/umi.zarr
     python -m uva_jax.main --config configs/umi_multi.py --workdir runs/umi
 
-The checkpoint has no language tower: its latents come from a file, one vector by task. The data are
-UMI's recordings, with JPEG-XL turned into what can be read at speed; poses and actions are made
-relative to each window's current step. There is no simulator of the real world: the graft is judged
-by its actions on held-out windows.
+The checkpoint has no language tower: its language latents come from a file. The data are UMI's
+recordings, with JPEG XL converted to a codec that reads fast; poses and actions are relative to
+each window's current step. There is no simulator: the graft is evaluated by its actions on held-out
+windows.
 """
 
 from configs import pusht
@@ -20,7 +20,7 @@ def get_config():
     config.data.path = "data/umi.zarr"
     config.data.layout = "umi"
     config.data.image_key = "camera0_rgb"
-    config.data.pad_after = config.data.horizon // 2  # any step can be a window's current one
+    config.data.pad_after = config.data.horizon // 2  # any step can be a current step
     config.data.language = "data/umi_latents.npz"
     config.evaluate.simulator = ""
     return config

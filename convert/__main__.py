@@ -1,6 +1,6 @@
-"""`python -m convert inspect | from_torch | to_torch | latents | verify`: see `--help` of each.
+"""Converts checkpoints: `python -m convert inspect | from_torch | to_torch | latents | verify`.
 
-Problems with the input are one sentence on stderr and exit status 2; a failed check is status 1.
+Bad input prints one sentence on stderr and returns status 2; a failed check returns status 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.startup import quiet_libraries
 
-# Modules are imported by the command that needs them; only `verify CKPT` needs torch.
+# Each command imports the modules it needs; only `verify CKPT` needs torch.
 
 
 def _architecture(args: argparse.Namespace):
@@ -39,9 +39,9 @@ def _from_torch(args: argparse.Namespace) -> int:
     for name, why in info["ignored"].items():
         print(f"left out: {name} ({why})")
     for note in info["contradictions"]:
-        print(f"note: {note}; the tensors are believed")
+        print(f"note: {note}; the tensors are used")
     if config.action_head is None:
-        print("note: it has no action head, so there is nothing to graft; sample shows its video")
+        print("note: it has no action head, so it cannot be grafted; `sample` shows its video")
     return 0
 
 
@@ -68,7 +68,7 @@ def _latents(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     if (args.checkpoint is None) == (args.fixtures is None):
-        raise UserError("verify takes either a checkpoint or --fixtures DIR.")
+        raise UserError("give verify either a checkpoint or --fixtures DIR")
     if args.fixtures is not None:
         from convert.checks.fixtures import verify_folder
 
@@ -84,43 +84,45 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m convert", description="PyTorch checkpoints of UVA in and out."
+        prog="python -m convert", description="Converts PyTorch checkpoints of UVA."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     unsaid = argparse.ArgumentParser(add_help=False)
     unsaid.add_argument(
-        "--like", metavar="NAME", help="for a file without cfg: a published policy, such as pusht"
+        "--like",
+        metavar="NAME",
+        help="for a file without cfg: the published policy that it equals, such as pusht",
     )
     unsaid.add_argument(
-        "--architecture", metavar="FILE", help="for a file without cfg: what policy.json says"
+        "--architecture", metavar="FILE", help="for a file without cfg: its policy.json"
     )
 
-    command = commands.add_parser("inspect", parents=[unsaid], help="say what a checkpoint is")
+    command = commands.add_parser("inspect", parents=[unsaid], help="describe a checkpoint")
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("--json", action="store_true", help="print json")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
-        "from_torch", parents=[unsaid], help="turn a checkpoint into a policy folder"
+        "from_torch", parents=[unsaid], help="convert a checkpoint to a policy folder"
     )
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("out", metavar="OUT", help="the policy folder to write")
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.set_defaults(run=_from_torch)
 
-    command = commands.add_parser("to_torch", help="turn a policy folder into a checkpoint")
+    command = commands.add_parser("to_torch", help="convert a policy folder to a checkpoint")
     command.add_argument("policy", metavar="POLICY", help="a policy folder")
     command.add_argument("out", metavar="OUT", help="a .ckpt or .safetensors file to write")
     command.add_argument(
-        "--format", choices=("ckpt", "safetensors"), help="by default what OUT ends in"
+        "--format", choices=("ckpt", "safetensors"), help="by default the suffix of OUT"
     )
     command.add_argument(
-        "--base", metavar="CKPT", help="take cfg, pickles, dtypes and language tower from here"
+        "--base", metavar="CKPT", help="take cfg, pickles, dtypes and language tower from CKPT"
     )
     command.set_defaults(run=_to_torch)
 
-    command = commands.add_parser("latents", help="turn upstream's language_latents.pkl into .npz")
+    command = commands.add_parser("latents", help="convert upstream's language_latents.pkl to .npz")
     command.add_argument("latents", metavar="PKL")
     command.add_argument("out", metavar="OUT.npz")
     command.set_defaults(run=_latents)
@@ -128,12 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "verify",
         parents=[unsaid],
-        help="compare with PyTorch, or with a folder of reference outputs",
+        help="compare the port with PyTorch, or with a folder of reference outputs",
     )
     command.add_argument("checkpoint", metavar="CKPT", nargs="?")
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument("--fixtures", metavar="DIR", help="a folder in the golden format")
-    command.add_argument("--only", metavar="NAME", nargs="+", help="only these files of the folder")
+    command.add_argument(
+        "--only", metavar="NAME", nargs="+", help="check only these files of the folder"
+    )
     command.set_defaults(run=_verify)
     return parser
 

@@ -1,7 +1,7 @@
-"""Which policy a checkpoint holds: as it is given, as the file states it, or inferred.
+"""The architecture of a checkpoint's policy: given by the user, stored in the file, or inferred.
 
-Nothing is read here but names, shapes, the cfg and the normaliser's numbers. What could not be
-built, acted with or grafted is refused, before any weight is converted.
+Only names, shapes, the cfg and the normaliser's numbers are read. A policy that cannot be built,
+run or grafted is refused before any weight is converted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 
-# What numbers that make no sense run into while an architecture is read or built.
+# Exceptions that impossible numbers cause while an architecture is read or built.
 _CONTRADICTIONS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 
 
@@ -31,15 +31,15 @@ def infer_policy(
     tensors: Mapping[str, LazyTensor],
     architecture: PolicyConfig | None = None,
 ) -> PolicyConfig:
-    """The architecture: as it is given, or as an export of this project states it, or inferred.
+    """Returns the architecture: the given one, that stored by an export, or the inferred one.
 
     Args:
       checkpoint: the open file.
       tensors: its `state_tensors`.
-      architecture: for a file that does not say it; normaliser and language tower are the file's.
+      architecture: for a file without cfg; normaliser and language tower are the file's.
 
     Raises:
-      UserError: the file does not say it, or what it says makes no sense.
+      UserError: the architecture is unknown or impossible.
     """
     source = str(checkpoint.path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -58,7 +58,7 @@ def infer_policy(
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{source}: its configuration or a tensor's shape makes no sense ({error}); give a "
+            f"{source}: its configuration or a tensor's shape is impossible ({error}); give a "
             "checkpoint that UVA's training wrote."
         ) from error
     if config.action_head is None and any(n.startswith("model.diffactloss.") for n in shapes):
@@ -70,14 +70,14 @@ def infer_policy(
 
 
 def check_graftable(config: PolicyConfig, source: str) -> None:
-    """Refuses a policy without an action head that a graft could replace.
+    """Checks that a policy has an action head that a graft can replace.
 
     Raises:
-      UserError: it was trained for video alone, or is a graft already.
+      UserError: the policy was trained for video alone, or is already a graft.
     """
     head = config.action_head
     if head is None or head.kind != "mlp":
-        found = "no action head at all" if head is None else "one that is a graft already"
+        found = "no action head at all" if head is None else "one that is already a graft"
         raise UserError(
             f"{source} has no MLP action head to graft from, but {found}; give a checkpoint that "
             "UVA's training wrote with predict_action=True."
@@ -85,13 +85,13 @@ def check_graftable(config: PolicyConfig, source: str) -> None:
 
 
 def given_architecture(like: str | None, file: str | os.PathLike | None) -> PolicyConfig | None:
-    """An architecture by the name of a published policy, or from a json file; None if neither.
+    """Returns an architecture by the name of a published policy or from a json file, or None.
 
     Raises:
       UserError: both are given, the name is unknown, or the file holds no architecture.
     """
     if like is not None and file is not None:
-        raise UserError("give --like or --architecture, not both: each says the whole policy.")
+        raise UserError("give --like or --architecture, not both")
     if like is not None:
         if like not in ARCHITECTURES:
             raise UserError(f"--like is {like!r}; it can be {', '.join(ARCHITECTURES)}.")
@@ -104,17 +104,17 @@ def given_architecture(like: str | None, file: str | os.PathLike | None) -> Poli
 
 
 def check_normalizer(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source: str) -> None:
-    """Refuses a normaliser with which no action or state could be told.
+    """Checks the normaliser of actions and states.
 
     Raises:
-      UserError: a field that the policy reads is not there, is of another width than what it
-        normalises, or has a scale of 0.
+      UserError: a field that the policy reads is missing, has another width than its values, or
+        has a scale of 0.
     """
     if config.normalizer_type == "none":
         return
     widths = dict(config.normalizer_fields)
     again = "save the policy after set_normalizer(), as UVA's training does"
-    off = "if it was trained without, its cfg has to say task.dataset.normalizer_type: none"
+    off = "if it was trained without, set task.dataset.normalizer_type to none in its cfg"
     states = config.proprio_keys if config.mar.proprio_dim else ()
     for field in ("action", *states):
         if field not in widths:
@@ -143,16 +143,16 @@ def check_normalizer(config: PolicyConfig, tensors: Mapping[str, LazyTensor], so
             columns = ", ".join(map(str, np.flatnonzero(zero)))
             raise UserError(
                 f"{source}: its normaliser of {field!r} has scale 0 (column {columns}), so that "
-                "every value would come back as infinite: fit it again on data that vary, or set "
-                "the scale of a constant column to 1."
+                "unnormalised values would be infinite: fit it again on data that vary, or set the "
+                "scale of a constant column to 1."
             )
 
 
 def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source: str) -> Policy:
-    """The policy without arrays.
+    """Returns the policy without arrays.
 
     Raises:
-      UserError: no model of that description can be built, or it has more layers than tensors.
+      UserError: the model cannot be built, or has more layers than the file has tensors.
     """
     deepest = max(
         (config.mar.encoder_depth, config.mar.decoder_depth)
@@ -162,8 +162,8 @@ def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source
     )
     if deepest > len(tensors):
         raise UserError(
-            f"{source} describes a part of {deepest} layers, and has {len(tensors)} tensors in "
-            "all; it is damaged."
+            f"{source} describes a part of {deepest} layers, but has only {len(tensors)} tensors; "
+            "it is damaged."
         )
     for side in ("encoder", "decoder"):
         width, heads = (getattr(config.mar, f"{side}_{k}") for k in ("embed_dim", "num_heads"))
@@ -182,10 +182,10 @@ def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source
 
 
 def contradictions(checkpoint: Checkpoint, config: PolicyConfig) -> list[str]:
-    """What the file's cfg says otherwise than its tensors, a sentence each."""
+    """Returns a sentence for each value of the file's cfg that contradicts its tensors."""
     payload = checkpoint.payload
     if not isinstance(payload, Mapping) or payload.get("cfg") is None:
         return []
     if infer.stored_config(payload, str(checkpoint.path)) is not None:
-        return []  # an export: the cfg is its source's
+        return []  # the cfg of an export is that of its source
     return cfg.contradictions(cfg.Cfg(checkpoint.cfg, str(checkpoint.path)), config)

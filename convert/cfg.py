@@ -1,7 +1,7 @@
-"""A checkpoint's cfg, read value by value: what makes no sense is refused by the name of its key.
+"""Reads and checks the values of a checkpoint's cfg; errors name the key.
 
-UVA looks at most of these values only when an episode or a sampling loop runs, hours after training
-has begun; a policy that is converted with them would fail as late.
+UVA uses most of these values only in rollouts or sampling, hours into training. Checking them here
+lets the conversion fail instead of the converted policy.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from uva_jax.models.token_sampler import masked_counts
 from uva_jax.runtime.errors import UserError
 
 AR = "model.policy.autoregressive_model_params"
-_MEND = "set it right in the checkpoint (load it with torch, change its 'cfg', save it again)"
+_MEND = "correct it in the checkpoint (load it with torch, change its 'cfg', save it again)"
 _MOST_STEPS = 10_000  # of a diffusion process
 
 
 class Cfg:
-    """Plain nested values under dotted keys; `source` is the file that errors speak of."""
+    """Plain nested values by dotted key; `source` is the file that errors name."""
 
     def __init__(self, values: Mapping, source: str):
         self.values, self.source = values, source
 
     def get(self, key: str, default: object = None) -> object:
-        """The value of a key as it is; `default` if it is not there, or null.
+        """Returns the value of a key, or `default` if it is missing or null.
 
         Raises:
-          UserError: an interpolation was left on the way to it, or in it.
+          UserError: the value, or a container of it, is an unresolved interpolation.
         """
         value: object = self.values
         for part in key.split("."):
@@ -47,18 +47,18 @@ class Cfg:
     def _refuse_unresolved(self, key: str, value: str) -> None:
         if "${" in value or value == "???":
             raise UserError(
-                f"{self.source}: its cfg holds an unresolved {value} at {key}: resolve it there "
-                "(OmegaConf.resolve(cfg) where its resolvers are registered) and save it again."
+                f"{self.source}: its cfg holds an unresolved {value} at {key}: resolve it "
+                "(OmegaConf.resolve(cfg) with its resolvers registered) and save it again."
             )
 
     def refuse(self, key: str, value: object, wanted: str) -> None:
-        """Raises what a value should be."""
+        """Raises UserError, saying what a value must be."""
         raise UserError(
-            f"{self.source}: its cfg says {key} is {value!r}, but it has to be {wanted}; {_MEND}."
+            f"{self.source}: its cfg says {key} is {value!r}, but it must be {wanted}; {_MEND}."
         )
 
     def integer(self, key: str, default: int | None) -> int | None:
-        """A whole number, which may be written as a text or as 8.0."""
+        """Returns a whole number, which may be written as text or as 8.0."""
         value = self.get(key, default)
         if value is None:
             return None
@@ -71,7 +71,7 @@ class Cfg:
         return int(number)
 
     def number(self, key: str, default: float, low: float, high: float = math.inf) -> float:
-        """A finite number from `low` to `high`."""
+        """Returns a finite number from `low` to `high`."""
         value = self.get(key, default)
         try:
             number = float(value) if not isinstance(value, bool) else math.nan
@@ -83,21 +83,21 @@ class Cfg:
         return number
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or False; null is the default."""
+        """Returns True or False; null gives the default."""
         value = self.get(key, default)
         if not isinstance(value, bool) and value not in (0, 1):
             self.refuse(key, value, "true or false")
         return bool(value)
 
     def choice(self, key: str, default: str | None, options: tuple[str, ...]) -> str | None:
-        """One of the options; null is the default."""
+        """Returns one of the options; null gives the default."""
         value = self.get(key, default)
         if value is not None and value not in options:
             self.refuse(key, value, f"one of {', '.join(options)}")
         return value
 
     def modes(self) -> tuple[str, ...]:
-        """The task modes that the policy was trained in."""
+        """Returns the task modes in which the policy was trained."""
         key = "model.policy.selected_training_mode"
         both = "policy_model_full_dynamics_model"
         said = self.choice(key, None, (*pc.TASK_MODES, both))
@@ -111,8 +111,8 @@ class Cfg:
         return tuple(modes)
 
 
-# What has to hold of a policy, wherever its description comes from: (field, key of the cfg that it
-# comes from, what it has to be, whether it is so). Fields of parts that are not there are skipped.
+# Rules for every policy: (field, its key in the cfg, what it must be, whether it is so). Fields of
+# missing parts are skipped.
 
 
 def _steps(head: str) -> Callable[[pc.PolicyConfig], bool]:
@@ -157,7 +157,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         "n_obs_steps",
         "task.env_runner.n_obs_steps",
-        "4 times {config.mar.n_frames}, the frames that the policy sees",
+        "4 times {config.mar.n_frames}, the frames that the policy observes",
         _does_not_raise(lambda c: frame_indices(c.n_obs_steps, c.mar.n_frames)),
     ),
     (
@@ -179,7 +179,7 @@ _RULES: tuple[_Rule, ...] = (
         (
             f"{head}.sampling_steps",
             f"{AR}.{key}",
-            "a number of the {config." + head + ".train_steps} steps of training, at least 1",
+            "1 to {config." + head + ".train_steps}, the diffusion steps of training",
             _steps(head),
         )
         for head, key in (
@@ -227,12 +227,13 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def check(config: pc.PolicyConfig, source: str, *, inferred: bool) -> None:
-    """Refuses a policy that could not act or be trained on.
+    """Checks that a policy can act and be trained.
 
     Args:
       config: the policy.
-      source: the file that errors speak of.
-      inferred: from a cfg, whose key is named; else the field of the description is.
+      source: the file that errors name.
+      inferred: the policy comes from a cfg, so that errors name its keys; otherwise they name
+        fields of the description.
 
     Raises:
       UserError: a value is out of range.
@@ -248,18 +249,18 @@ def check(config: pc.PolicyConfig, source: str, *, inferred: bool) -> None:
             if inferred:
                 Cfg({}, source).refuse(key, said, wanted)
             raise UserError(
-                f"{source}: its description says {field} is {said!r}, but it has to be {wanted}; "
-                "set it right there."
+                f"{source}: its description says {field} is {said!r}, but it must be {wanted}; "
+                "correct it there."
             )
 
 
 def check_horizon(cfg: Cfg, n_frames: int) -> None:
-    """Refuses a window of training that holds no history and future for the policy's frames.
+    """Checks that a training window has history and future for the policy's frames.
 
-    With `use_history_action` upstream reads one step more, and drops it.
+    With `use_history_action` upstream reads one step more and drops it.
 
     Raises:
-      UserError: `task.dataset.horizon` is no such length.
+      UserError: `task.dataset.horizon` does not fit.
     """
     key = "task.dataset.horizon"
     horizon = cfg.integer(key, None)
@@ -271,11 +272,11 @@ def check_horizon(cfg: Cfg, n_frames: int) -> None:
             return
         except (UserError, ArithmeticError, ValueError):
             continue
-    cfg.refuse(key, horizon, f"8 times {n_frames}, or one more where past actions are read")
+    cfg.refuse(key, horizon, f"8 times {n_frames}, or one more if past actions are read")
 
 
 def contradictions(cfg: Cfg, config: pc.PolicyConfig) -> list[str]:
-    """What the cfg says otherwise than the tensors, a sentence each; the tensors are believed."""
+    """Returns a sentence for each value of the cfg that contradicts the tensors, which are used."""
     mar, policy, params = config.mar, "model.policy", AR
     heads = {"": config.video_head, "_act": config.action_head}
     found = {

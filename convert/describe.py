@@ -1,7 +1,6 @@
-"""`inspect`: says what a checkpoint is, from the file alone.
+"""`inspect`: describes a checkpoint from its file alone.
 
-Nothing is loaded but what is printed: names, shapes, the configuration and the normaliser's
-numbers.
+Only what is printed is loaded: names, shapes, the configuration and the normaliser's numbers.
 """
 
 from __future__ import annotations
@@ -35,27 +34,26 @@ _STATS = ("min", "max", "mean", "std")
 
 
 def describe(path: str | os.PathLike, architecture: PolicyConfig | None = None) -> dict:
-    """What a checkpoint is, as plain JSON values.
+    """Describes a checkpoint as plain JSON values.
 
     Args:
       path: the file.
-      architecture: for a file that does not say it.
+      architecture: for a file without cfg.
 
     Returns:
-      "file", "megabytes", "sha256", "task", "kind" ("original", "video-only" where there is no
-      action head, or "grafted export"), "config_file"
-      (the matching file of configs/), "state_dicts" (entries and MB of each), "weights" (which
-      were looked at), "dtypes", "parts" (parameters and MB of each), "normalizer" (range and
-      statistics of each field), "sampling", "progress" (what the pickles say), "contradictions"
-      (what the cfg says otherwise than the tensors), "architecture".
+      "file", "megabytes", "sha256", "task", "kind" ("original", "video-only" without an action
+      head, or "grafted export"), "config_file" (the matching file of configs/), "state_dicts"
+      (entries and MB of each), "weights" (the described ones), "dtypes", "parts" (parameters and
+      MB of each), "normalizer" (range and statistics of each field), "sampling", "progress" (plain
+      values of the pickles), "contradictions" (between cfg and tensors), "architecture".
 
     Raises:
-      UserError: the file is missing, unsound or no UVA policy.
+      UserError: the file is missing, damaged or not a UVA policy.
     """
     checkpoint = torch_file.read(path)
     states = state_dicts(checkpoint)
     if not set(WEIGHTS.values()) & set(states):
-        state_tensors(checkpoint, "ema")  # raises the sentence that says what is there
+        state_tensors(checkpoint, "ema")  # raises an error that lists what the file holds
     weights = "ema" if "ema_model" in states else "model"
     tensors = state_tensors(checkpoint, weights)
     config = infer_policy(checkpoint, tensors, architecture)
@@ -80,7 +78,7 @@ def describe(path: str | os.PathLike, architecture: PolicyConfig | None = None) 
 
 
 def config_file(config: PolicyConfig) -> str:
-    """The file of configs/ that fits a policy's task and size."""
+    """Returns the file of configs/ that fits a policy's task and size."""
     task = config.task.lower()
     for name in ("libero10", "toolhang"):
         if name in task:
@@ -94,10 +92,10 @@ def config_file(config: PolicyConfig) -> str:
 
 
 def config_file_of(path: str | os.PathLike) -> str:
-    """`config_file` of a checkpoint.
+    """Returns the file of configs/ that fits a checkpoint.
 
     Raises:
-      UserError: the file is missing, unsound or no UVA policy.
+      UserError: the file is missing, damaged or not a UVA policy.
     """
     checkpoint = torch_file.read(path)
     weights = "ema" if WEIGHTS["ema"] in state_dicts(checkpoint) else "model"
@@ -109,7 +107,7 @@ def _megabytes(count: int) -> float:
 
 
 def _state_size(state: object) -> dict:
-    """Entries and size of a state dict; of an optimiser's, all tensors at any depth."""
+    """Returns entries and size of a state dict, counting tensors at any depth."""
     tensors, pending = [], [state]
     while pending:
         value = pending.pop()
@@ -164,7 +162,7 @@ def _sampling(config: PolicyConfig) -> dict:
 
 
 def _progress(checkpoint: Checkpoint) -> dict:
-    """The plain values among the pickles, such as global_step and epoch."""
+    """Returns the plain values among the pickles, such as global_step and epoch."""
     pickles = checkpoint.payload.get("pickles")
     found = {}
     for name, data in pickles.items() if isinstance(pickles, Mapping) else ():
@@ -172,19 +170,19 @@ def _progress(checkpoint: Checkpoint) -> dict:
             try:
                 value = loads(data, name)
             except UserError:
-                continue  # not readable without running it: not our business
+                continue  # it cannot be read without running it
             if isinstance(value, int | float | str):
                 found[name] = value
     return found
 
 
 def as_json(found: Mapping) -> str:
-    """The description as json text."""
+    """Formats the description as json."""
     return json.dumps(found, indent=1)
 
 
 def as_text(found: Mapping) -> str:
-    """The description for people."""
+    """Formats the description as text."""
     mar, head = found["architecture"]["mar"], found["architecture"]["action_head"]
     vae, video = found["architecture"]["vae"], found["architecture"]["video_head"]
     lines = [
@@ -208,7 +206,7 @@ def as_text(found: Mapping) -> str:
     )
     if found["progress"]:
         lines.append("training      " + ", ".join(f"{k} {v}" for k, v in found["progress"].items()))
-    lines += [f"note: {note}; the tensors are believed" for note in found["contradictions"]]
+    lines += [f"note: {note}; the tensors are used" for note in found["contradictions"]]
     lines += ["", f"{'state dict':<22}{'tensors':>12}{'MB':>10}"]
     for name, size in found["state_dicts"].items():
         lines.append(f"{name:<22}{size['tensors']:>12,}{size['megabytes']:>10.2f}")
@@ -229,7 +227,7 @@ def as_text(found: Mapping) -> str:
 
 def _action_head(head: Mapping | None) -> str:
     if head is None:
-        return "none: trained for video alone (python -m uva_jax sample shows what it predicts)"
+        return "none: trained for video alone (python -m uva_jax sample shows its predictions)"
     kind = head["aggregator"] if head["kind"] == "mlp" else f"grafted, {head['cross_attention']}"
     return (
         f"{kind}: {head['depth']} blocks x {head['width']}, {head['n_actions']} actions of "

@@ -1,8 +1,8 @@
-"""A PyTorch checkpoint of UVA becomes a policy.
+"""Converts a PyTorch checkpoint of UVA to a policy.
 
-What it holds is found in `architecture.py`, names and layouts come from the table of `rules.py`.
-Every tensor is matched exactly once or left out on purpose, every target is filled exactly once,
-and everything that is wrong is reported together. Tensors are read one at a time.
+`architecture.py` finds the architecture and `rules.py` has the table of names and layouts. Every
+tensor is matched exactly once or ignored on purpose, every target is filled exactly once, and all
+problems are reported together. Tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.lazy_array import LazyArray
 
-_SHOWN = 20  # problems that are told one by one
+_SHOWN = 20  # problems that an error lists
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
 def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
-    """The tensor's values in flax layout, widened to float32.
+    """Returns the tensor's values in flax layout as float32.
 
     Raises:
-      ValueError: it is not of a floating type, not finite, or more precise than float32.
+      ValueError: the tensor has no floating type, is not finite, or does not fit float32.
     """
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"has dtype {tensor.dtype}, {_remedy(tensor.dtype)}")
     values = tensor.numpy()
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # reported below
         array = in_c_order(layout.forward(values.astype(np.float32, copy=False)))
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
@@ -62,10 +62,10 @@ def to_array(tensor: LazyTensor, layout: rules.Layout) -> np.ndarray:
 
 def _remedy(dtype: np.dtype) -> str:
     if dtype.name.startswith("float8"):
-        return "whose scale lies apart (multiply by it and save as float32 or bfloat16)"
+        return "whose scale is stored separately (multiply by it and save as float32 or bfloat16)"
     if dtype.name in ("int8", "uint8"):
         return "as quantised weights have (dequantise it before saving)"
-    return "which is no floating type"
+    return "which is not a floating type"
 
 
 def plan(
@@ -75,12 +75,12 @@ def plan(
 
     Args:
       expected: `surgery.shapes` of the policy.
-      tensors: a checkpoint's, by name.
+      tensors: of a checkpoint, by name.
 
     Returns:
-      {path: array}; {tensor that was left out: why}; [what is wrong]: tensors without a rule,
-      paths without a tensor, wrong shapes. While the arrays are loaded, values that are not
-      finite and wrong dtypes are added to that list, and zeros stand for them.
+      {path: array}; {ignored tensor: why}; [problem]: tensors without a rule, paths without a
+      tensor, wrong shapes. Loading an array with wrong dtype or values that are not finite adds a
+      problem to the list and gives zeros.
     """
     targets, ignored, problems = rules.plan(tensors)
     arrays: dict[str, LazyArray] = {}
@@ -90,7 +90,7 @@ def plan(
             continue
         tensor, want = tensors[name], expected[path].shape
         try:
-            # The layout's effect on the shape, tried on an array that takes no memory.
+            # The layout is applied to an array without memory, to get its shape.
             got = layout.forward(np.broadcast_to(np.float32(0), tensor.shape)).shape
         except (ValueError, IndexError):
             got = None
@@ -119,7 +119,7 @@ def _load(
 
 
 def _refuse(source: str, arrays: Mapping[str, LazyArray], problems: list[str]) -> None:
-    """Raises what is wrong, if anything is; then `arrays` are loaded to name all that is."""
+    """Raises UserError if there are problems, after loading `arrays` to find all of them."""
     if problems:
         for array in arrays.values():
             array.load()
@@ -132,7 +132,7 @@ def _refuse(source: str, arrays: Mapping[str, LazyArray], problems: list[str]) -
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A checkpoint whose architecture and tensors are known, and fit; no values are read yet."""
+    """A checkpoint whose architecture and tensors are known and fit; no values are read yet."""
 
     checkpoint: Checkpoint
     weights: str
@@ -188,12 +188,12 @@ def convert_checkpoint(
       architecture: see `infer_policy`.
 
     Returns:
-      The policy and plain facts on its source: "checkpoint", "sha256", "weights", "wrappers" (what
-      was taken off the keys), "dtypes" (count of tensors by dtype), "ignored" (names and why),
-      "contradictions" (what its cfg says otherwise than its tensors).
+      the policy, and plain values on its source: "checkpoint", "sha256", "weights", "wrappers"
+      (removed from keys), "dtypes" (number of tensors by dtype), "ignored" (names and why),
+      "contradictions" (between cfg and tensors).
 
     Raises:
-      UserError: the file is missing or unsound, or does not hold a whole policy.
+      UserError: the file is missing or damaged, or does not hold a whole policy.
     """
     checkpoint = torch_file.read(path)
     return convert_open(checkpoint, weights=weights, architecture=architecture)
@@ -202,18 +202,18 @@ def convert_checkpoint(
 def convert_open(
     checkpoint: Checkpoint, *, weights: str = "ema", architecture: PolicyConfig | None = None
 ) -> tuple[Policy, dict]:
-    """`convert_checkpoint` of a checkpoint that is already open."""
+    """Does the work of `convert_checkpoint` for an open checkpoint."""
     opened = _open(checkpoint, weights, architecture, to_graft=False)
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint.sha256)
-        # Without a copy where jax can take the memory over.
+        # jax takes the memory over without a copy if it can.
         held = {path: jax.device_put(array.load()) for path, array in opened.arrays.items()}
         _refuse(opened.source, {}, opened.problems)
         return surgery.replace(opened.empty, held), opened.facts(digest.result())
 
 
 def export_records(checkpoint: Checkpoint, weights: str) -> bytes:
-    """What an export needs to give back: cfg, pickles, and every tensor's name, dtype and shape."""
+    """Returns the records for an export: cfg, pickles, and every tensor's name, dtype and shape."""
     payload = checkpoint.payload
     tensors = state_tensors(checkpoint, weights)
     return torch_file.dump_records(
@@ -233,23 +233,23 @@ def from_torch(
     to_graft: bool = False,
     architecture: PolicyConfig | None = None,
 ) -> tuple[PolicyConfig, dict]:
-    """Converts a checkpoint into a policy folder, without ever holding the whole policy.
+    """Converts a checkpoint to a policy folder, without having the whole policy in memory.
 
-    With several processes, all of them call this, with the same folder.
+    All processes call this, with the same folder.
 
     Args:
       path: the .ckpt or .safetensors file.
       out: the policy folder to write.
       weights: "ema" or "model".
-      to_graft: refuse a policy whose action head cannot be grafted.
+      to_graft: require an action head that can be grafted.
       architecture: see `infer_policy`.
 
     Returns:
-      The architecture, and the facts that `convert_checkpoint` gives.
+      the architecture, and the same values as `convert_checkpoint`.
 
     Raises:
-      UserError: as `convert_checkpoint`; the folder holds something that is not a policy; or the
-        policy has no MLP action head although `to_graft` asks for one.
+      UserError: as `convert_checkpoint`; or the folder holds something that is not a policy; or
+        `to_graft` is set and the policy has no MLP action head.
     """
     checkpoint = torch_file.read(path)
     opened = _open(checkpoint, weights, architecture, to_graft)

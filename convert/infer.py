@@ -1,8 +1,8 @@
-"""Infers a policy's architecture from a checkpoint: its cfg and the shapes of its tensors.
+"""Infers a policy's architecture from a checkpoint's cfg and the shapes of its tensors.
 
-Shapes are believed first; the cfg supplies what shapes cannot say (head counts, sampling steps,
-dropout), and where both speak they must agree. What UVA decides by task name becomes fields here,
-and nowhere else.
+Shapes come first; the cfg gives what shapes do not determine (numbers of attention heads, sampling
+steps, dropout), and the two must agree. Only this module turns UVA's choices by task name into
+fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from uva_jax.runtime.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Heads per block by `model_size` (upstream's presets); everything else can be read from shapes.
+# Attention heads by `model_size` (upstream's presets); shapes determine everything else.
 _PRESET_HEADS = {
     "mar_tiny": (6, 768),
     "mar_small": (6, 768),
@@ -38,13 +38,13 @@ _ROBOMIMIC_STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """1 + the largest index that the pattern's group takes."""
+    """Returns 1 + the largest index that the pattern's group matches."""
     found = [int(m.group(1)) for name in shapes if (m := re.match(pattern, name))]
     return 1 + max(found, default=-1)
 
 
 class _Reader:
-    """Shapes with sentences for what is missing."""
+    """Shapes by name; a missing one raises a UserError."""
 
     def __init__(self, shapes: Shapes, source: str):
         self.shapes, self.source = shapes, source
@@ -62,12 +62,12 @@ class _Reader:
 
 
 def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
-    """The architecture of a UVA checkpoint.
+    """Infers the architecture of a UVA checkpoint.
 
     Args:
-      shapes: tensor name (as `state_tensors` gives it) -> shape.
-      cfg: the checkpoint's configuration, interpolations resolved.
-      source: the file, for error sentences.
+      shapes: tensor name (as in `state_tensors`) -> shape.
+      cfg: the checkpoint's configuration with resolved interpolations.
+      source: the file, for error messages.
 
     Raises:
       UserError: tensors are missing, or cfg and shapes contradict each other.
@@ -76,12 +76,12 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     if not any(name.startswith(("model.diffactloss.", "model.diffloss.")) for name in shapes):
         raise UserError(
             f"{source} has neither an action head nor a video head (no tensor model.diffactloss.* "
-            "or model.diffloss.*): it is no UVA policy; give a checkpoint that UVA's training "
+            "or model.diffloss.*): it is not a UVA policy; give a checkpoint that UVA's training "
             "wrote."
         )
     task = str(said.get("task.name", "unknown"))
     if said.get("task.dataset.dataset_type") == "multitask":
-        task += "_multitask"  # PushT-M: the original tells it from PushT by its data alone
+        task += "_multitask"  # PushT-M: the original distinguishes it from PushT only by its data
     vae = _vae(get)
     patch, token_dim = said.integer(f"{AR}.patch_size", 1), get["model.z_proj.weight"][1]
     if vae.z_channels * patch**2 != token_dim or patch < 1:
@@ -90,7 +90,8 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     side = math.isqrt(get["model.spatial_pos_embed"][1])
     if side * side != get["model.spatial_pos_embed"][1]:
         raise UserError(
-            f"{source} has {get['model.spatial_pos_embed'][1]} tokens a frame, not a square grid."
+            f"{source} has {get['model.spatial_pos_embed'][1]} tokens per frame, which is not a "
+            "square grid; give a checkpoint that UVA's training wrote."
         )
     image_size = side * patch * vae.stride
     stated = said.integer(f"{AR}.img_size", None)
@@ -148,7 +149,7 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
 
 
 def normalizer_fields(shapes: Shapes) -> tuple[tuple[str, int], ...]:
-    """The fields of the normaliser, (name, width) each, sorted."""
+    """Returns the fields of the normaliser as sorted pairs (name, width)."""
     return tuple(
         sorted(
             (m.group(1), (tuple(shape) or (1,))[0])
@@ -159,7 +160,11 @@ def normalizer_fields(shapes: Shapes) -> tuple[tuple[str, int], ...]:
 
 
 def infer_vae(shapes: Shapes, source: str) -> pc.VAEConfig:
-    """The VAE's architecture from the shapes of its tensors (`vae_model.*`)."""
+    """Infers the VAE's architecture from the shapes of its tensors (`vae_model.*`).
+
+    Raises:
+      UserError: a tensor is missing.
+    """
     return _vae(_Reader(shapes, source))
 
 
@@ -179,10 +184,10 @@ def _vae(get: _Reader) -> pc.VAEConfig:
 
 
 def text_tower(shapes: Shapes, source: str) -> pc.TextTowerConfig | None:
-    """CLIP's text half, or None: checkpoints of tasks without sentences hold none.
+    """Infers the language tower, or None for checkpoints without one.
 
     Raises:
-      UserError: it is another text model.
+      UserError: the tower is not CLIP's.
     """
     get = _Reader(shapes, source)
     if not any(name.startswith(_TOWER) for name in get.shapes):
@@ -190,9 +195,9 @@ def text_tower(shapes: Shapes, source: str) -> pc.TextTowerConfig | None:
     vocab_size, width = get[f"{_TOWER}embeddings.token_embedding.weight"]
     if width % _CLIP_HEAD_WIDTH:
         raise UserError(
-            f"{get.source}: its language tower has width {width}, which is no multiple of "
-            f"{_CLIP_HEAD_WIDTH}, so it is not CLIP's and its attention heads cannot be counted; "
-            "give a checkpoint that UVA's training wrote."
+            f"{get.source}: its language tower has width {width}, which is not a multiple of "
+            f"{_CLIP_HEAD_WIDTH}, so it is not CLIP's and its number of attention heads is "
+            "unknown; give a checkpoint that UVA's training wrote."
         )
     return pc.TextTowerConfig(
         vocab_size=vocab_size,
@@ -214,8 +219,8 @@ def _heads(get: _Reader, said: Cfg, side: str, width: int) -> int:
     if heads is None or preset_width != width:
         raise UserError(
             f"{get.source}: model_size {size!r} at width {width} is not one of UVA's sizes "
-            f"({', '.join(_PRESET_HEADS)}), and the number of attention heads cannot be read from "
-            f"shapes; add cfg.fixture.{side}_num_heads to the checkpoint."
+            f"({', '.join(_PRESET_HEADS)}), and shapes do not determine the number of attention "
+            f"heads; add cfg.fixture.{side}_num_heads to the checkpoint."
         )
     return heads
 
@@ -239,7 +244,7 @@ def _mar(
             proprio_keys = ("agent_pos",)
     if fused != streams:
         raise UserError(
-            f"{get.source}: its fusing layer takes {fused:g} streams, but its other tensors make "
+            f"{get.source}: its fusing layer takes {fused:g} inputs, but its other tensors give "
             f"{streams}; the file mixes two models."
         )
     return pc.MARConfig(
@@ -272,7 +277,7 @@ def _mar(
 
 
 def _aggregator(get: _Reader, prefix: str) -> tuple[str | None, int]:
-    """The aggregator's name and how many actions it gives, by its tensors."""
+    """Infers the aggregator's name and number of actions from its tensors."""
     if f"{prefix}.interpolate.weight" in get:
         return "conv_fc", get[f"{prefix}.interpolate.weight"][0]
     if f"{prefix}.conv_transpose3d.weight" in get:
@@ -305,7 +310,11 @@ def _head(get: _Reader, prefix: str, steps: str, **fields) -> pc.MLPHeadConfig |
 
 
 def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
-    """The architecture that an export of this project carries in the file, or None."""
+    """Returns the architecture that an export of this project stores in the file, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
     text = payload.get("uva_jax") if isinstance(payload, Mapping) else None
     if text is None:
         return None

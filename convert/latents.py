@@ -1,7 +1,7 @@
-"""Upstream's language latents (`prepared_data/language_latents.pkl`) as a plain .npz file.
+"""Converts upstream's language latents (`prepared_data/language_latents.pkl`) to a plain .npz file.
 
 The pickle is a dictionary of numpy vectors by task. It is read as records (`pickle_records.py`), so
-that nothing in it is run; numpy's calls are understood here, and any other is refused.
+that no code in it runs; only numpy's calls are interpreted and others are refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DTYPE = Global("numpy", "dtype")
 
 
 def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The vectors (width,) float32 of a language_latents.pkl by task.
+    """Reads the vectors (width,) float32 of a language_latents.pkl by task.
 
     Raises:
-      UserError: the file is missing, damaged, or no pickled dictionary of vectors.
+      UserError: the file is missing, damaged, or not a pickled dictionary of vectors.
     """
     path = Path(path)
     if not path.is_file():
@@ -36,7 +36,9 @@ def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: it holds no latents by task.")
     found = loads(path.read_bytes(), str(path))
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{path} holds no dictionary of vectors by task, so it cannot be used.")
+        raise UserError(
+            f"{path} holds no dictionary of vectors by task: give upstream's language_latents.pkl."
+        )
     return {str(task): _vector(value, f"{path}: {task!r}") for task, value in found.items()}
 
 
@@ -49,17 +51,17 @@ def _vector(value: object, name: str) -> np.ndarray:
         case _:
             known = False
     if not known:
-        raise UserError(f"{name} is no vector of numpy; nothing in the file was run.")
+        raise UserError(f"{name} is not a vector of numpy; no code in the file was run.")
     match dtype:
         case Record(function=kind, args=(("f2" | "f4" | "f8") as code, *_), state=(_, "<", *_)):
             known = kind == _DTYPE
         case _:
             known = False
     if not known:
-        raise UserError(f"{name} is no vector of little-endian real numbers.")
+        raise UserError(f"{name} is not a vector of little-endian real numbers.")
     values = np.frombuffer(data[: len(data) // int(code[1]) * int(code[1])], f"<{code}")
     if values.nbytes != len(data) or len(values) != width or not np.isfinite(values).all():
-        raise UserError(f"{name} is damaged: its {width} numbers are not there, or not finite.")
+        raise UserError(f"{name} is damaged: its {width} numbers are missing or not finite.")
     return values.astype(np.float32)
 
 
@@ -70,14 +72,14 @@ def convert_latents(path: str | os.PathLike, out: str | os.PathLike) -> dict[str
       {task: width}.
 
     Raises:
-      UserError: as `read_latents`, or the file cannot be written.
+      UserError: as for `read_latents`, or the file cannot be written.
     """
     if Path(out).suffix != ".npz":
-        raise UserError(f"{out} should end in .npz: that is the format that is written.")
+        raise UserError(f"the output is {out}, but its name must end in .npz.")
     vectors = read_latents(path)
     total = sum(v.nbytes for v in vectors.values()) + 1024 * len(vectors)
     with written_whole(out, total) as file, zipfile.ZipFile(file, "w") as archive:
-        for task, vector in vectors.items():  # not np.savez: a task can have any name
+        for task, vector in vectors.items():  # not np.savez, because a task can have any name
             with archive.open(zipfile.ZipInfo(f"{task}.npy"), "w") as member:
                 np.lib.format.write_array(member, vector)
     return {task: len(vector) for task, vector in vectors.items()}

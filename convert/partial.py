@@ -1,7 +1,7 @@
-"""Weights to start from: an image MAR, a KL-VAE or an earlier UVA, into the parts that they fit.
+"""Initialises parts of a policy from an image MAR, a KL-VAE or an earlier UVA.
 
-What fits is decided by name and shape, through the table of `rules.py`; everything else stays as it
-was, and is counted in a sentence, because a start that silently matches nothing is no start.
+Tensors are matched by name and shape through the table of `rules.py`; other arrays do not change. A
+sentence reports the numbers of both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from convert.from_torch import to_array
 from convert.state_dicts import WEIGHTS, plain_name, state_tensors
 from uva_jax.runtime.errors import UserError
 
-# kind -> (where the state dict lies in the file, first found; the policy's names for its tensors)
+# kind -> (keys of the state dict in the file, the first found counts; the policy's tensor names)
 _KINDS = {
     "mar": (("model_ema", "model"), "model."),
     "vae": (("state_dict", "model"), "vae_model."),
@@ -34,22 +34,22 @@ def start_from(
     *,
     trained: tuple[str, ...] = ("",),
 ) -> tuple[dict[str, jax.Array], str]:
-    """Fills what a checkpoint fits.
+    """Replaces the arrays that a checkpoint has.
 
     Args:
-      arrays: a policy's, or its VAE's alone, by path; what is not matched stays.
-      path: "mar": MAR's .pth (`model_ema`, or `model`); "vae": LDM's or MAR's KL-VAE (.ckpt);
-        or, for both, a checkpoint of UVA, from which upstream too starts its second phase.
+      arrays: of a policy, or of its VAE alone, by path.
+      path: for "mar" MAR's .pth (`model_ema`, or `model`); for "vae" the KL-VAE of LDM or MAR
+        (.ckpt); or a checkpoint of UVA for either.
       kind: "mar" (all but the VAE) or "vae".
-      trained: what the paths of arrays begin with that are trained afterwards (by default all
-        are); of the others none may stay as it was.
+      trained: path prefixes of arrays that are trained afterwards; by default all. The checkpoint
+        must have all others.
 
     Returns:
-      The arrays, and a sentence that says what was and what was not matched.
+      the arrays, and a sentence on what matched and what did not.
 
     Raises:
-      UserError: the file is missing or unsound, holds no such weights, none of them fits, or it
-        leaves arrays random that nothing trains.
+      UserError: the file is missing or damaged, has no such weights, nothing fits, or arrays that
+        are not trained stay random.
     """
     checkpoint = torch_file.read(path)
     place, tensors = _tensors(checkpoint, kind)
@@ -78,22 +78,22 @@ def start_from(
     if random := [k for k in fresh if not k.startswith(trained)]:
         raise UserError(
             f"{path} ({place}) fills {len(filled)} of {len(wanted)} arrays of the {kind.upper()}, "
-            f"and nothing trains the other {len(random)}{_some(random)}, which would stay random: "
+            f"and the other {len(random)}{_some(random)} are not trained and would stay random: "
             f"give a {kind.upper()} of this architecture (config.pretrain.model)"
             + (", or train it (config.pretrain.vae_training.steps)" if kind == "vae" else "")
         )
     said = (
         f"{len(filled)} tensors from {checkpoint.path.name} ({place}); "
-        f"{len(left)} of its own find no place{_some(left)}, "
-        f"{len(fresh)} of the policy's start fresh{_some(fresh)}"
+        f"{len(left)} of the file unused{_some(left)}; "
+        f"{len(fresh)} of the policy start from random values{_some(fresh)}"
     )
     return {**arrays, **filled}, said
 
 
 def _tensors(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, object]]:
-    """Where the weights lie, and they by the policy's names."""
+    """Returns the key of the weights in the file, and the tensors by the policy's names."""
     if held := [k for k, name in WEIGHTS.items() if name in checkpoint.state_dict_names]:
-        tensors = state_tensors(checkpoint, held[0])  # the averaged ones first
+        tensors = state_tensors(checkpoint, held[0])  # averaged weights come first
         own = {k: v for k, v in tensors.items() if k.startswith("vae_model.") == (kind == "vae")}
         return WEIGHTS[held[0]], {k: v for k, v in own.items() if not k.startswith("normalizer.")}
     places, prefix = _KINDS[kind]

@@ -1,10 +1,9 @@
-"""ONE table that maps torch parameter names to flax paths, used in both directions.
+"""The table that maps torch parameter names to flax paths, used in both directions.
 
-A line names a torch module, its flax module and the kind of layer; the kind says which tensors it
-has and how each is laid out. `{i}` and `{j}` stand for an index, `{f}` for a name, `{n}` and `{l}`
-for the names of an operator's norms and of its other layers. A torch name is matched
-by exactly one line or listed as ignored on purpose; anything else is a problem, and all problems
-of a checkpoint are reported together.
+A line names a torch module, its flax module and the type of layer, which gives its tensors and
+their layouts. `{i}` and `{j}` stand for an index, `{f}` for a name, `{n}` and `{l}` for the names
+of an operator's norms and of its other layers. Every torch name must match exactly one line or be
+listed as ignored; all problems of a checkpoint are reported together.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one tensor changes its layout between torch and flax (`inverse` goes back)."""
+    """The change of a tensor's layout from torch to flax, and its `inverse`."""
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
@@ -42,7 +41,7 @@ CONV_TRANSPOSE_TIME = Layout(
     lambda x: np.moveaxis(x, 0, 2)[..., None, None],
 )
 
-# kind of layer -> ((torch tensor, flax tensor, layout), ...)
+# type of layer -> ((torch tensor, flax tensor, layout), ...)
 KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
     "linear": ((".weight", "/kernel", TRANSPOSE), (".bias", "/bias", SAME)),
     "conv": ((".weight", "/kernel", CONV), (".bias", "/bias", SAME)),
@@ -54,9 +53,9 @@ KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
 IGNORED = {
     r"_dummy_variable": "an empty marker of the original policy class",
     r"text_model\.(vision_model\..*|visual_projection\.weight|logit_scale)": (
-        "the vision half of CLIP, which UVA never runs"
+        "CLIP's vision tower, which UVA does not use"
     ),
-    r"text_model\.text_model\.embeddings\.position_ids": "a constant, the numbers of positions",
+    r"text_model\.text_model\.embeddings\.position_ids": "a constant: position indices",
 }
 
 
@@ -153,7 +152,7 @@ def _mlp_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
 
 
 def _grafted_head(torch: str, flax: str) -> list[tuple[str, str, str]]:
-    """The graft's torch twin (`convert/torch/head.py`) shares the flax names."""
+    """The torch module of the grafted head (`convert/torch/head.py`) has the flax names."""
     lines = [
         (f"{torch}.input_proj", f"{flax}/input_proj", "linear"),
         (f"{torch}.time_embed.fc1", f"{flax}/time_embed/fc1", "linear"),
@@ -238,7 +237,7 @@ _NAMES = {
 
 
 def _pattern(template: str) -> re.Pattern:
-    """The template as a full-match pattern with named groups."""
+    """Returns the template as a full-match pattern with named groups."""
 
     def group(match: re.Match) -> str:
         name = match.group(1)
@@ -257,7 +256,7 @@ def _compiled() -> tuple[tuple[re.Pattern, str, re.Pattern, str, Layout], ...]:
 
 
 def to_flax(name: str) -> tuple[str, Layout] | None:
-    """The flax path (joined by "/") and layout of a torch name, or None."""
+    """Returns the flax path (joined by "/") and layout of a torch name, or None."""
     for pattern, _, _, flax, layout in _compiled():
         if match := pattern.fullmatch(name):
             return flax.format(**match.groupdict()), layout
@@ -265,7 +264,7 @@ def to_flax(name: str) -> tuple[str, Layout] | None:
 
 
 def to_torch(path: str) -> tuple[str, Layout] | None:
-    """The torch name and layout of a flax path, or None."""
+    """Returns the torch name and layout of a flax path, or None."""
     for _, torch, pattern, _, layout in _compiled():
         if match := pattern.fullmatch(path):
             return torch.format(**match.groupdict()), layout
@@ -273,7 +272,7 @@ def to_torch(path: str) -> tuple[str, Layout] | None:
 
 
 def ignored(name: str) -> str | None:
-    """Why a torch name is left out on purpose, or None."""
+    """Returns why a torch name is ignored, or None."""
     for pattern, why in IGNORED.items():
         if re.fullmatch(pattern, name):
             return why
@@ -284,7 +283,7 @@ def plan(names: Iterable[str]) -> tuple[dict[str, tuple[str, Layout]], dict[str,
     """Sorts torch names into targets, ignored ones and problems.
 
     Returns:
-      {flax path: (torch name, layout)}, {ignored name: why}, [problem sentences].
+      {flax path: (torch name, layout)}, {ignored name: why}, [problem].
     """
     targets: dict[str, tuple[str, Layout]] = {}
     skipped: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint by the names that the policy's own code gives them.
 
-Whatever wrapped the model while it trained (DataParallel, torch.compile, FSDP, activation
-checkpointing) left its name in every key, and what shards or compresses weights leaves something
-else than tensors. The first is taken off here; the second is named, with the way out.
+Wrappers of a model in training (DataParallel, torch.compile, FSDP, activation checkpointing) add
+their name to every key; it is removed here. Sharded or compressed weights are not plain tensors;
+they raise an error that says what to do.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from convert.formats.torch_tensors import described_tensor
 from uva_jax.runtime.errors import UserError
 
 WEIGHTS = {"ema": "ema_model", "model": "model"}
-# Parts of a key that wrappers add: torch.nn.DataParallel and DeepSpeed, torch.compile, FSDP (of
+# Parts of keys that wrappers add: torch.nn.DataParallel and DeepSpeed, torch.compile, FSDP (of
 # torch 1 and 2), torch's activation checkpointing, Lightning.
 WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
     + ("_forward_module",)
 )
-# Where files keep a state dict that were not written by UVA's workspace: Lightning, DeepSpeed.
+# Keys of the state dict in files of Lightning and DeepSpeed.
 _BARE = ("ema_model", "model", "state_dict", "module")
-# A piece of the name of what makes a value -> what it is, and how it becomes a tensor.
+# Part of the name of a value's constructor -> what the value is, and how to make it a tensor.
 _KINDS = {
     "DTensor": ("a DTensor, sharded over devices", "gather it (tensor.full_tensor())"),
     "ShardedTensor": ("a ShardedTensor", "gather it (FSDP's StateDictType.FULL_STATE_DICT)"),
@@ -40,15 +40,19 @@ _SAVED_AGAIN = "and save the checkpoint again"
 
 
 def plain_name(name: str) -> str:
-    """The name without what wrappers added, anywhere in it and any number of times."""
+    """Returns the name without all parts that wrappers have added."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]:
-    """The tensors of the chosen weights by name, without what wrappers added to it.
+    """Returns the tensors of the chosen weights by name, without parts that wrappers have added.
+
+    Args:
+      checkpoint: the open file.
+      weights: "ema" or "model".
 
     Raises:
-      UserError: the weights are not in the file, are sharded, compressed or no tensors, or names
+      UserError: the file lacks the weights, they are sharded, compressed or not tensors, or names
         collide.
     """
     if weights not in WEIGHTS:
@@ -65,16 +69,16 @@ def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]
     raw = held[WEIGHTS[weights]]
     if not isinstance(raw, dict):
         raise UserError(
-            f"{checkpoint.path}: {WEIGHTS[weights]} is no state dict; give a checkpoint that UVA's "
-            "training saved."
+            f"{checkpoint.path}: {WEIGHTS[weights]} is not a state dict; give a checkpoint that "
+            "UVA's training saved."
         )
     tensors: dict[str, LazyTensor] = {}
     origin: dict[str, str] = {}
     for name, value in raw.items():
         if not isinstance(name, str):
             raise UserError(
-                f"{checkpoint.path}: {name!r} in {WEIGHTS[weights]} names no tensor; the file is "
-                "no UVA checkpoint."
+                f"{checkpoint.path}: {name!r} in {WEIGHTS[weights]} is not a tensor's name; the "
+                "file is not a UVA checkpoint."
             )
         plain = plain_name(name)
         if plain in tensors:
@@ -87,8 +91,11 @@ def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]
 
 
 def state_dicts(checkpoint: Checkpoint) -> dict[str, object]:
-    """What the file holds under "state_dicts"; else, as "model" or "ema_model", the state dict
-    that it is or that it holds in a place where other programs keep theirs."""
+    """Returns the file's "state_dicts".
+
+    If there are none, a state dict that the file is, or that it holds under a key of other
+    programs, is returned as "model" or "ema_model".
+    """
     payload = checkpoint.payload
     if not isinstance(payload, dict):
         return {}
@@ -102,7 +109,7 @@ def state_dicts(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _is_policy(state: object) -> bool:
-    """Whether this is the state dict of a UVA policy (and not of an image MAR or a VAE)."""
+    """Whether a state dict is that of a UVA policy, and not of an image MAR or a VAE."""
     return isinstance(state, dict) and any(
         isinstance(name, str) and plain_name(name).startswith("model.z_proj_cond.")
         for name in state
@@ -120,22 +127,22 @@ def _tensor(checkpoint: Checkpoint, name: str, value: object) -> LazyTensor:
         found = _kind(value)
         if found is None:
             raise UserError(
-                f"{checkpoint.path}: entry {name!r} of the state dict is no tensor; the file is no "
-                "UVA checkpoint."
+                f"{checkpoint.path}: entry {name!r} of the state dict is not a tensor; the file is "
+                "not a UVA checkpoint."
             )
         what, remedy = found
         raise UserError(f"{checkpoint.path}: {name} is {what}: {remedy} {_SAVED_AGAIN}.")
     if tensor.shape == (0,) and rules.ignored(plain_name(name)) is None:
         raise UserError(
             f"{checkpoint.path}: {name} has shape (0,), like the placeholders that DeepSpeed's "
-            "ZeRO-3 leaves on each process: gather the weights (zero_to_fp32.py, beside the "
-            f"checkpoint) {_SAVED_AGAIN}."
+            "ZeRO-3 leaves on each process: gather the weights (zero_to_fp32.py in the "
+            f"checkpoint's folder) {_SAVED_AGAIN}."
         )
     return tensor
 
 
 def _kind(value: object) -> tuple[str, str] | None:
-    """What a value is that is not read as a tensor, and the remedy."""
+    """Returns what an unsupported value is, and the remedy; None for a tensor."""
     names, pending = [], [value]
     while pending and len(names) < 100:
         part = pending.pop()
@@ -154,7 +161,7 @@ def _kind(value: object) -> tuple[str, str] | None:
 
 
 def dtype_counts(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
-    """How many tensors there are of each dtype."""
+    """Returns the number of tensors of each dtype."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + 1

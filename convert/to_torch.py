@@ -1,11 +1,11 @@
-"""A policy becomes a checkpoint that the original PyTorch code loads, or a .safetensors file.
+"""Converts a policy to a checkpoint that the original PyTorch code loads, or to .safetensors.
 
-A checkpoint's layout is the original's: `cfg`, `state_dicts`, `pickles`; beside them `uva_jax`, a
-json text with the architecture, which the original ignores and `from_torch` reads back. Tensors
-that have not changed keep every bit and their dtype. The action head of a grafted policy is written
-under the names of its twin in `torch/head.py`; everything else loads with strict=True once that
-head is left out. A .safetensors file holds one state dict under the same names. Beside either lies
-`grafted_head.py`, which runs the head where this package is not installed (`standalone.py`).
+A checkpoint has the original's layout (`cfg`, `state_dicts`, `pickles`) and `uva_jax`, a json text
+with the architecture, which the original ignores and `from_torch` reads. Unchanged tensors keep
+every bit and their dtype. The action head of a graft has the names of the module in
+`torch/head.py`; everything else loads into the original with strict=True. A .safetensors file holds
+one state dict under the same names. A graft is exported together with `grafted_head.py`, which runs
+the head without this package (`standalone.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ _MARKER = "_dummy_variable"  # an empty tensor that the original policy class re
 
 
 def torch_arrays(arrays: Mapping[str, jax.Array | LazyArray]) -> dict[str, LazyArray]:
-    """A policy's arrays (by flax path) under their torch names, in torch layout, float32.
+    """Returns a policy's arrays by torch name, in torch layout and float32.
+
+    Args:
+      arrays: by flax path.
 
     Raises:
       UserError: a variable has no torch name.
@@ -56,7 +59,7 @@ def torch_arrays(arrays: Mapping[str, jax.Array | LazyArray]) -> dict[str, LazyA
     if problems:
         raise UserError(
             f"these parameters have no place in a PyTorch checkpoint: {', '.join(problems)}; "
-            "merge or remove what was added to the model before exporting it."
+            "merge or remove them before exporting the policy."
         )
     return turned
 
@@ -70,9 +73,9 @@ def _turned(value: jax.Array | LazyArray, layout: rules.Layout) -> LazyArray:
 
 
 def narrowed(array: LazyArray, dtype: np.dtype) -> LazyArray:
-    """The array in the source's dtype if that loses nothing, else as it is.
+    """Returns the array in the source's dtype if that is exact, otherwise unchanged.
 
-    So an unchanged tensor gets its old bits back, and a trained one is not rounded.
+    So an unchanged tensor gets its original bits, and a trained one is not rounded.
     """
     if dtype == array.dtype:
         return array
@@ -88,17 +91,17 @@ def _state_dict(
     described: Mapping[str, tuple[str, tuple[int, ...]]],
     kept: Mapping[str, object],
 ) -> OrderedDict:
-    """Tensors in the source's order and dtypes; new ones follow in the order of the model.
+    """Returns tensors in the source's order and dtypes; new ones follow in the model's order.
 
     Args:
       arrays: float32 values of the policy by torch name.
       described: (dtype, shape) of the source's tensors, in order.
-      kept: tensors of the source that no policy holds (a language tower).
+      kept: tensors of the source that no policy holds, such as CLIP's vision tower.
     """
     result = OrderedDict()
     for name, (dtype, shape) in described.items():
         if name in arrays:
-            # A grafted head can share a name, but not the shape, with the head before it.
+            # A grafted head can share a name, but not the shape, with the head it replaces.
             known = dtype in _DTYPES and tuple(shape) == arrays[name].shape
             result[name] = narrowed(arrays[name], _DTYPES[dtype]) if known else arrays[name]
         elif name in kept:
@@ -112,7 +115,7 @@ def _state_dict(
 
 
 def plain_cfg(config: PolicyConfig) -> dict:
-    """A configuration in the original's words, for a policy that came without one."""
+    """Returns a configuration with the original's keys, for a policy whose source has none."""
     mar, head, video = config.mar, config.action_head, config.video_head
     ar = {
         "img_size": config.image_size,
@@ -187,18 +190,18 @@ def export_policy(
     records: bytes | None = None,
     weights: str = "ema",
 ) -> dict:
-    """Writes a policy as a checkpoint in the original's payload layout, or as safetensors.
+    """Writes a policy as a checkpoint in the original's layout, or as safetensors.
 
     Args:
       policy: a policy folder, or a policy.
       out: the file to write.
-      format: "ckpt" or "safetensors"; without it `out` decides by its ending.
-      base: a checkpoint to take cfg, pickles, dtypes and the language tower from; without it
-        they come from what the policy folder (or `records`) keeps of its source.
-      records: for a policy in memory, what `policy_folder.read_records` gives of its source.
-      weights: for a policy in memory, "ema" or "model": which state dict it came from. The weights
-        are always written as `ema_model` (which the original runs), and as `model` too if they
-        came from there.
+      format: "ckpt" or "safetensors"; None: by the suffix of `out`.
+      base: a checkpoint that gives cfg, pickles, dtypes and language tower; None: the records of
+        the policy folder, or `records`.
+      records: for a policy in memory, `policy_folder.read_records` of its source.
+      weights: for a policy in memory, the state dict it came from, "ema" or "model". Weights are
+        always written as `ema_model`, which the original runs, and also as `model` if they came
+        from there.
 
     Returns:
       {"tensors", "bytes", "state_dicts"} of the file; for a graft also "head", the path of the
@@ -210,8 +213,8 @@ def export_policy(
     safe = os.fspath(out).endswith(safetensors_file.ENDING)
     if format is not None and safe != (format == "safetensors"):
         raise UserError(
-            f"--format is {format}, but the file to write is {out}: name it .{format}, which is "
-            "also how it is known again."
+            f"--format is {format}, but the file to write is {out}: let its name end in .{format}, "
+            "by which it is recognised."
         )
     origin: dict = {}
     if isinstance(policy, Policy):
@@ -248,7 +251,7 @@ def export_policy(
         safetensors_file.write(out, state, description.describe(config, origin))
         return _finish(out, state, ["ema_model"], beside)
     cfg = source["cfg"]
-    if cfg is None:  # made here, or read from a file without one
+    if cfg is None:  # the policy was made here, or its file has none
         cfg = torch_file.records_from_dict(plain_cfg(config))
     described = json.dumps({"policy": to_dict(config)})
     names = ["ema_model"] if weights == "ema" else ["model", "ema_model"]

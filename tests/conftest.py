@@ -1,4 +1,4 @@
-"""What tests share: a tiny policy as a checkpoint, three demonstrations, and one whole run.
+"""Fixtures that tests share: a tiny policy as a checkpoint, three demonstrations, one whole run.
 
 Everything is made once a session. The policy has every part that a real one has, with random
 weights; nothing it does is good, but all of it is exact, so equality can be asked for.
@@ -56,7 +56,7 @@ CONFIG = PolicyConfig(
 
 
 def make_policy(config: PolicyConfig = CONFIG) -> Policy:
-    """A policy whose every layer matters: what starts at zero is moved."""
+    """Returns a policy whose zero-initialised arrays are changed, so that every layer matters."""
     policy = Policy(config, rngs=nnx.Rngs(0))
     arrays = surgery.flatten(policy)
     for number, (path, x) in enumerate(sorted(arrays.items())):
@@ -71,7 +71,7 @@ def make_policy(config: PolicyConfig = CONFIG) -> Policy:
 
 
 def silently(function: Callable, *args, **kwargs):
-    """Calls a function; returns its result and what it printed."""
+    """Calls a function; returns its result and its output."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         result = function(*args, **kwargs)
@@ -79,7 +79,7 @@ def silently(function: Callable, *args, **kwargs):
 
 
 def python(code: str, *args: object, devices: int = 1) -> subprocess.Popen:
-    """Starts Python on `code` in a process of its own, with so many simulated devices."""
+    """Starts a Python process that runs `code` with a number of simulated devices."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
@@ -97,13 +97,13 @@ def python(code: str, *args: object, devices: int = 1) -> subprocess.Popen:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Path:
-    """A folder that lives as long as the session."""
+    """A folder for the whole session."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="module")
 def quick_compilation(shared):
-    """For tests whose time is the compiler's: it does less, and nothing twice."""
+    """For tests that mostly compile: fewer optimisations and a compilation cache."""
     changed = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(shared / "compiled"),
@@ -177,7 +177,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished(shared, make_config) -> Run:
-    """The pipeline, run from checkpoint to report and export. Not to be changed by tests."""
+    """The pipeline, run from checkpoint to report and export. Tests must not change it."""
     from uva_jax.main import run
 
     workdir = shared / "run"

@@ -3,8 +3,8 @@
     python -m tests.hostile_files DIR
 
 writes them all to DIR, runs `convert inspect` and `convert from_torch` on each, and prints how many
-of each kind were refused. `inspect` looks at names and shapes, so it need not refuse what only
-values say. Nothing is ever run: a gadget would create the file DIR/marker.
+of each kind were refused. `inspect` reads only names and shapes, so it need not refuse files with
+wrong values. No code in the files may run: a gadget would create the file DIR/marker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))  # where pytest finds its neighbours anyway
+sys.path.insert(0, str(Path(__file__).parent))  # pytest adds this folder too
 
 import hostile_safetensors as hs  # noqa: E402
 import hostile_torch as ht  # noqa: E402
@@ -26,7 +26,7 @@ from uva_jax.models import description  # noqa: E402
 
 
 class HostileFile(NamedTuple):
-    """`said`: what the sentence of `from_torch` must contain."""
+    """`said`: text that the error of `from_torch` must contain."""
 
     kind: str
     name: str
@@ -35,7 +35,7 @@ class HostileFile(NamedTuple):
 
 
 def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
-    """How the files of each kind are made."""
+    """Returns functions that make the files of each kind."""
     good, pair = ht.sound(folder / "good.ckpt"), folder / "good.safetensors"
     safetensors_file.write(pair, ht.sound_state(), description.describe(ht.CONFIG, {}))
     whole, words = good.read_bytes(), [("data/0", bytes(16))]
@@ -49,7 +49,7 @@ def cases(folder: Path) -> dict[str, Callable[[], ht.Made]]:
         "pickle gadgets": lambda: ht.running(folder),
         "pickle bombs": lambda: pickled(ht.pickle_bombs()),
         "tensors that lie": lambda: pickled(lies),
-        "cut short": lambda: ht.truncated(whole, ht.sections(good), "cut short"),
+        "cut short": lambda: ht.truncated(whole, ht.sections(good), "truncated"),
         "flipped bytes": lambda: ht.flipped(whole, ht.places(good), ""),
         "shapes": ht.shapes,
         "weights": ht.weights,
@@ -73,7 +73,7 @@ KINDS = (
 def hostile_files(folder: Path, kinds: Sequence[str] = KINDS) -> Iterator[HostileFile]:
     """Writes the files of some kinds to a folder, one after another, and yields each.
 
-    A sound checkpoint, good.ckpt, and a sound pair, good.safetensors, are written first.
+    A valid checkpoint, good.ckpt, and a valid pair, good.safetensors, are written first.
     """
     made = cases(folder)
     for kind in kinds:
@@ -85,7 +85,7 @@ def hostile_files(folder: Path, kinds: Sequence[str] = KINDS) -> Iterator[Hostil
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """The exit status of `python -m convert` and what it says on stderr, run in this process."""
+    """Runs `python -m convert` in this process; returns its exit status and stderr."""
     from convert.__main__ import main
 
     printed = io.StringIO()

@@ -1,4 +1,4 @@
-"""Damaged and hostile .safetensors files; see `hostile_torch` for what a kind gives."""
+"""Damaged and hostile .safetensors files; `hostile_torch` describes the tuples of a kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uva_jax.models import description
 
 
 def _pair(path: Path, header: object, data: bytes = b"", length: int | None = None) -> None:
-    """A .safetensors file by hand, with the sound json beside it."""
+    """Writes a .safetensors file from header and data, with a valid json."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = struct.pack("<Q", len(encoded) if length is None else length)
     path.write_bytes(size + encoded + data)
@@ -24,7 +24,7 @@ def _pair(path: Path, header: object, data: bytes = b"", length: int | None = No
 
 
 def headers() -> Made:
-    """Headers that lie."""
+    """Headers with wrong values."""
 
     def entry(begin: int, end: int, shape=(1,), dtype: object = "F32") -> dict:
         return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -68,7 +68,7 @@ def headers() -> Made:
 
 
 def damaged_pairs(pair: Path) -> Made:
-    """Sound pairs of files with one of them damaged."""
+    """Pairs of files of which one is damaged."""
     whole, described = pair.read_bytes(), json.loads(safetensors_file.json_of(pair).read_text())
 
     def make(data: bytes = whole, beside: object = described) -> Callable[[Path], None]:
@@ -83,12 +83,12 @@ def damaged_pairs(pair: Path) -> Made:
     length = struct.unpack("<Q", whole[:8])[0]
     cuts = {"in the length": 4, "in the header": 8 + length // 2, "at the data": 8 + length}
     for name, size in (cuts | {"in the data": len(whole) - 100, "last byte": -1}).items():
-        yield f"cut {name}", "no sound safetensors", make(whole[:size])
+        yield f"cut {name}", "not a valid safetensors", make(whole[:size])
     for name, place in {"first": 8 + length, "middle": len(whole) // 2 + 4000, "last": -1}.items():
         data = bytearray(whole)
         data[place] ^= 0x10
         yield f"flipped: {name} byte of the data", "states another sha256", make(bytes(data))
-    yield "no json", "beside it", make(beside=None)
+    yield "no json", "lacks the file", make(beside=None)
     yield "empty json", "is damaged", make(beside=b"")
     yield "json of something else", "is damaged", make(beside={"model": 1})
     yield "endless json", "is damaged", make(beside=b"[" * 100_000)

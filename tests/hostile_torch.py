@@ -1,6 +1,6 @@
-"""Damaged and hostile PyTorch checkpoints, kind by kind, made from a small sound one.
+"""Damaged and hostile PyTorch checkpoints, by kind, made from a small valid one.
 
-A kind gives (name, what the sentence of `from_torch` must contain, how the file is made).
+A kind yields (name, text in the error of `from_torch`, function that makes the file).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ CONFIG = PolicyConfig(
     action_head=MLPHeadConfig(channels=2, aggregator="conv_ori", **_HEAD),
     normalizer_fields=(("action", 2),),
 )
-WEIGHT = "model.z_proj.weight"  # the tensor that is damaged where one is enough
+WEIGHT = "model.z_proj.weight"  # the tensor to damage, if one is enough
 
 
 def sound_state(seed: int = 0) -> dict[str, np.ndarray]:
-    """The state dict of a small policy, random."""
+    """Returns the state dict of a small random policy."""
     rng = np.random.default_rng(seed)
     shapes = bench_conversion.torch_shapes(CONFIG)
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
 def sound(path: Path, state: dict | None = None, **payload: object) -> Path:
-    """Writes a checkpoint that converts; or one with another state dict or other entries."""
+    """Writes a valid checkpoint, or one with another state dict or other entries."""
     values = {
         "cfg": torch_file.records_from_dict(plain_cfg(CONFIG)),
         "state_dicts": {"ema_model": sound_state() if state is None else state},
@@ -63,11 +63,11 @@ def sound(path: Path, state: dict | None = None, **payload: object) -> Path:
     return path
 
 
-# ---- by hand: archives, pickles, tensors that lie ----
+# ---- archives, pickles and tensors with wrong values ----
 
 
 def archive(path: Path, pickled: bytes, entries=(), byteorder=b"little", **options) -> Path:
-    """A zip with `pickled` as its data.pkl; names that begin with "!" stand outside its folder."""
+    """Writes a zip with `pickled` as its data.pkl; names with "!" go outside its folder."""
     with zipfile.ZipFile(path, "w", **options) as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns of duplicate names
         for name, content in (("data.pkl", pickled), ("byteorder", byteorder), *entries):
@@ -80,7 +80,7 @@ def text(value: str) -> bytes:
 
 
 def gadgets(marker: str) -> dict[str, bytes]:
-    """Pickles that would create the file `marker`, or fork, if anything in them were run."""
+    """Pickles that would create the file `marker`, or fork, if they were unpickled."""
     shell = text(f"touch {marker}")
     python = text(f"open({marker!r}, 'w')")
     system = b"cos\nsystem\n" + shell + b"\x85R"
@@ -115,7 +115,7 @@ def gadgets(marker: str) -> dict[str, bytes]:
 
 
 def tensor_pickle(shape, strides, offset=0, numel=4, kind="FloatStorage", key="0") -> bytes:
-    """The pickle of one tensor, spelled by hand so that it can lie."""
+    """Returns the pickle of one tensor with the given, possibly wrong, values."""
     storage = pickle.dumps(("storage", None, key, "cpu", numel), 2)[2:-1]
     storage = storage.replace(b"N", b"ctorch\n" + kind.encode() + b"\n", 1)
     rest = b"".join(pickle.dumps(v, 2)[2:-1] for v in (offset, shape, strides, False, {}))
@@ -166,20 +166,20 @@ def running(folder: Path) -> Made:
     record = torch_file.Record(torch_file.Global("os", "system"), (f"touch {folder / 'marker'}",))
     state = sound_state()
     yield "as the cfg", "", lambda path: sound(path, cfg=record)
-    yield "as a tensor", "is no tensor", lambda path: sound(path, state | {WEIGHT: record})
+    yield "as a tensor", "is not a tensor", lambda path: sound(path, state | {WEIGHT: record})
     yield "as the state dict", "", lambda path: sound(path, state_dicts={"ema_model": record})
     yield "as the state dicts", "", lambda path: sound(path, state_dicts=record)
     yield "as the architecture", "", lambda path: sound(path, uva_jax=record)
 
 
 def truncated(whole: bytes, sections: dict[str, int], said: str) -> Made:
-    """The file cut at each of the places."""
+    """The file truncated at each of the places."""
     for name, size in sections.items():
         yield name, said if size else "", lambda path, size=size: path.write_bytes(whole[:size])
 
 
 def sections(path: Path) -> dict[str, int]:
-    """Where a cut through each section of a checkpoint would be."""
+    """Returns a place inside each section of a checkpoint, for truncation."""
     size, found = path.stat().st_size, {"nothing": 0, "first header": 20}
     with zipfile.ZipFile(path) as opened:
         entries, contents = torch_file.read(path).archive.entries, opened.start_dir
@@ -202,7 +202,7 @@ def flipped(whole: bytes, places: dict[str, int], said: str) -> Made:
 
 
 def places(path: Path) -> dict[str, int]:
-    """One byte of every section whose bytes matter."""
+    """Returns the place of one byte of every section whose bytes matter."""
     entries = torch_file.read(path).archive.entries
     with zipfile.ZipFile(path) as opened:
         contents = opened.start_dir
@@ -249,7 +249,7 @@ def shapes() -> Made:
 
 
 def weights() -> Made:
-    """Values that are not finite or too precise, and dtypes that are no weights."""
+    """Values that are not finite or too precise, and dtypes that weights cannot have."""
     bad = {"NaN": np.nan, "infinite": np.inf, "minus infinite": -np.inf}
     for name, value in bad.items():
 
@@ -314,7 +314,7 @@ def zip_tricks(whole: bytes) -> Made:
 
 
 def other_formats() -> Made:
-    """Files that are no checkpoints of today."""
+    """Files in other formats."""
     tar = b"storages".ljust(257, b"\0") + b"ustar\x00".ljust(255)
     contents = {
         "web page": b"\n<!DOCTYPE html><html></html>",
@@ -332,7 +332,7 @@ def other_formats() -> Made:
 
 
 def with_cfg(changes: dict[str, object]) -> Callable[[Path], object]:
-    """A checkpoint whose cfg says other values of some keys ("a.b.c")."""
+    """Makes a checkpoint with other values of some keys ("a.b.c") of its cfg."""
     values = plain_cfg(CONFIG)
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -344,7 +344,7 @@ def with_cfg(changes: dict[str, object]) -> Callable[[Path], object]:
 
 
 _PARAMS = "model.policy.autoregressive_model_params"
-SENSELESS = {  # key of the cfg -> values that make no sense
+SENSELESS = {  # key of the cfg -> impossible values
     "model.policy.n_action_steps": (0, 32, -1, 8.5, "eight", True),
     "model.policy.shift_action": ("None", 2),
     "model.policy.different_history_freq": ("false",),
@@ -367,7 +367,7 @@ SENSELESS = {  # key of the cfg -> values that make no sense
     "task.dataset.normalizer_type": ("range",),
     "task.task_modes": (["policy"], "policy_model"),
 }
-UNRESOLVED = {  # key of the cfg -> what leads nowhere
+UNRESOLVED = {  # key of the cfg -> interpolations without a target
     "model.policy.n_action_steps": "${eval:'__import__(\"os\").getpid()'}",
     f"{_PARAMS}.num_iter": "${oc.env:ROUNDS}",
     f"{_PARAMS}.temperature": "${nowhere.temperature}",
@@ -377,7 +377,7 @@ UNRESOLVED = {  # key of the cfg -> what leads nowhere
 
 
 def settings() -> Made:
-    """Values of the cfg with which no policy could act or be trained on."""
+    """Values of the cfg with which a policy could not act or be trained."""
     for key, values in SENSELESS.items():
         for value in values:
             yield f"{key} = {value!r}", f"cfg says {key} is ", with_cfg({key: value})
@@ -387,7 +387,7 @@ def settings() -> Made:
 
 
 def normalisers() -> Made:
-    """Normalisers with which no action could be told."""
+    """Normalisers that give no valid action."""
     prefix = "normalizer.params_dict.action."
     scale = f"{prefix}scale"
 
@@ -437,7 +437,7 @@ def normalisers() -> Made:
 
 
 def configurations() -> Made:
-    """Architectures and cfgs that make no sense, or would cost endless time."""
+    """Architectures and cfgs that are impossible, or would take endless time."""
 
     def described(**changes: object) -> str:
         values = description.describe(CONFIG, {})["policy"]

@@ -1,4 +1,4 @@
-"""The table of what the recipe's parts cost: its rows, one of them for real, and its sentences."""
+"""`ablate`: the variants, one real measurement, and errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or stay as they were."""
+"""Atomic writes: files and folders have the old content or the new."""
 
 import errno
 import os

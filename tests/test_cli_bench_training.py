@@ -1,4 +1,4 @@
-"""Timing a training step: every row steps for real, and the torch step learns like ours."""
+"""`bench training`: every row runs real steps, and the torch step trains like this project's."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The main command, from checkpoint to report, and what it says to bad input."""
+"""The main command, from checkpoint to report, and its errors for bad input."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ FOLDERS = ("teacher", "activations", "operators", "grafted", "finetune", "eval",
 
 
 def copy(finished, tmp_path):
-    """The finished run in a workdir that a test may change."""
+    """A copy of the finished run that a test may change."""
     return shutil.copytree(finished.workdir, tmp_path / "run")
 
 
 def outcome(printed: str) -> dict[str, str]:
-    """ "skipped" or "ran" of every stage, by what the run printed."""
+    """Returns "skipped" or "ran" for every stage, from the run's output."""
     return {
         name: "skipped" if f"{name}: skipped" in printed else "ran"
         for name in STAGES
@@ -37,7 +37,7 @@ def outcome(printed: str) -> dict[str, str]:
     }
 
 
-# ---- the whole line ----
+# ---- the whole pipeline ----
 
 
 def test_a_run_leaves_the_layout_of_the_readme(finished):
@@ -154,7 +154,7 @@ def test_only_the_named_stages_run(make_config, tmp_path):
 
 
 def refuses(config, workdir, *words: str, only=None) -> None:
-    """The run ends with a UserError of one line that holds all words, and has finished no stage."""
+    """Checks that the run raises a one-line UserError with all words and finishes no stage."""
     with pytest.raises(UserError) as caught:
         silently(run, config, str(workdir), only)
     text = str(caught.value)
@@ -275,7 +275,7 @@ def zarr_config(make_config, finished, tmp_path):
 
 
 def refuses_to_capture(config, workdir, *words):
-    """As `refuses`, of a run that has come past the conversion."""
+    """Checks the same as `refuses` after the conversion."""
     with pytest.raises(UserError) as caught:
         silently(run, config, str(workdir), None)
     text = str(caught.value)
@@ -334,11 +334,11 @@ def test_operators_of_another_depth_are_refused(finished, make_config, tmp_path)
         silently(run, config, str(tmp_path / "run"), ["convert", "capture", "finetune"])
 
 
-# ---- the steps as commands of their own ----
+# ---- the stages as single commands ----
 
 
 def settings(config) -> list[str]:
-    """What makes a command as small as the tests' runs."""
+    """Returns the options that make a command as small as the tests' runs."""
     names = (
         "data.max_episodes data.cache head.num_heads head.self_attn_heads capture.held_out "
         "capture.batch distill.warmup distill.sampling_steps finetune.freeze"

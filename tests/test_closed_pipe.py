@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def without_reader(folder, *arguments) -> tuple[int, str]:
-    """The status of `python -m ...`, whose output nobody reads, and what it says on stderr."""
+    """Returns status and stderr of `python -m ...` whose output pipe is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -34,9 +34,9 @@ def without_reader(folder, *arguments) -> tuple[int, str]:
 def test_every_command_ends_quietly_when_its_reader_is_gone(tmp_path):
     for name, arguments in COMMANDS.items():
         status, said = without_reader(tmp_path, *arguments)
-        # argparse prints its help without looking whether that went well.
+        # argparse ignores errors while it prints its help.
         assert (status, said) == (0 if name == "sample" else 141, ""), name
-    # What a command writes beside its words is whole.
+    # Files that a command writes are complete.
     assert (tmp_path / "policy" / "policy.json").exists() and (tmp_path / "again.ckpt").exists()
 
 

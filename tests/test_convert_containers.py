@@ -1,6 +1,6 @@
-"""Checkpoints as training programs leave them: wrapped keys, sharded and compressed tensors.
+"""Checkpoints of training programs: wrapped keys, sharded and compressed tensors.
 
-The odd tensors are made by torch itself, so that a new way of pickling them would be noticed.
+torch itself makes the unusual tensors, so that a new way of pickling them fails a test.
 """
 
 import json
@@ -22,13 +22,13 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The sound checkpoint, and the arrays of its policy."""
+    """The valid checkpoint, and the arrays of its policy."""
     path = sound(tmp_path_factory.mktemp("plain") / "plain.ckpt")
     return path, surgery.flatten(from_torch.convert_checkpoint(path)[0])
 
 
 def same(path, wanted, **options) -> dict:
-    """Asserts that a file holds the same policy; returns the facts on it."""
+    """Checks that a file holds the same policy; returns the values on its source."""
     policy, info = from_torch.convert_checkpoint(path, **options)
     found = surgery.flatten(policy)
     assert found.keys() == wanted.keys()
@@ -37,7 +37,7 @@ def same(path, wanted, **options) -> dict:
 
 
 def saved(path, change, **payload):
-    """The sound checkpoint, saved by torch with its tensors changed (name -> tensor)."""
+    """Saves the valid checkpoint by torch with changed tensors (name -> tensor)."""
     tensors = {name: torch.from_numpy(x) for name, x in sound_state().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of prototypes
@@ -51,7 +51,7 @@ def saved(path, change, **payload):
 
 
 def in_the_middle(name: str) -> str:
-    """As torch's activation checkpointing in FSDP in torch.compile names a block's weights."""
+    """Returns the name that activation checkpointing in FSDP in torch.compile gives a weight."""
     wrapped = "_fsdp_wrapped_module._checkpoint_wrapped_module"
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0) + 1
@@ -94,7 +94,7 @@ def test_names_that_collide_without_wrappers_are_refused(tmp_path):
 
 
 def placeholder(shape) -> torch.nn.Parameter:
-    """What ZeRO-3 leaves of a weight: nothing, with its shape as an attribute."""
+    """Returns the placeholder of ZeRO-3: an empty parameter with the shape as an attribute."""
     parameter = torch.nn.Parameter(torch.zeros(0))
     parameter.ds_shape, parameter.ds_status = shape, 1
     return parameter
@@ -179,7 +179,7 @@ def test_float64_that_float32_holds_is_cast(plain, tmp_path):
     assert set(info["dtypes"]) == {"float64"}
 
 
-# ---- what the cfg says and the file does not ----
+# ---- files without cfg, and contradictions ----
 
 
 def test_a_state_dict_alone_is_read_with_its_architecture(plain, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_a_state_dict_alone_is_read_with_its_architecture(plain, tmp_path, capsy
         ("{", "is not json"),
         ("[1]", "holds no architecture"),
         ('{"mar": {"evil": 1}}', "has no field 'evil'"),
-        ('{"n_action_steps": 99}', "n_action_steps is 99, but it has to be 1 to 16"),
+        ('{"n_action_steps": 99}', "n_action_steps is 99, but it must be 1 to 16"),
     ],
 )
 def test_an_architecture_that_is_none_is_named(content, said, plain, tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_what_the_cfg_says_otherwise_than_the_tensors_is_told(plain, tmp_path, c
         assert part in told
     assert len(info["contradictions"]) == 7
     assert main(["inspect", str(path)]) == 0
-    assert capsys.readouterr().out.count("the tensors are believed") == 7
+    assert capsys.readouterr().out.count("the tensors are used") == 7
     assert from_torch.convert_checkpoint(plain[0])[1]["contradictions"] == []
 
 

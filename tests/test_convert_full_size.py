@@ -43,7 +43,7 @@ def without_normalizer(shapes):
 
 
 def other_task(task):
-    """The state dict of another task's policy: PushT's VAE and that task's MAR part."""
+    """Returns the state dict of another task's policy: PushT's VAE and that task's MAR part."""
     tensors = {n: s for n, s in PUSHT.items() if n.startswith(("vae_model.", "_dummy"))}
     return tensors | {f"model.{n}": tuple(s) for n, s in GOLDEN["other_tasks"][task]["tensors"]}
 
@@ -99,7 +99,7 @@ def test_other_tasks_are_inferred_with_the_originals_names_and_shapes(task):
     assert mar == GOLDEN["other_tasks"][task]["n_params"]
 
 
-# What upstream's configurations and training scripts of the published policies say.
+# From upstream's configurations and training scripts of the published policies.
 PUBLISHED = {
     "pusht": ("pusht", {}, {"normalizer_type": "all"}, {}),
     "pusht_multitask": (
@@ -156,7 +156,7 @@ def test_a_random_checkpoint_is_read_like_an_original_one(tmp_path):
 
 def test_bench_measures_both_conversions_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     here = lambda name, source, out: bench_conversion._step(name, Path(source), out)  # noqa: E731
-    # Not in processes of their own, which takes longer.
+    # Not in separate processes, which takes longer.
     monkeypatch.setattr(bench_conversion, "_apart", here)
     monkeypatch.setattr(bench_conversion, "WARM_RUNS", 1)
     found = tmp_path / "figures.json"

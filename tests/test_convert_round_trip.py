@@ -1,4 +1,4 @@
-"""Checkpoints to policies and back: nothing is lost, and what does not fit is named."""
+"""Conversion of checkpoints to policies and back loses nothing; errors name what does not fit."""
 
 import dataclasses
 import json
@@ -47,8 +47,10 @@ def assert_same_tensors(found, wanted):
 
 
 def rewrite(tmp_path, change, **payload_changes):
-    """The teacher with `change` applied to its tensors (a dict of arrays) in a new file, without
-    the entry that says its architecture: as an original, it has to be inferred."""
+    """Writes the teacher with `change` applied to its tensors (a dict of arrays) to a new file.
+
+    The entry with the architecture is left out, so that it is inferred as for an original.
+    """
     source = torch_file.read(TEACHER)
     state = OrderedDict((k, v.numpy()) for k, v in source.state_dict("ema_model").items())
     change(state)
@@ -282,7 +284,7 @@ def test_inspect_says_what_a_checkpoint_is(tmp_path, capsys):
         (["from_torch", str(TEACHER), "out", "--weights", "model"], "no model weights"),
         (["to_torch", "nowhere", "out.ckpt"], "is not a policy folder"),
         (["verify", "--fixtures", "nowhere"], "holds no .npz file"),
-        (["verify"], "verify takes either a checkpoint or --fixtures"),
+        (["verify"], "give verify either a checkpoint or --fixtures"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, sentence, capsys, tmp_path, monkeypatch):

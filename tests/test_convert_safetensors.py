@@ -1,4 +1,4 @@
-"""A policy as .safetensors with its json: nothing is lost, and other programs read it."""
+"""Export to .safetensors with a json loses nothing, and other programs read the file."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_the_pair_reads_back_to_the_bit(pair, tmp_path):
     assert main(["to_torch", str(tmp_path / "policy"), str(tmp_path / "again.safetensors")]) == 0
     for ending in ("safetensors", "json"):
         again, first = tmp_path / f"again.{ending}", pair / f"teacher.{ending}"
-        if ending == "json":  # where the weights come from differs
+        if ending == "json":  # the origin of the weights differs
             policies = [json.loads(file.read_text())["policy"] for file in (again, first)]
             assert policies[0] == policies[1]
         else:
@@ -100,7 +100,7 @@ def test_a_changed_tensor_is_refused_until_the_json_no_longer_states_the_hash(co
 
 def test_a_file_without_its_json_is_refused(copy, capsys):
     copy.with_suffix(".json").unlink()
-    assert "no teacher.json beside it" in refused(capsys, "inspect", copy)
+    assert "lacks the file teacher.json" in refused(capsys, "inspect", copy)
 
 
 def test_the_format_and_the_name_must_agree(pair, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`grafted_head.py`, the torch head as one file: where it runs, what it reads, what it equals."""
+"""`grafted_head.py`, the torch head as one file: its requirements, its inputs, its outputs."""
 
 import ast
 import dataclasses
@@ -40,7 +40,7 @@ HEAD = GraftedHeadConfig(
     self_attn_heads=4,
     sampling_steps="4",
 )
-# What a user does, where nothing but torch, einops and the exported files is to be found.
+# A user's code in an environment with only torch, einops and the exported files.
 PROGRAM = """
 import importlib.util, sys
 packages, folder = sys.argv[1:3]
@@ -84,7 +84,7 @@ def exported(tmp_path_factory):
 
 
 def needs_of(*names: str) -> set[str]:
-    """These distributions and all that they require, as far as it is installed."""
+    """Returns distributions and all their installed requirements."""
     found, pending = set(), list(names)
     while pending:
         name = pending.pop()
@@ -100,7 +100,7 @@ def needs_of(*names: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """A folder from which torch and einops can be imported, and nothing else."""
+    """A folder from which only torch and einops can be imported."""
     folder = tmp_path_factory.mktemp("packages")
     installed = Path(sysconfig.get_paths()["purelib"])
     for name in needs_of("torch", "einops"):
@@ -142,7 +142,7 @@ def test_it_equals_flax_where_neither_this_project_nor_jax_is(exported, packages
 
 
 def lowest_python(source: str) -> tuple[int, int]:
-    """The oldest Python 3 that has the syntax and the library that a text uses."""
+    """Returns the oldest Python 3 with the syntax and the library that a source uses."""
     return pytest.importorskip("vermin").detect(source)[1]
 
 

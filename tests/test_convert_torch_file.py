@@ -35,7 +35,7 @@ def tensor_bytes(tensor) -> bytes:
 
 
 def assert_same(ours: object, theirs: object, where: str = "payload") -> int:
-    """Compare a payload that was read here with torch's; the number of tensors in it."""
+    """Compares a payload that was read here with torch's; returns the number of tensors."""
     if isinstance(ours, LazyTensor):
         array = ours.numpy()
         assert array.shape == tuple(theirs.shape) == ours.shape, where
@@ -58,7 +58,7 @@ def torch_load(path: Path) -> object:
 
 
 def typed(value: object) -> object:
-    """`value` with the type of every leaf, since 1 == 1.0 == True."""
+    """Returns `value` with the type of every leaf, because 1 == 1.0 == True."""
     if isinstance(value, dict):
         return {k: typed(v) for k, v in value.items()}
     return [typed(v) for v in value] if isinstance(value, list) else (type(value), value)
@@ -66,8 +66,10 @@ def typed(value: object) -> object:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The shipped weights as upstream's workspace saves them: by torch, with interpolations in the
-    configuration and values pickled by dill; read by this project and by torch."""
+    """The embedded weights, saved as upstream's workspace does and read here and by torch.
+
+    The file has interpolations in the configuration and values pickled by dill.
+    """
     omegaconf, dill = pytest.importorskip("omegaconf"), pytest.importorskip("dill")
     payload = torch_load(TINY)
     del payload["uva_jax"]
@@ -319,7 +321,7 @@ def test_a_plain_configuration_becomes_one_that_omegaconf_loads():
         torch_file.records_from_dict({"a": [{1}]})
 
 
-# As UVA's configurations write them, and as others do.
+# Expressions of UVA's configurations, and others.
 EVALUATED = {
     "a": 0.125,
     "b": {"hz": 60, "wait": "${eval:'(${a} - 0.025) * ${b.hz}'}"},

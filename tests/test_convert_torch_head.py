@@ -1,4 +1,4 @@
-"""The torch side: the grafted head's twin, the reference policy, and `verify` on both."""
+"""The torch modules: the grafted head, the reference policy, and `verify` on both."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def full_precision():
 
 
 def make_head(**options):
-    """A grafted head with every gate a little open."""
+    """Returns a grafted head whose gates are not zero."""
     config = GraftedHeadConfig(
         channels=2,
         z_channels=24,
@@ -211,7 +211,7 @@ def test_verify_names_the_parts_that_differ(monkeypatch):
     failed = {check.name for check in checks if not check.ok}
     blocks = {check.name for check in checks if "_block" in check.name and "_model." in check.name}
     assert "policy_model.encoder_block0" in failed
-    # Every part is fed torch's result of the one before, so an error does not spread.
+    # The input of each part is torch's result of the part before, so errors do not add up.
     outputs = {f"{m}.{s}_out" for m in MODES for s in ("encoder", "decoder")}
     assert failed <= blocks | outputs
 

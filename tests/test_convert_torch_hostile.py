@@ -1,4 +1,4 @@
-"""Hostile and damaged checkpoints run nothing and end in one sentence that names the file."""
+"""Hostile and damaged checkpoints run no code and give one sentence that names the file."""
 
 import codecs
 import pickle
@@ -39,7 +39,7 @@ def nothing_runs(tmp_path):
 
 
 def refused(path) -> str:
-    """The one sentence with which `path` is refused."""
+    """Returns the error for `path`."""
     with pytest.raises(UserError) as caught:
         torch_file.read(path)
     message = str(caught.value)
@@ -76,7 +76,7 @@ def test_a_reduce_method_becomes_a_record_and_stays_one(tmp_path, nothing_runs):
 
 
 def sample(path):
-    """A small checkpoint with everything in it: tensors, records, nested values."""
+    """Writes a small checkpoint with tensors, records and nested values."""
     payload = {
         "cfg": torch_file.records_from_dict({"a": 1, "b": {"c": "${a}", "d": [1, "x${b.c}"]}}),
         "state_dicts": {"model": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}},
@@ -96,9 +96,9 @@ def tensors(value):
 
 
 def read_all(path, wanted) -> bool:
-    """True if the damaged file is still read to the end; only a UserError may come instead.
+    """Returns whether the damaged file can still be read; only a UserError may be raised.
 
-    What is read then is what the file held before: damage to what matters is found by checksum.
+    What is read must equal the original content: a checksum finds damage that matters.
     """
     try:
         checkpoint = torch_file.read(path)
@@ -137,7 +137,7 @@ def test_every_truncation_is_refused(tmp_path):
         path.write_bytes(whole[:size])
         message = refused(path)
         if size > 4:
-            assert "cut short" in message, size
+            assert "truncated" in message, size
 
 
 def test_a_file_cut_while_open_is_one_sentence(tmp_path):
@@ -162,7 +162,7 @@ def test_a_file_cut_while_open_is_one_sentence(tmp_path):
         (b"storages".ljust(257, b"\0") + b"ustar\x00".ljust(255), "old PyTorch format"),
         (pickle.dumps({"a": 1}, 2), "bare pickle"),
         (struct.pack("<Q", 2) + b"{}" + bytes(8), "safetensors"),
-        (b"PK\x03\x04" + bytes(100), "cut short or damaged"),
+        (b"PK\x03\x04" + bytes(100), "truncated or damaged"),
         (b"hello", "is not a PyTorch checkpoint"),
     ],
 )
@@ -192,7 +192,7 @@ def test_zip_tricks_are_refused(tmp_path):
 
 def test_an_oversized_pickle_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1000)
-    assert "more than 1000 is refused" in refused(archive(tmp_path / "a.ckpt", bytes(2000)))
+    assert "the limit is 1000" in refused(archive(tmp_path / "a.ckpt", bytes(2000)))
 
 
 def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path):
@@ -203,11 +203,11 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path):
         "beyond": ((2, 3), (3, 1)),
         "reaches": ((2, 2), (3, 1)),
         "reaches beyond": ((2,), (1,), 3),
-        "no counts": ((2,), (-1,), 3),
-        "are no counts": ((-2,), (1,)),
+        "not whole": ((2,), (-1,), 3),
+        "are not whole numbers from 0": ((-2,), (1,)),
         "strides or offset": ((2,), (1,), -1),
-        "do not belong together": ((2, 2), (1,)),
-        "no counts ": ((1 << 70,), (0,)),
+        "differ in length": ((2, 2), (1,)),
+        "whole numbers": ((1 << 70,), (0,)),
         "is expanded": ((1 << 40,), (0,)),
         "needs 32 bytes": ((2,), (1,), 0, 8),
         "needs -4 bytes": ((2,), (1,), 0, -1),

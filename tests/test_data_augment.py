@@ -1,4 +1,4 @@
-"""PushT's mirror agrees with the simulator and undoes itself, in numpy and in jax."""
+"""PushT's mirror agrees with the simulator and is its own inverse, in numpy and in jax."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def render(env, states):
 
 
 def agent_centroids(images):
-    """Centroids (n, 2) as x, y in picture pixels of what is bluer than all but the agent."""
+    """Returns the agent's centroids (n, 2), x, y in image pixels, found by its blue colour."""
     weight = np.maximum(images[..., 2].astype(float) - images[..., 0] - 60, 0)
     assert (weight.sum((1, 2)) > 500).all()
     y, x = np.indices(weight.shape[1:])
@@ -42,7 +42,7 @@ def test_a_mirrored_picture_is_the_picture_of_the_mirrored_state(scenes):
     rendered = render(PushT(), mirrored["state"])
     difference = np.abs(mirrored["image"].astype(float) - rendered).mean()
     assert difference < 1.5, difference
-    # The same figure where nothing is mirrored, and where only the state is: the check can fail.
+    # The same measure fails without mirroring, and if only the state is mirrored.
     assert np.abs(images.astype(float) - rendered).mean() > 3 * difference
     offset = agent_centroids(mirrored["image"]) - agent_centroids(rendered)
     assert np.abs(offset).max() < 0.5

@@ -1,4 +1,4 @@
-"""Importers: what stands in files of Libero, robomimic and upstream's caches arrives unchanged."""
+"""Importers copy the content of Libero's and robomimic's files and upstream's caches unchanged."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ STOVE, BOOK = "KITCHEN_SCENE3_turn_on_the_stove", "STUDY_SCENE1_pick_up_the_book
 
 
 def demo_arrays(seed, steps, kind="libero"):
-    """One demonstration in the layout of the real files, with absolute actions."""
+    """Returns one demonstration in the layout of the real files, with absolute actions."""
     rng = np.random.default_rng(seed)
     images = {"libero": ("agentview_rgb", "eye_in_hand_rgb")}.get(
         kind, ("sideview_image", "robot0_eye_in_hand_image")
@@ -81,7 +81,7 @@ def test_libero_episodes_carry_the_sentences_of_their_files(libero, tmp_path):
 def test_libero_images_are_turned_as_upstream_turns_them(libero, tmp_path):
     buffer = read("libero", libero, out=tmp_path / "out.zarr")
     stored = np.concatenate([demo_arrays(n, 5 + n)["obs/agentview_rgb"] for n in (0, 2, 10)])
-    # Half a turn and a flip of the columns, channels first, as its loader does it.
+    # As its loader does: half a turn and a flip of the columns, channels first.
     turned = np.flip(np.rot90(np.moveaxis(stored, -1, 1), k=2, axes=(2, 3)), axis=3)
     np.testing.assert_array_equal(buffer.read("agentview_rgb", 0, 27), np.moveaxis(turned, 1, -1))
 
@@ -102,7 +102,7 @@ def test_actions_become_position_rotation_6d_and_gripper(tool_hang, tmp_path):
     assert found.shape == (4, 10) and found.dtype == np.float32
     np.testing.assert_array_equal(found[:, :3], actions[:, :3].astype(np.float32))
     np.testing.assert_array_equal(found[:, 9], actions[:, 6])
-    # The rows of the rotation are what it makes of the axes of the frame it turns into.
+    # The rows of the rotation are the images of the axes of the frame it rotates into.
     for row, vector in zip(found[:, 3:9], actions[:, 3:6], strict=True):
         angle = np.linalg.norm(vector)
         axis = vector / angle
@@ -274,7 +274,7 @@ def test_missing_packages_are_named_with_their_extra(tool_hang, upstream_zip, mo
 
 @pytest.fixture
 def upstream_zip(tmp_path):
-    """Makes a buffer as upstream's caches are: one losslessly encoded image a chunk, zipped."""
+    """Makes a buffer like upstream's caches: one losslessly encoded image per chunk, zipped."""
 
     def make(codec, name="camera0_rgb", seed=0, tokens=None):
         rng = np.random.default_rng(seed)
@@ -376,7 +376,7 @@ def test_own_buffers_need_no_import(tmp_path):
 
 
 def with_changes(path, target, **changes):
-    """A copy of a zip; files by the ends of their names: new content, or None for none."""
+    """Copies a zip with changed files, by the end of their names: new content, or None to drop."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             content = changes.get(name.removeprefix("data/camera0_rgb/"), old.read(name))

@@ -37,7 +37,7 @@ def test_frames_show_the_state_before_their_action(rendered):
     frames, states = rendered.read("img"), rendered.read("state")
     env = PushT()
     starts = np.concatenate(([0], demos.episode_ends[:-1]))
-    for episode in (0, EPISODES - 1):  # the last one is cut by the border of two units
+    for episode in (0, EPISODES - 1):  # the last one crosses the border of two units
         env.reset_to(demos.initial_state[episode])
         for step in range(starts[episode], demos.episode_ends[episode]):
             np.testing.assert_array_equal(states[step], env.state.astype(np.float32))
@@ -69,7 +69,7 @@ def test_an_interrupted_rendering_resumes_to_the_same_bytes(rendered, tmp_path):
     resumed = render_demos(
         tmp_path / "d", max_episodes=EPISODES, workers=1, progress=lambda *p: seen.append(p)
     )
-    assert seen == [(resumed.n_steps, resumed.n_steps)]  # one unit was left to do
+    assert seen == [(resumed.n_steps, resumed.n_steps)]  # one unit was missing
     for key in resumed.keys:
         np.testing.assert_array_equal(resumed.read(key), rendered.read(key))
 

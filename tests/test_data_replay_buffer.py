@@ -1,4 +1,4 @@
-"""Replay buffers: what is written is read back, from folders and zips; bad input is explained."""
+"""Replay buffers: written and read back, from folders and zips; errors for bad input."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""UMI windows: what is relative is the identity now, and leads back to where it came from."""
+"""UMI windows: the current relative pose is the identity, and absolute poses can be recovered."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from uva_jax.data.rotations import axis_angle_to_matrix, matrix_to_rotation_6d, 
 from uva_jax.data.umi import absolute_poses, relative_window
 
 IDENTITY_6D = [1, 0, 0, 0, 1, 0]
-HORIZON, PAST = 32, 15  # a window, and the place of its current step
+HORIZON, PAST = 32, 15  # length of a window, and index of its current step
 
 
 @pytest.fixture
 def recording():
-    """Two windows of absolute poses, and the pose each demonstration started from."""
+    """Two windows of absolute poses, and the start pose of each demonstration."""
     rng = np.random.default_rng(0)
     return {
         "position": rng.normal(size=(2, HORIZON, 3)),
@@ -56,7 +56,7 @@ def test_actions_lead_back_to_the_absolute_poses(recording):
 
 
 def test_where_the_world_is_does_not_matter(recording):
-    """A camera that moved between two recordings must not show in what the policy sees."""
+    """The policy's inputs must not depend on the world frame, which a moved camera changes."""
     turn = Rotation.from_rotvec([0.3, -1.0, 0.5])
 
     def moved(positions, vectors):

@@ -1,4 +1,4 @@
-"""The window rule that every run reads through, against upstream's own results (golden)."""
+"""The window rule of every run against upstream's own results (golden)."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def golden():
     return arrays("data_path_slim.npz") | arrays("windows_slim.npz")
 
 
-# ---- which windows there are ----
+# ---- planning windows ----
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_episode_split_equals_upstreams(case):
     assert np.flatnonzero(held_out).tolist() == FACTS["val_mask"][case]["val"]
 
 
-# ---- which steps a window holds ----
+# ---- steps of a window ----
 
 
 @pytest.mark.parametrize("case", sorted(FACTS["select_frames"]))
@@ -142,7 +142,7 @@ def test_action_windows_equal_upstreams(golden, case):
         np.testing.assert_array_equal(actions[:, past], golden[f"{case}/history"])
 
 
-# ---- whole windows, as upstream's policies were shown them ----
+# ---- whole windows, as upstream's policies received them ----
 
 
 def read_case(golden, case):
@@ -157,7 +157,7 @@ def read_case(golden, case):
 
 
 def scaled(images):
-    """Recorded pixels: channels before time, in [-1, 1]."""
+    """Returns recorded pixels with channels before time, in [-1, 1]."""
     return np.swapaxes(images * np.float32(255) / np.float32(127.5) - 1, 1, 2)
 
 
@@ -192,7 +192,7 @@ def test_states_and_wrist_images_equal_upstreams(golden, case):
         np.testing.assert_allclose(found[name], value, atol=1e-6)
 
 
-# ---- which episodes train ----
+# ---- training episodes ----
 
 
 def test_a_fraction_picks_whole_episodes_and_smaller_ones_are_subsets():

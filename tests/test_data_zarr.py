@@ -1,4 +1,4 @@
-"""Zarr as other programs write it: versions, codecs, chunks left out; and what is no zarr."""
+"""Zarr files of other programs: versions, codecs, missing chunks; and files that are not zarr."""
 
 import bz2
 import json
@@ -29,7 +29,7 @@ BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1, "blocksize": 
 
 
 def write_v2(folder, name, values, compressor=None, chunk=None, **metadata):
-    """An array as zarr-python 3 writes it: a chunk that is all fill value is left out."""
+    """Writes an array as zarr-python 3 does: chunks of only the fill value are left out."""
     given = {
         "shape": list(values.shape),
         "chunks": [chunk or len(values), *values.shape[1:]],
@@ -44,7 +44,7 @@ def write_v2(folder, name, values, compressor=None, chunk=None, **metadata):
 
 
 def change(file, **members):
-    """Other members in a file of metadata."""
+    """Changes members of a file of metadata."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **members}))
     return file.read_bytes()
 
@@ -142,7 +142,7 @@ def difference(data):
 
 
 def store_by(buffer, codecs, encode):
-    """The state's chunks of 20 steps, in another codec."""
+    """Rewrites the state's chunks of 20 steps in another codec."""
     codecs = codecs if isinstance(codecs, list) else [codecs]
     file = buffer / "data/state/.zarray"
     change(file, compressor=codecs[-1], filters=codecs[:-1] or None)

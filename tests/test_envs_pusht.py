@@ -1,4 +1,4 @@
-"""The environment against UVA's protocol: starts, pixels, rewards, and the worker processes."""
+"""The environment against UVA's protocol: initial states, pixels, rewards, worker processes."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_a_demonstration_replays_to_success_at_its_last_step(env):
 
 def test_a_restored_state_is_exact_and_its_picture_fresh(env):
     env.reset(11)
-    for shift in ((9, 0), (0, 9), (-7, 4)):  # in the free: contacts are drawn, but not restored
+    for shift in ((9, 0), (0, 9), (-7, 4)):  # without contacts, which are drawn but not restored
         env.step(env.agent_position + shift)
     state, picture = env.state, env.render()
     other = PushT()
@@ -115,7 +115,7 @@ def test_equal_episodes_have_equal_coverage_to_the_bit():
     found, kept = set(), []
     for _ in range(40):
         env = PushT()
-        kept.append(env)  # so that every simulator's shapes lie at addresses of their own
+        kept.append(env)  # so that every simulator's shapes have different addresses
         env.reset_to(start)
         found.add(env.step(np.array([222.0, 97.0]))[0])
     assert len(found) == 1 and 0.0 < found.pop() < 1.0

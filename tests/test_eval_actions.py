@@ -1,4 +1,4 @@
-"""Action figures on held-out windows: error, accuracy and average precision."""
+"""Action metrics on held-out windows: error, accuracy and average precision."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rollouts against a plain, single-process reading of UVA's protocol."""
+"""Rollouts against a simple single-process implementation of UVA's protocol."""
 
 import os
 import signal
@@ -22,13 +22,13 @@ def pool():
 
 
 def scripted(seed_index, call, n_action_steps=8):
-    """Different actions for every seed, call and step."""
+    """Returns different actions for every seed, call and step."""
     rngs = [np.random.default_rng([int(i), call]) for i in seed_index]
     return np.stack([rng.uniform(0, 512, (n_action_steps, 2)) for rng in rngs]).astype(np.float32)
 
 
 class Recorder:
-    """A policy that plays the script and keeps what it saw."""
+    """A policy that returns scripted actions and records its observations."""
 
     def __init__(self, n_action_steps=8):
         self.seen = []
@@ -40,7 +40,7 @@ class Recorder:
 
 
 def plain_protocol(seed, index, calls, n_obs_steps=16, n_action_steps=8):
-    """Every step rendered, the whole history stacked and the first entry repeated."""
+    """Runs the protocol: every step is rendered, and the first observation pads the history."""
     env = PushT()
     env.reset(seed)
     history, rewards, seen = [(env.render(), env.agent_position)], [], []

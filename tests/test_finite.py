@@ -30,7 +30,7 @@ def squared_error(params, frozen, batch, key, step):
 
 
 def run(folder, values, **changes):
-    """Trains on batches of ones, but for those of `values` (step -> value)."""
+    """Trains on batches of ones, except those of `values` (step -> value)."""
     options = dataclasses.replace(OPTIONS, **changes)
     folder.mkdir(exist_ok=True)
     mesh = parallel.make_mesh(devices=jax.devices()[:1])

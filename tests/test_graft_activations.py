@@ -1,4 +1,4 @@
-"""The activation cache: written by chunks, resumed, read by rows; damage is never read as zeros."""
+"""The activation cache: written by chunks, resumed, read by rows; damage raises an error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The graft itself: starting copies, the two forms of the head, capture on a mesh, operators."""
+"""The graft: initial copies, the two forms of the head, capture on a mesh, operators."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ def grafted(teacher, **changes):
 
 @pytest.fixture(scope="module")
 def activations(teacher):
-    """A few windows of noise, and the teacher's blocks on them."""
+    """Windows of noise, and the activations of the teacher's blocks on them."""
     keys = jax.random.split(jax.random.key(3), 4)
     z = jax.random.normal(keys[0], (6, 64, HEAD.z_channels))
     actions = jnp.tanh(jax.random.normal(keys[1], (6, 16, 2)))
@@ -110,7 +110,7 @@ def test_every_form_of_the_head_samples_and_learns(teacher, activations, form, m
 
     grads = jax.grad(loss)(arrays)
     still = [k for k, g in grads.items() if not np.any(g)]
-    # Behind a closed gate nothing moves at first; the stream is of the condition form alone.
+    # With gates at zero nothing changes at first; only the condition form has a stream.
     silent = ("self_attn", "adaLN", "condition_s") + (("queries",) if form == "residual" else ())
     assert not [k for k in still if not any(name in k for name in silent)]
 
@@ -275,7 +275,7 @@ def test_every_window_is_in_a_strip(buffer, strip):
     for episode, length in enumerate(lengths):
         steps = np.unique(strips.current[strips.episode == episode])
         np.testing.assert_array_equal(steps, np.arange(length - 9))
-    assert strips.current.size < 1.6 * sum(lengths - 9)  # few windows come twice
+    assert strips.current.size < 1.6 * sum(lengths - 9)  # few windows are repeated
 
 
 def test_an_episode_shorter_than_a_window_is_refused_with_a_sentence():

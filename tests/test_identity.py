@@ -13,7 +13,7 @@ def test_external_hash_reads_an_unchanged_file_once(tmp_path, monkeypatch):
     path.write_bytes(b"weights")
     os.utime(path, (1e9, 1e9))
     first = external_hash(path, tmp_path)
-    path.write_bytes(b"WEIGHTS")  # same size; with the time put back nobody can tell
+    path.write_bytes(b"WEIGHTS")  # same size and time, so the change cannot be noticed
     os.utime(path, (1e9, 1e9))
     assert external_hash(path, tmp_path) == first
     os.utime(path, (2e9, 1e9 + 1))

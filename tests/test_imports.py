@@ -1,7 +1,7 @@
-"""Which room may import which, so that data flows one way.
+"""The packages that each package may import, so that data flows one way.
 
-The order of the rooms is the order of the work: from files and devices to models, data, training,
-grafting, evaluation, the pipeline, and the commands on top.
+Packages are in the order of the work: files and devices, models, data, training, grafting,
+evaluation, the pipeline, and the commands.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# room -> rooms that its modules may import, beside itself
+# package -> other packages that its modules may import
 ALLOWED = {
     "uva_jax.assets": set(),
     "uva_jax.runtime": set(),
@@ -37,13 +37,13 @@ ALLOWED = {
     "convert.checks": {"runtime", "storage", "models", "data", "train"},
     "configs": {"runtime"},
 }
-# Imports inside functions, each there to save the start-up time of a command that does without.
+# Modules with imports inside functions, which save start-up time of commands that do not need them.
 DEFERRED = {
     "uva_jax.main",  # checks the configuration before jax is imported
     "uva_jax.cli",
     "convert.__main__",
 }
-# Extras, where needed.
+# Optional packages, imported where they are needed.
 OPTIONAL = {"cv2", "h5py", "imagecodecs", "numcodecs", "tokenizers", "torch", "wandb"}
 
 
@@ -62,7 +62,7 @@ def room(module: str) -> str:
 
 
 def short(module: str) -> str:
-    """The room as ALLOWED names it on the right-hand side."""
+    """Returns the package's name in the values of ALLOWED."""
     parts = module.split(".")
     return parts[1] if parts[0] == "uva_jax" and len(parts) > 1 else parts[0]
 
@@ -74,7 +74,7 @@ def key_of(module: str) -> str:
 
 
 def imports(path: Path, known: dict[str, Path]):
-    """(imported module, whether inside a function) for every import of a file."""
+    """Yields (imported module, whether inside a function) for every import of a file."""
     tree = ast.parse(path.read_text())
     inside = {
         id(node)

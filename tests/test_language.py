@@ -1,4 +1,4 @@
-"""Task sentences to vectors: CLIP's tokeniser, the tower, files of latents, and their mistakes."""
+"""Language latents of task sentences: CLIP's tokeniser, the tower, files of latents, errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TASKS = ("put the mug on the stove", "pick up the cup")
 
 
 def byte_words():
-    """A printable character for each byte, as byte-level tokenisers have them."""
+    """Returns a printable character for each byte, as byte-level tokenisers have."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = (chr(256 + i) for i in range(256 - len(plain)))
     return [chr(b) for b in plain] + list(rest)
@@ -65,7 +65,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def plain_policy():
-    """It takes language, but has no tower."""
+    """A policy that takes language but has no tower."""
     return random_policy(VARIANTS["libero10"])
 
 
@@ -123,7 +123,7 @@ def without(*words):
         ({"vocab.json": "{"}, "vocab.json is not readable JSON"),
         ({"vocab.json": "[" * 100_000}, "vocab.json is not readable JSON"),
         ({"vocab.json": "[]"}, "should hold a JSON object"),
-        ({"vocab.json": '{"a": "b"}'}, "no count"),
+        ({"vocab.json": '{"a": "b"}'}, "not a whole number"),
         ({"vocab.json": '{"a": 1, "b": 1}'}, "share a number"),
         ({"vocab.json": json.dumps(without(START))}, "lacks <.startoftext.>"),
         ({"vocab.json": json.dumps(without("turn</w>"))}, "'turn</w>', which the vocabulary lacks"),
@@ -147,7 +147,7 @@ def test_a_missing_or_damaged_vocabulary_is_a_sentence(tmp_path, change, message
         ClipTokenizer.load(tmp_path)
 
 
-# ---- vectors from the tower ----
+# ---- latents from the tower ----
 
 
 def test_the_tower_gives_one_vector_a_task(policy, folder):
@@ -166,7 +166,7 @@ def test_without_tower_or_file_there_are_no_vectors(plain_policy, folder):
 
 def test_another_models_vocabulary_is_refused(policy, tmp_path):
     words = vocabulary() | {"extra": len(vocabulary())}
-    with pytest.raises(UserError, match="has 555 words .* knows 554"):
+    with pytest.raises(UserError, match="has 555 words .* has 554"):
         task_latents(TASKS, policy=policy, vocabulary=str(write_vocabulary(tmp_path, words)))
 
 
@@ -176,7 +176,7 @@ def test_a_task_that_is_too_long_is_named(policy, folder):
         task_latents(tasks, policy=policy, vocabulary=str(folder))
 
 
-# ---- vectors from a file ----
+# ---- latents from a file ----
 
 
 def write_safetensors(path, arrays, dtype="F32"):

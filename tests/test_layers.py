@@ -1,4 +1,4 @@
-"""The products and gradients that are written out for the CPU, against jax's own."""
+"""The matrix products and gradients that are optimised for the CPU, against jax's own."""
 
 import jax
 import jax.numpy as jnp

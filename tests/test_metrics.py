@@ -1,4 +1,4 @@
-"""The metrics writer: whole lines whatever happens, TensorBoard events, progress on plain logs."""
+"""The metrics writer: whole lines after kills, TensorBoard events, progress on plain logs."""
 
 import errno
 import io

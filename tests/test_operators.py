@@ -1,4 +1,4 @@
-"""Operators by name: the second of each family, blocks that are kept, and a user's own."""
+"""Operators by name: the alternatives of each family, kept blocks, and a user's own operator."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ MIXED = ("pooled_cross_attn,windowed_self_attn,swiglu", "keep")
 
 
 class Shift(nnx.Module):
-    """An operator of a user: each step adds a learnt multiple of the step before."""
+    """A user's operator: each action step adds a trained multiple of the step before."""
 
     def __init__(self, config, width, *, dtype=None, rngs):
         self.norm = layer_norm(width, rngs=rngs)
@@ -36,7 +36,7 @@ class Shift(nnx.Module):
 
 @pytest.fixture(scope="module")
 def samples(teacher):
-    """Tokens, actions and the teacher's blocks on them."""
+    """Tokens, actions and the activations of the teacher's blocks on them."""
     keys = jax.random.split(jax.random.key(3), 4)
     z = jax.random.normal(keys[0], (6, 64, HEAD.z_channels))
     actions = jnp.tanh(jax.random.normal(keys[1], (6, 16, 2)))
@@ -49,7 +49,7 @@ def samples(teacher):
 
 
 def distilled(teacher, samples, folder, names):
-    """A head of those operators after a short Stage 1, its rows of `judge`, and its start."""
+    """Returns a head after a short Stage 1, its rows of `judge`, and the head before."""
     start = grafted(teacher, operators=names)
     options = _options(epochs=40)
     features = distill.memory_features(start, np.asarray(samples["z"]), batch=6)

@@ -1,7 +1,7 @@
-"""Meshes, shardings and processes: the same numbers however the work is divided.
+"""Meshes, shardings and processes give the same numbers however the work is divided.
 
-Simulated devices have to be asked for before jax starts, so those tests run functions of this file
-in processes of their own.
+Simulated devices must be configured before jax starts, so such tests run functions of this file in
+separate processes.
 """
 
 import json
@@ -47,7 +47,7 @@ def start(function, *args, devices=1):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # optimizing the programs would take longer than running them once
+        # Optimising the programs would take longer than running them once.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": str(ROOT),
@@ -62,7 +62,7 @@ def start(function, *args, devices=1):
 
 
 def answer(process):
-    """What the function returned."""
+    """Returns the result of the function."""
     try:
         out, err = process.communicate(timeout=180)
     finally:
@@ -104,7 +104,7 @@ def tiny_policy():
 
 
 def divide_the_work():
-    """Loss and gradients of one batch on four meshes; runs on eight devices."""
+    """Computes loss and gradients of one batch on four meshes; runs on eight devices."""
     graph, abstract = tiny_policy()
     abstract, rest = partition(abstract, ["mar", "action_head"])
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def divide_the_work():
 
 
 def meet(port, number):
-    """One of two processes: a sum over both, a barrier, and who is first."""
+    """Runs one of two processes: a sum over both, a barrier, and which is primary."""
     options = DistributedOptions(False, f"127.0.0.1:{port}", 2, int(number))
     joined = [initialize_distributed(options), initialize_distributed(options)]
     mesh = make_mesh()
@@ -217,7 +217,7 @@ def test_two_processes_find_each_other_and_work_on_one_array():
     ]
 
 
-# ---- rules, on a mesh that needs no devices ----
+# ---- rules, on a mesh without devices ----
 
 
 def specs(tree, *, min_size=64, **axes):
@@ -280,7 +280,7 @@ def test_the_optimizer_state_lies_where_its_parameters_do():
     assert moments.mu["mar"]["attn"]["qkv"]["kernel"] == ("fsdp", "tensor")
 
 
-# ---- what is refused, and a single process ----
+# ---- errors, and a single process ----
 
 
 @pytest.mark.parametrize(

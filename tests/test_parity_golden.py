@@ -1,7 +1,7 @@
 """The port against reference outputs of the original, kept in tests/goldens/port.
 
-A file of that folder proves one layer of the house each: schedules, the four aggregators with
-their nets and losses, the full-width VAE, the transformer in all five task modes.
+Each file covers one part: schedules, the four aggregators with their networks and losses, the
+full-width VAE, the transformer in all five task modes.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The token sampler: which tokens a round fills, and that guidance works where upstream crashes."""
+"""The token sampler: the tokens of each round, and guidance, for which upstream crashes."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def policy() -> Policy:
 
 
 def _random_policy(config):
-    """Every parameter random: gates and outputs would start at zero and hide what is before."""
+    """Returns a policy with all parameters random, as zero gates would hide earlier layers."""
     policy, random = surgery.abstract_policy(config), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype)

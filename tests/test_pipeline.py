@@ -1,4 +1,4 @@
-"""The promises of the stage engine: skip, resume, rerun, locks, full disks, stops and kills."""
+"""The stage engine: skipping, resuming, rerunning, locks, full disks, stop signals and kills."""
 
 import dataclasses
 import errno
@@ -29,7 +29,7 @@ def make_config(**changes):
 
 
 class Recorder:
-    """Three stages that write their inputs' text plus their own name, and note their calls."""
+    """Three stages that write their inputs' text and their own name, and record their calls."""
 
     def __init__(self, fingerprint=None):
         self.calls = []
@@ -167,10 +167,10 @@ def test_an_external_file_may_be_moved_away_once_it_was_used(tmp_path):
 
 def test_one_stage_alone_wants_its_prerequisites(tmp_path):
     recorder = Recorder()
-    with pytest.raises(UserError, match="run that first with --stage convert"):
+    with pytest.raises(UserError, match="run it first with --stage convert"):
         recorder.run(tmp_path, only=["distill"])
     recorder.run(tmp_path, only=["convert"])
-    with pytest.raises(UserError, match="run that first with --stage capture"):
+    with pytest.raises(UserError, match="run it first with --stage capture"):
         recorder.run(tmp_path, only=["distill"])
     recorder.run(tmp_path, only=["distill", "capture"])
     assert recorder.calls == ["capture", "distill"]
@@ -194,7 +194,7 @@ def test_stages_on_request_run_only_there_with_those_on_request_that_they_need(t
     assert recorder.calls == ["convert"]
     recorder.run(tmp_path, only=["distill"])
     assert recorder.calls == ["capture", "distill"]
-    # What a changed setting does not shape stays.
+    # Stages that do not depend on a changed setting are not rerun.
     recorder.run(tmp_path, make_config(distill={"lr": 0.2, "epochs": 2}), only=["distill"])
     assert recorder.calls == ["distill"]
 
@@ -365,7 +365,7 @@ def test_a_worker_that_outlives_the_run_does_not_keep_the_lock(tmp_path):
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="cannot be used.*give a folder"):
+    with pytest.raises(UserError, match="cannot be used.*give a writable folder"):
         Recorder().run(tmp_path / "run")
     with pytest.raises(UserError, match="cannot be used"):
         Recorder().run(tmp_path / "run" / "below")

@@ -1,6 +1,6 @@
-"""The plan: what it counts is what the programs hold and move, on simulated devices and for TPUs.
+"""`plan`: its numbers are those of the programs, on simulated devices and for TPUs.
 
-Devices have to be asked for before jax starts, so whole plans run in processes of their own.
+Devices must be configured before jax starts, so whole plans run in separate processes.
 """
 
 import importlib.util
@@ -29,11 +29,11 @@ FRAMES = ("--config.finetune.freeze=()", "--config.finetune.reuse_cache=False")
 
 
 def run_plan(*args):
-    """The command in a process of its own."""
+    """Runs the command in a separate process."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        # optimizing the programs would take longer than all else
+        # Optimising the programs would take longer than everything else.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     return subprocess.run(
@@ -47,7 +47,7 @@ def run_plan(*args):
 
 
 def rows_of(output, columns):
-    """The printed table: {label: values}."""
+    """Returns the printed table as {label: values}."""
     found = {}
     for line in output.splitlines():
         parts = re.split(r"\s{2,}", line.strip())
@@ -89,7 +89,7 @@ def test_stage_2_sums_one_gradient_for_every_trained_parameter(on_eight):
     lines = on_eight.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("all-reduce, count"))
     size = number(re.split(r"\s{2,}", lines[at + 1].strip())[2]) * 2**20
-    # The gradients, and besides only what is small: norms and the scalars that are logged.
+    # The gradients, and small arrays: norms and logged scalars.
     assert 4 * trained * 0.99 < size < 4 * trained * 1.05
 
 
@@ -97,7 +97,7 @@ def test_arguments_of_stage_2_are_the_state_the_frozen_and_the_batch(on_eight):
     config = check(pusht_tiny.get_config())
     teacher = plan.architecture(config, None)
     trained = float(re.search(r"([\d.]+) M train", on_eight)[1]) * 1e6
-    # parameter, average and two moments of what trains; the grafted head is larger than the MLP's
+    # Parameters, averages and two moments of trained parameters; the grafted head is larger.
     least = 4 * (3 * trained + programs.parameters(teacher))
     found = number(rows_of(on_eight, 2)["arguments, MiB per chip"][1]) * 2**20
     assert least * 0.95 < found < least * 1.3

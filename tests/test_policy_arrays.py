@@ -1,4 +1,4 @@
-"""The arrays of a policy folder: whoever wrote them reads the same, all at once or one by one."""
+"""The arrays of a policy folder are the same written or read at once or one by one."""
 
 import shutil
 
@@ -26,13 +26,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(checkpoint):
-    """The same in memory."""
+    """The same policy in memory."""
     return from_torch.convert_checkpoint(checkpoint)[0]
 
 
 @pytest.fixture(scope="module")
 def streamed(checkpoint, tmp_path_factory):
-    """The same as a folder that a conversion wrote."""
+    """The same policy as a folder that a conversion wrote."""
     folder = tmp_path_factory.mktemp("streamed") / "policy"
     from_torch.from_torch(checkpoint, folder)
     return folder

@@ -1,4 +1,4 @@
-"""Two processes, as two hosts would run them: the whole graft, and a training from nothing."""
+"""Two processes, as on two hosts: the whole graft, and training from random weights."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime.metrics import read_metrics
 from uva_jax.runtime.settings import leaves
 
-# Every setting that differs from the defaults, as flags would say it.
+# Every setting that differs from the defaults, as flags.
 _CONFIG = """
 from configs import common
 
@@ -61,7 +61,7 @@ def start(workdir: Path, config: Path, devices: int, *more: str) -> subprocess.P
 
 
 def run_two(workdir: Path, config: Path, *more: str) -> str:
-    """Runs a command in two processes; returns what the first one printed."""
+    """Runs a command in two processes; returns the output of the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -82,8 +82,10 @@ def run_two(workdir: Path, config: Path, *more: str) -> str:
 
 
 def run_one_and_two(parent: Path, config: Path, *more: str) -> list[Path]:
-    """Runs a command in one process of two devices and in two of one: the same compiler settings,
-    so that what differs is the processes. Returns both folders."""
+    """Runs a command in one process with two devices and in two with one; returns both folders.
+
+    The compiler settings are the same, so that only the processes differ.
+    """
     folders = [parent / name for name in ("one", "two")]
     one = start(folders[0], config, 2, *more)
     out = one.communicate(timeout=400)[0]
@@ -94,7 +96,7 @@ def run_one_and_two(parent: Path, config: Path, *more: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def config(shared, make_config) -> Path:
-    """The file of the configuration that `finished` ran."""
+    """The configuration file of `finished`."""
     from configs import common
 
     default = leaves(common.get_config())
@@ -109,9 +111,9 @@ def losses(workdir: Path, stage: str, name: str) -> list[float]:
 
 
 def assert_same_parameters(found, wanted) -> None:
-    """Equal but for rounding, which Adam makes visible where a gradient is next to nothing.
+    """Checks equality up to rounding, which Adam magnifies for tiny gradients.
 
-    A run moves its parameters by 4e-3 and more, so another run's would not pass.
+    A run changes its parameters by at least 4e-3, so another run's would fail.
     """
     wanted = surgery.flatten(wanted)
     for path, x in surgery.flatten(found).items():

@@ -1,4 +1,4 @@
-"""The report page, its videos and its frame measures."""
+"""The report page, its videos, and the metrics of frames."""
 
 import base64
 import re

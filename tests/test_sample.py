@@ -1,4 +1,4 @@
-"""Predicted futures: every kind of policy, figures against the truth, files, and bad input."""
+"""`sample`: every variant of policy, errors against the recording, files, and bad input."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def quick_compilation():
 
 
 def _small(config):
-    """The same inputs and outputs with the least of a VAE."""
+    """Returns the config with the smallest VAE that keeps inputs and outputs."""
     heads = {
         name: dataclasses.replace(getattr(config, name), channels=64)
         for name in ("video_head", "wrist_head")
@@ -55,7 +55,7 @@ CONFIGS = {name: _small(config) for name, config in ({"plain": CONFIG} | VARIANT
 
 @functools.cache
 def policy_of(name):
-    """Every parameter random: gates and outputs would start at zero and hide what is before."""
+    """Returns a policy with all parameters random, as zero gates would hide earlier layers."""
     policy, random = surgery.abstract_policy(CONFIGS[name]), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(0.15 * random.standard_normal(leaf.shape), leaf.dtype)
@@ -78,7 +78,7 @@ def predicted(name, sampling, number=0, window_seed=0):
 
 
 def window(name, seed=0):
-    """An observation with what came after, and more fields than any policy reads."""
+    """Returns an observation with its future, and more fields than any policy reads."""
     config, rng = CONFIGS[name], np.random.default_rng(seed)
     images = [f"{when}{camera}image" for when in ("", "future_") for camera in ("", "wrist_")]
     found = {image: rng.integers(0, 256, (4, 20, 20, 3), np.uint8) for image in images}
@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 
 
 def sample(*arguments) -> str:
-    """Runs the command; returns what it printed."""
+    """Runs the command; returns its output."""
     status, printed = silently(main, [str(a) for a in arguments])
     assert status == 0
     return printed

@@ -1,4 +1,4 @@
-"""Every setting has one home, and a configuration that cannot work is refused in one sentence."""
+"""Settings are declared once, and an impossible configuration is refused in one sentence."""
 
 import dataclasses
 import importlib
@@ -25,7 +25,7 @@ FILES = "common pusht_tiny pretrain_tiny pusht pusht_multitask libero10 toolhang
 
 
 def changed(**values) -> ConfigDict:
-    """The defaults with some settings changed; "__" in names stands for "."."""
+    """Returns the defaults with some settings changed; "__" in names stands for "."."""
     config = common.get_config()
     for name, value in values.items():
         assign(config, name.replace("__", "."), value)
@@ -39,7 +39,7 @@ def refusal(config) -> str:
     return str(caught.value)
 
 
-# ---- one home ----
+# ---- declarations ----
 
 
 @pytest.mark.parametrize("name", specs())
@@ -75,7 +75,7 @@ def test_a_section_comes_out_as_its_dataclass():
     assert found == dataclasses.replace(
         FinetuneOptions(), ema=EMAOptions(max_value=0.5), unfreeze_at={"9": ("mar",)}
     )
-    # Training of a policy has all that a loop reads among its settings.
+    # The settings of policy training include all settings of a loop.
     assert section(config.pretrain, LoopOptions).steps == 100_000
 
 
@@ -234,9 +234,8 @@ def test_no_steps_need_no_warm_up():
 
 # ---- finished runs ----
 
-# Of the defaults, by stage. A setting that is removed, given another default, or added without
-# `added=True` changes the hash of the stages that read its section, and their finished results are
-# made again.
+# Hashes of the defaults by stage. Removing a setting, changing its default, or adding one without
+# `added=True` changes the hash of the stages that read its section, which then run again.
 HASHES = {
     "vae": "ad7ae3b35b5eb206",
     "encode": "750342703a6edd70",

@@ -1,4 +1,4 @@
-"""What commands set before jax starts: libtpu without a TPU complains of nothing."""
+"""The environment of commands before jax starts: libtpu without a TPU prints no warnings."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""CLIP's text transformer: equal to transformers', converted both ways, verified against torch."""
+"""CLIP's text transformer: parity with transformers, conversion both ways, `verify`."""
 
 import dataclasses
 from collections import OrderedDict
@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
 
 
 def random_policy(config):
-    """A policy of numpy's random numbers, which are there at once."""
+    """Returns a policy with numpy's random numbers, which need no compilation."""
     policy, rng = surgery.abstract_policy(config), np.random.default_rng(0)
     arrays = {
         path: jnp.asarray(rng.normal(path.endswith("/scale"), 0.1, leaf.shape).astype(np.float32))
@@ -137,7 +137,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def libero(policy, tmp_path_factory):
-    """A checkpoint as UVA's training writes it: all of CLIP, and nothing of this project's."""
+    """A checkpoint as UVA's training writes it, with all of CLIP."""
     path = tmp_path_factory.mktemp("libero") / "libero10.ckpt"
     to_torch.export_policy(policy, path)
     written = torch_file.read(path)
@@ -156,7 +156,7 @@ def test_the_tower_is_inferred_and_the_vision_half_left_out(libero, policy):
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
     assert set(info["ignored"]) - {"_dummy_variable"} == set(VISION)
     assert info["ignored"]["text_model.logit_scale"] == (
-        "the vision half of CLIP, which UVA never runs"
+        "CLIP's vision tower, which UVA does not use"
     )
     parts = describe(libero)["parts"]
     assert any("language tower" in str(part) for part in parts)
@@ -164,7 +164,7 @@ def test_the_tower_is_inferred_and_the_vision_half_left_out(libero, policy):
 
 def test_all_of_clip_comes_back_to_the_bit_with_the_base(libero, tmp_path):
     from_torch.from_torch(libero, tmp_path / "policy")
-    with pytest.raises(UserError, match="vision half of CLIP.* --base"):
+    with pytest.raises(UserError, match="CLIP's vision tower.* --base"):
         to_torch.export_policy(tmp_path / "policy", tmp_path / "out.ckpt")
     to_torch.export_policy(tmp_path / "policy", tmp_path / "out.ckpt", base=libero)
     back, source = (
@@ -188,7 +188,7 @@ def test_a_checkpoint_without_a_tower_has_none():
         ({"text_model.text_projection.weight": None}, "no tensor 'text_model.text_projection"),
         (
             {"text_model.text_model.embeddings.token_embedding.weight": (48, 130)},
-            "width 130, which is no multiple of 64",
+            "width 130, which is not a multiple of 64",
         ),
     ],
 )

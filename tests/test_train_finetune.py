@@ -1,4 +1,4 @@
-"""Stage 2: what is frozen stays to the bit, adapters merge, phases open, resuming is exact."""
+"""Stage 2: frozen parameters do not change, adapters merge, phases begin, resuming is exact."""
 
 import dataclasses
 
@@ -210,7 +210,7 @@ def test_the_distance_to_the_teacher_is_that_of_the_heads_on_the_same_noise(graf
     )
     np.testing.assert_allclose(found["distance"], jnp.mean((ours - theirs) ** 2), rtol=1e-5)
     assert found["distance"] > 0
-    # Of the teacher to itself there is none.
+    # The distance of the teacher to itself is 0.
     same = finetune.loss_on_tokens(teacher, batch, key, options, teacher)
     assert same["distance"] == 0
 
@@ -229,7 +229,7 @@ def test_a_graft_held_to_its_teacher_comes_nearer_to_it(graft, teacher, tokens, 
     )
     tuned = surgery.replace(surgery.abstract_policy(graft.config), arrays)
     assert distance(tuned) < 0.7 * distance(graft)
-    # What the teacher lends is not the graft's.
+    # The teacher's arrays are not part of the graft.
     assert not [k for k in arrays if k.startswith("teacher/")]
     assert {"distance", "loss", "mse"} <= {
         k.removeprefix("finetune/") for k in read_metrics(tmp_path, "finetune")[-1]

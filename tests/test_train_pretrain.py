@@ -53,7 +53,7 @@ MIRRORED = latents.Copies(mirror=True)
 
 
 class Killed(BaseException):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def encode(folder, policy, buffer, copies=MIRRORED):
@@ -325,15 +325,15 @@ def test_a_published_start_fills_what_fits_and_says_what_did_not(
     fresh = make_policy(dataclasses.replace(CONFIG, task="other"))
     zeros = {k: jnp.zeros_like(v) for k, v in surgery.flatten(fresh).items()}
     filled, said = start_from(zeros, tmp_path / "start.pth", kind)
-    assert "loss.logvar" in said and "1 of the policy's start fresh" in said
+    assert "loss.logvar" in said and "1 of the policy start from random values" in said
     got = torch_arrays(filled)
     for name, value in named.items():
         if name != "loss.logvar":
             np.testing.assert_array_equal(got[prefix + name].load(), value.load())
-    # What nothing trains afterwards has to be there.
-    with pytest.raises(UserError, match="nothing trains the other 1 .*which would stay random"):
+    # Arrays that are not trained afterwards must be in the file.
+    with pytest.raises(UserError, match="the other 1 .*are not trained and would stay random"):
         start_from(zeros, tmp_path / "start.pth", kind, trained=("other/",))
-    # An earlier UVA serves as well; its normaliser, which belongs to its data, stays behind.
+    # An earlier UVA works too; its normaliser, which belongs to its data, is not taken.
     whole = torch_arrays(surgery.flatten(teacher))
     torch_file.write(tmp_path / "uva.ckpt", {"cfg": {}, "state_dicts": {"ema_model": whole}})
     got, _ = start_from(zeros, tmp_path / "uva.ckpt", kind)
@@ -377,22 +377,24 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert "Score in rollouts" in page and "Action loss" in page and "after step 2" in page
     done = json.loads((folder / "done.json").read_text())
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
-    # Another setting of the policy's training leaves the VAE and its latents as they are.
+    # Another setting of the policy's training does not rerun the VAE and its latents.
     stage_config = stage_config.copy_and_resolve_references()
     stage_config.pretrain.lr = 5e-4
     _, told = silently(run, stage_config, str(tmp_path), ["pretrain"])
     assert "vae: skipped" in told and "encode: skipped" in told
     assert "pretrain: was finished with other settings" in told and "pretrain.lr" in told
-    # The VAE is a file that another run may start from.
+    # Another run may start from the VAE's file.
     stage_config.pretrain.vae = str(tmp_path / "vae" / "vae.ckpt")
     stage_config.pretrain.vae_training.steps = 0
     _, told = silently(run, stage_config, str(tmp_path / "other"), ["vae"])
-    assert "0 of the policy's start fresh" in told
+    assert "0 of the policy start from random values" in told
     files = [folder / "vae" / "vae.ckpt" for folder in (tmp_path / "other", tmp_path)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    # Another architecture's VAE, which nothing trains on, would leave arrays random.
+    # A VAE of another architecture without training would leave arrays random.
     stage_config.pretrain.model.update(image_size=32, vae_multipliers=(1, 1, 1, 1))
-    with pytest.raises(UserError, match=r"vae\.ckpt .* nothing trains the other .* stay random"):
+    with pytest.raises(
+        UserError, match=r"vae\.ckpt .* the other .* are not trained and would stay random"
+    ):
         silently(run, stage_config, str(tmp_path / "third"), ["vae"])
     assert not (tmp_path / "third" / "vae" / "vae.ckpt").exists()
 
@@ -446,7 +448,7 @@ def test_a_policy_with_every_input_trains_from_nothing(
 
 
 def test_windows_of_more_than_images_are_those_that_the_policy_acts_on(buffer):
-    """Past actions and states are the reader's; targets are the states that follow."""
+    """Past actions and states equal the reader's; targets are the states that follow."""
     mar = dataclasses.replace(CONFIG.mar, history_action=True, proprio_dim=5)
     policy = make_policy(dataclasses.replace(CONFIG, mar=mar, proprio_keys=("state",)))
     data = dataclasses.replace(DATA, mirror="")

@@ -1,4 +1,4 @@
-"""Freezing, phases and patterns: exactly what should train does, and mistakes are named."""
+"""Freezing, phases and patterns: exactly the intended parameters train; errors name mistakes."""
 
 import jax
 import jax.extend
@@ -105,7 +105,7 @@ def test_frozen_leaves_stay_bit_identical_without_gradient_or_optimizer_state():
 
 
 def policy_config():
-    """Every stream and head at the smallest size."""
+    """A policy with every input and head at the smallest size."""
     width, grid = 32, (4, 4)
     head = {"z_channels": width, "width": 8, "depth": 1, "n_actions": 4, "n_frames": 2}
     mar_config = MARConfig(
@@ -144,7 +144,7 @@ def policy_config():
 
 
 def reached_by_the_loss(mode):
-    """The paths of the parameters that the traced loss of a mode depends on."""
+    """Returns the paths of the parameters on which the traced loss of a mode depends."""
 
     def some(*shape):
         return np.zeros(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Training a VAE: small things count, losses fall, latents end at unit variance."""
+"""Training a VAE: small objects count, losses fall, latents get unit variance."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ CONFIG = VAEConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_levels=(), z
 
 @pytest.fixture(scope="module")
 def scene():
-    """A static background, a large thing that moves, and a dot of one pixel."""
+    """Frames with a static background, a large moving object, and a dot of one pixel."""
     rng = np.random.default_rng(0)
     frames = np.broadcast_to(rng.integers(90, 110, (16, 16, 3), np.uint8), (64, 16, 16, 3)).copy()
     where = rng.integers(0, 12, (64, 2))
@@ -137,7 +137,7 @@ def test_a_given_vae_can_have_its_decoder_alone_trained(tmp_path, shared, scene,
 
 def test_a_frame_is_rare_by_what_it_shows_where():
     frames = np.full((8, 4, 4, 3), 250, np.uint8)
-    frames[:6, 0, 0] = frames[6, 3, 3] = 0  # six times the same dot, then one elsewhere, and none
+    frames[:6, 0, 0] = frames[6, 3, 3] = 0  # six equal dots, then one elsewhere, and none
     found = training.rarity(frames)
     pixels = np.full((8, 16), -np.log(1))
     pixels[:6, 0], pixels[6:, 0] = -np.log(6 / 8), -np.log(2 / 8)

@@ -1,4 +1,4 @@
-"""The graft works on every kind of policy: sentences, states, a wrist camera, past actions."""
+"""The graft works on every variant of policy: language, states, wrist camera, past actions."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ from uva_jax.runtime.settings import section
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Every variant is other programs, each run once or twice: compiling them well does not pay."""
+    """Fewer optimisations, because every variant compiles programs that run once or twice."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -103,7 +103,7 @@ def test_a_plan_knows_the_shapes_of_what_a_reader_gives(name, settings):
     strips, states = strips_of([[3, 7], [20, 24]]), VARIANTS[name].proprio_keys
 
     def facts(batch):
-        # Of a state's width a plan knows only the sum over all states.
+        # A plan knows only the total width of all states.
         return {k: (v.shape[: -1 if k in states else None], v.dtype) for k, v in batch.items()}
 
     found = reader.read(strips, np.arange(2))
@@ -160,7 +160,7 @@ def test_umi_recordings_give_poses_relative_to_the_current_one(settings, tmp_pat
     arrays = {name: rng.uniform(-1, 1, (200, width)) for name, width in widths.items()}
     arrays["view"] = rng.integers(0, 256, (200, 32, 32, 3), np.uint8)
     write_replay_buffer(tmp_path / "umi.zarr", arrays, np.array([200]), tasks=TASKS[:1])
-    # The same windows for a policy that is not shown its state.
+    # The same windows for a policy that does not observe its state.
     blind = dataclasses.replace(
         VARIANTS["umi"], mar=dataclasses.replace(VARIANTS["umi"].mar, proprio_dim=0)
     )
@@ -201,7 +201,7 @@ def test_episodes_are_told_their_own_task(settings, recorded):
 def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
     policy = make_policy(VARIANTS["everything"])
     export_policy(policy, tmp_path / "plain.ckpt")
-    # As a checkpoint with a language tower, whose vision half no policy keeps.
+    # A checkpoint with a language tower and CLIP's vision tower, which no policy keeps.
     payload = dict(torch_file.read(tmp_path / "plain.ckpt").payload)
     vision = np.ones(3, np.float32)
     payload["state_dicts"] = {

@@ -1,7 +1,7 @@
-"""Small random policies of every kind that UVA trains, and a replay buffer that feeds them all.
+"""Small random policies of every variant that UVA trains, and a replay buffer for all of them.
 
-The kinds are those of the published checkpoints: a task sentence (libero10), sentence and state
-(umi), wrist camera, state and past actions (toolhang). Widths are tiny, everything else is there.
+The variants are those of the published checkpoints: language (libero10), language and state (umi),
+wrist camera, state and past actions (toolhang). Only the widths are reduced.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ VARIANTS = {
     ),
 }
 
-# Every input at once, which no published policy takes.
+# All inputs together, which no published policy has.
 VARIANTS["everything"] = dataclasses.replace(
     VARIANTS["toolhang"],
     task="everything",
@@ -69,7 +69,7 @@ VARIANTS["everything"] = dataclasses.replace(
 
 
 def recording(episode_ends=(40, 75, 100), size: int = 32) -> dict[str, np.ndarray]:
-    """The arrays of a replay buffer with everything that a variant reads; values are noise."""
+    """Returns the arrays of a replay buffer that all variants can read; values are random."""
     rng, n = np.random.default_rng(0), episode_ends[-1]
     arrays = {
         name: rng.integers(0, 256, (n, size, size, 3), np.uint8) for name in ("view", "wrist")

@@ -1,4 +1,4 @@
-"""Comparisons with a bound: what `verify` collects, prints, and judges."""
+"""Comparisons of arrays with an error bound, which `verify` collects and prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Check:
 
     name: str
     error: float
-    bound: float  # where error / bound is largest
+    bound: float  # at the element with the largest error / bound
     ratio: float  # the largest error / bound; above 1 is a failure
     scale: float  # the largest magnitude of the reference
 
@@ -24,14 +24,20 @@ class Check:
 
 
 class Checks:
-    """Collects comparisons and hands each line to `show` as soon as it is there."""
+    """Collects comparisons and passes a line for each to `show`."""
 
     def __init__(self, show: Callable[[str], None] = lambda line: None):
         self.results: list[Check] = []
         self.show = show
 
     def compare(self, name: str, got, want, bound) -> Check:
-        """Compares two arrays; `bound` is a number or an array of bounds (0: must be equal)."""
+        """Compares two arrays.
+
+        Args:
+          name: of the output.
+          got, want: arrays of equal shape.
+          bound: largest absolute error, a number or an array (0: must be equal).
+        """
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape:
             check = Check(name, np.inf, 0.0, np.inf, float(np.abs(want).max(initial=0.0)))
@@ -62,7 +68,7 @@ class Checks:
         return [check for check in self.results if not check.ok]
 
     def summary(self) -> str:
-        """One sentence: count, failures, and the worst error over its bound."""
+        """Returns a sentence with the number of checks, failures, and the worst error."""
         if not self.results:
             return "nothing was checked"
         worst = max(self.results, key=lambda check: check.ratio)

@@ -1,7 +1,6 @@
-"""`verify --fixtures`: checks the port against a folder in the golden format, file by file.
+"""`verify --fixtures`: checks the port against a folder of reference outputs, file by file.
 
-Sizes and configurations come from the folder's json files, so that a folder made with other sizes
-works unchanged.
+Sizes and configurations come from the folder's json files, so folders with other sizes work too.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from uva_jax.runtime.errors import UserError
 
 
 def _is_output(key: str) -> bool:
-    """False for inputs and parameters, which are there to be read."""
+    """Whether an array is an output, and not an input or a parameter."""
     return not {"in", "param", "params"} & set(key.split("/"))
 
 
 def _end_to_end(golden: Golden, checks: Checks) -> None:
     found = sorted(golden.folder.glob("*_fixture.ckpt"))
     if not found:
-        raise UserError(f"{golden.folder} has {golden.name}.npz, but no *_fixture.ckpt to run.")
+        raise UserError(
+            f"{golden.folder} has {golden.name}.npz, but no *_fixture.ckpt: add the checkpoint."
+        )
     fixtures_parts.end_to_end(golden, checks, found[0])
 
 
@@ -46,15 +47,15 @@ def _checker(name: str) -> Callable[[Golden, Checks], None] | None:
 def verify_folder(
     folder: str | os.PathLike, *, show: Callable[[str], None] = print, only: tuple[str, ...] = ()
 ) -> list[Check]:
-    """Checks every .npz of a folder and shows one line an output, then a summary.
+    """Checks every .npz of a folder and shows one line per output, then a summary.
 
     Args:
       folder: in the golden format.
-      show: takes each line.
+      show: is called with each line.
       only: names of files (without .npz) to check; all by default.
 
     Returns:
-      All checks; those that are not `ok` have failed.
+      all checks; those that are not `ok` have failed.
 
     Raises:
       UserError: the folder holds no file that can be checked.
@@ -73,7 +74,7 @@ def verify_folder(
             show(f"== {name}")
             if checker is None:
                 left_out[name] = sum(map(_is_output, golden.arrays.files))
-                show("not covered: there is no code for it here")
+                show("not covered: this project has no code for it")
                 continue
             show(HEADER)
             checks = Checks(show)
@@ -83,7 +84,7 @@ def verify_folder(
                 left_out[name] = len(unread)
             summaries.append(f"{name}: {checks.summary()}")
             everything.results += checks.results
-            jax.clear_caches()  # compiled programs of one file are of no use to the next
+            jax.clear_caches()  # the next file does not use the compiled programs
     show("")
     for line in summaries:
         show(line)

@@ -28,7 +28,7 @@ _FLOAT32 = 2e-6  # relative, for a handful of float32 operations
 
 
 def check(golden: Golden, checks: Checks) -> None:
-    """Runs every check of a data_path file that this project's training data path has code for."""
+    """Runs every check of a data_path file for which this project has code."""
     _frames(golden, checks)
     _windows(golden, checks)
     _trajectories(golden, checks)
@@ -53,7 +53,7 @@ def _frames(golden: Golden, checks: Checks) -> None:
             got = np.array(frame_indices(int(length), train=kind == "train"))
         except UserError:
             got = np.zeros(0)
-        # A length for which the original fails must fail here too.
+        # Lengths for which the original fails must fail here too.
         expected = np.zeros(0) if isinstance(want, str) else np.array(want)
         checks.compare(f"select_frames/{name}", got, expected, 0.0)
         if kind == "train" and len(expected) and int(length) % 2 == 0:
@@ -67,12 +67,12 @@ def _frames(golden: Golden, checks: Checks) -> None:
 def whole_window(
     n_steps: int, *, train: bool = True, history: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The positions that a policy reads of a recorded window, as every run finds them.
+    """Returns the positions that a policy reads of a recorded window, by the rule of every run.
 
     Args:
-      n_steps: of the window, which is an episode of its own here.
-      train: the second half of it is future.
-      history: (n_frames,) or (b, n_frames) positions of the observed frames, where they are drawn.
+      n_steps: length of the window, which is treated as a whole episode.
+      train: the second half of the window is the future.
+      history: (n_frames,) or (b, n_frames) positions of the observed frames, if they are drawn.
     """
     n_obs = n_steps // 2 if train else n_steps
     spec = windows.WindowSpec(
@@ -88,7 +88,7 @@ def _windows(golden: Golden, checks: Checks) -> None:
     facts = golden.facts
     table = windows.history_combinations()
     for entry in facts.get("select_frames_different_history_freq", []):
-        # Python's choice among a list draws one place in it.
+        # Python's choice from a list draws one index.
         drawn = table[random.Random(entry["py_seed"]).choice(range(len(table)))]
         rows = whole_window(32, history=drawn)
         picks = np.concatenate([rows["frames"], rows["future_frames"]])
@@ -101,14 +101,14 @@ def _windows(golden: Golden, checks: Checks) -> None:
 def read_window(
     obs: Mapping[str, np.ndarray], *, train: bool, spaced: bool, drawn: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What a policy reads of a recorded window.
+    """Returns the arrays that a policy reads of a recorded window.
 
     Args:
-      obs: upstream's inputs: images (b, t, c, h, w), states (b, T, k), and "img_indices" where the
-        data set chose the frames.
+      obs: upstream's inputs: images (b, t, c, h, w), states (b, T, k), and "img_indices" if the
+        data set has selected the frames.
       train: the window also holds the future.
-      spaced: frames are spaced at random, and states are read at the frames alone.
-      drawn: (4,) the drawn positions of the history's frames.
+      spaced: frames are spaced at random, and states are read only at the frames.
+      drawn: (4,) drawn positions of the history's frames.
 
     Returns:
       arrays by name, those of the future with the suffix "/future", and the frames' positions.
@@ -166,7 +166,7 @@ def _window(golden: Golden, checks: Checks, prefix: str) -> None:
         found |= {short: read[name], f"{short}_pred": read.get(f"{name}/future")}
     for name, value in found.items():
         key = f"{prefix}/out/prop/{name}"
-        # What the original gives as None is not recorded, and must be missing here too.
+        # Outputs that are None in the original are not recorded, and must be missing here too.
         checks.compare(f"{key} is there", value is not None, key in golden, 0.0)
         if value is not None and key in golden:
             value = _pixels(value) if name.endswith("second_image") else value
@@ -174,23 +174,27 @@ def _window(golden: Golden, checks: Checks, prefix: str) -> None:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """Images (b, t, c, h, w) in [0, 1] as the policy takes them, in the original's layout."""
+    """Preprocesses images (b, t, c, h, w) in [0, 1] as the policy does, keeping the layout."""
     images = jnp.asarray(rearrange(images, "b t c h w -> b t h w c"))
-    # They are recorded without resizing: a size of their own switches it off.
+    # They are recorded without resizing, which their own size switches off.
     sized = types.SimpleNamespace(config=types.SimpleNamespace(image_size=images.shape[-2]))
     return np.asarray(rearrange(Policy.preprocess(sized, images), "b t h w c -> b c t h w"))
 
 
 def action_rows(length: int, *, shift: bool, history: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of (past actions, actions) in a window of `length` steps, as every run finds them.
+    """Returns the positions of past actions and actions in a window, by the rule of every run.
 
-    With the history the horizon is one longer (33), and the current step one later.
+    Args:
+      length: steps of the window.
+      shift: actions begin at the current step; otherwise one step later.
+      history: past actions are an input; the horizon is then one step longer (33), and the current
+        step one later.
     """
     current = length // 2 if history else length // 2 - 1
     spec = windows.WindowSpec(
         n_frames=4,
         n_obs_steps=16,
-        # A horizon of 32 with the history leaves 15 actions, upstream's own shortfall.
+        # As upstream, a horizon of 32 with the history leaves 15 actions.
         n_actions=min(length // 2, length - current - 1),
         action_offset=0 if shift else 1,
         past_actions=length // 2,
@@ -245,7 +249,7 @@ def _normalizers(golden: Golden, checks: Checks) -> None:
             _compare(golden, checks, f"{prefix}/{name}", value, _FLOAT32)
     prefix = "norm/pusht_like"
     if golden.keys(prefix):
-        # A policy's normalizer, fitted to the first four columns.
+        # A policy's normaliser, fitted to the first four columns.
         fields = {
             "action": normalizer.fit_field(data[..., :2]),
             "agent_pos": normalizer.fit_field(data[..., 2:4]),
@@ -272,10 +276,10 @@ def sampler_indices(
     pad_after: int,
     mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The windows that every run plans, as rows of upstream's index table (n, 4).
+    """Returns the windows that every run plans, as rows of upstream's index table (n, 4).
 
-    Here any step may be a window's current one; upstream's windows begin at most `pad_before` steps
-    before the episode, so those that begin earlier are left out.
+    Here any step may be a current step; upstream's windows begin at most `pad_before` steps before
+    the episode, so earlier ones are left out.
     """
     options = dataclasses.replace(DataOptions(), horizon=horizon, pad_after=pad_after)
     mask = np.ones(len(ends), bool) if mask is None else mask
@@ -287,7 +291,7 @@ def sampler_indices(
     order = np.lexsort((begin[kept], strips.episode[kept]))
     first, last, current = (x[kept][order, None] for x in (first, last, strips.current[:, 0]))
     rows = windows.buffer_rows(first, last, current, np.arange(horizon) - (horizon // 2 - 1))
-    real = (rows[:, 1:] != rows[:, :-1]).sum(1) + 1  # steps that are no repetition
+    real = (rows[:, 1:] != rows[:, :-1]).sum(1) + 1  # steps without repetitions
     padded = np.maximum(-begin[kept][order], 0)
     return np.stack([rows[:, 0], rows[:, 0] + real, padded, padded + real], axis=1)
 
@@ -298,7 +302,7 @@ def _sampler(golden: Golden, checks: Checks) -> None:
         match = re.fullmatch(r"h(\d+)_b(\d+)_a(\d+)", case)
         if match:
             length, before, after = map(int, match.groups())
-            # A padding of more than half a window would let the current step lie past the episode.
+            # With a padding of more than half a window the current step would be past the episode.
             after = min(after, length // 2)
             got = sampler_indices(ends, length, pad_before=before, pad_after=after)
             key = f"sampler/{case}/indices"
@@ -332,13 +336,13 @@ def _sampler(golden: Golden, checks: Checks) -> None:
 def _ema(golden: Golden, checks: Checks) -> None:
     for key in golden.keys("ema/decay_"):
         power, after = re.fullmatch(r"ema/decay_power([\d.]+)_after(\d+)", key).groups()
-        # Two thirds is written with four digits in the name.
+        # The name holds two thirds with four digits.
         exponent = 2 / 3 if power == "0.6667" else float(power)
         steps = jnp.arange(len(golden[key]))
         got = ema_decay(steps, power=exponent, update_after_step=int(after))
         checks.compare(key, got, golden[key], _FLOAT32)
-    # Before update i (from 1) every parameter of the recorded net grows by 0.1 i. Its frozen bias
-    # and its batch norm are copies in the original; here only what trains has an average.
+    # Before update i (from 1) every parameter of the recorded net grows by 0.1 i. The original
+    # copies its frozen bias and batch norm; here only trained parameters have an average.
     moved = jnp.asarray(golden["ema/step0/model/0.weight"])
     average = jnp.asarray(golden["ema/step0/ema/0.weight"])
     steps = [name for name in golden.children("ema/") if name.startswith("step")]

@@ -1,7 +1,7 @@
 """Checks the transformer, its heads and the token sampler against a mar_<task> file.
 
-Everything is compared: each training mode with its rows, every block, gradients, the heads' nets
-and sampling loops, the full token sampler, random replacement in training.
+The comparison covers each training mode with its rows, every block, gradients, the heads' networks
+and sampling loops, the full token sampler, and random replacement in training.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Inputs:
             self.wrist_target = _last(golden["in/prop/pred_second_image_z"])
 
     def first(self, batch: int) -> dict[str, jax.Array]:
-        """The streams of the first `batch` samples."""
+        """Returns the further inputs of the first `batch` samples."""
         return {name: value[:batch] for name, value in self.streams.items()}
 
 
@@ -80,7 +80,7 @@ def _last(latents: np.ndarray) -> jax.Array:
 
 
 def _draws(golden: Golden, prefix: str, batch: int) -> dict[str, jax.Array]:
-    """The recorded draws of a training mode, as `losses.latent_loss` takes them."""
+    """Returns the recorded draws of a training mode for `losses.latent_loss`."""
     draws = {"mask": jnp.asarray(golden[f"{prefix}/mask"], jnp.float32)}
     for head in HEADS:
         if f"{prefix}/{head}/t" in golden:
@@ -108,7 +108,7 @@ def _loss(policy, inputs: dict, draws: dict, *, mode: str):
 
 
 def _stages(policy: Policy, inputs: _Inputs, draws: dict, mode: str) -> dict[str, jax.Array]:
-    """Encoder and decoder outputs and every block's, by the names of the format."""
+    """Returns the outputs of encoder, decoder and every block by the names of the format."""
 
     def run(policy, target, wrist_target, cond, nactions, mask, streams):
         module, patch, stages = policy.mar, policy.config.patch_size, {}
@@ -161,7 +161,7 @@ def _forward(golden: Golden, checks: Checks, policy: Policy, inputs: _Inputs, mo
         if stage in stages:
             checks.compare(key, stages[stage][:, ::step], golden[key], golden.bound(key))
     if not any(name.startswith("t/") for name in draws):
-        return  # the heads' draws of this mode were not kept
+        return  # the heads' draws of this mode are not recorded
     loss, parts = _loss(policy, vars(inputs), draws, mode=mode)
     for name, value in [("loss", loss), *((k, parts[k]) for k in ("video_loss", "act_loss"))]:
         key = f"{prefix}/{name}"
@@ -182,7 +182,7 @@ def _forward(golden: Golden, checks: Checks, policy: Policy, inputs: _Inputs, mo
 
 
 def row_bound(golden: Golden, key: str) -> np.ndarray | float:
-    """The bound of per-row losses: at t = 0 float32 cancels, and 5e-4 of the value is allowed."""
+    """Returns the bound of per-row losses; at t = 0, where float32 cancels, 5e-4 of the value."""
     bound = golden.bound(key)
     if key.endswith("mse"):
         return bound
@@ -207,7 +207,7 @@ def _gradients(golden: Golden, checks: Checks, policy: Policy, inputs: _Inputs) 
         gradient = layout.inverse(np.asarray(grads[path], np.float64)).reshape(-1)
         wave = np.sin(0.37 * np.arange(gradient.size))
         got = np.array([np.linalg.norm(gradient), gradient @ wave])
-        # The dot product is a sum with cancellation: its scale is the norm's.
+        # The dot product is a sum with cancellation, so its scale is that of the norm.
         checks.compare(key, got, golden[key], golden.bound(key))
 
 
@@ -280,17 +280,17 @@ def _tokens(golden: Golden, checks: Checks, policy: Policy, inputs: _Inputs, run
     checks.compare(key, got["actions"], golden[key], golden.bound(key, sampled=True))
     key = f"{prefix}/latents"
     if key in golden:
-        # With a wrist camera the original returns that camera's latents and loses the others.
+        # With a wrist camera the original returns only that camera's latents.
         latents = got["wrist_latents" if policy.config.mar.wrist else "latents"]
         latents = rearrange(latents, "b t h w c -> (b t) c h w")
         checks.compare(key, latents, golden[key], golden.bound(key, sampled=True))
 
 
 def _replacements(golden: Golden, checks: Checks, inputs: _Inputs) -> None:
-    """Random removal of text and history actions in training, and a missing action history."""
+    """Checks random removal of text and history actions, and a missing action history."""
     key = "train_drop/encoder_out_stride8"
     if key in golden:
-        # The file was made with all dropout at 0 and half of the texts removed.
+        # The file was made without dropout and with half of the texts removed.
         policy = mar_policy(golden, attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.5)
         draw = jnp.asarray(golden["train_drop/uniform0"])
         name = "history" if policy.config.mar.history_action else "text"
@@ -303,7 +303,7 @@ def _replacements(golden: Golden, checks: Checks, inputs: _Inputs) -> None:
 
 
 def _encode(policy: Policy, inputs: _Inputs, **changes) -> jax.Array:
-    """The encoder's output in policy_model."""
+    """Returns the encoder's output in mode policy_model."""
     cond = mar.patchify(inputs.cond, policy.config.patch_size)
     streams = inputs.streams | changes
     return policy.mar.encode(

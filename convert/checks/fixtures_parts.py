@@ -28,7 +28,7 @@ _LOSS_PARTS = {"diffloss": "video", "diffactloss": "act"}
 
 
 def action_heads(golden: Golden, checks: Checks) -> None:
-    """The four aggregators with their nets, and guidance in one of them."""
+    """Checks the four aggregators with their networks, and guidance in one of them."""
     facts = golden.facts
     z, target = jnp.asarray(golden["in/z_f16"]), jnp.asarray(golden["in/target"])
     batch, n_actions, channels = target.shape
@@ -59,7 +59,7 @@ def action_heads(golden: Golden, checks: Checks) -> None:
         t = jnp.asarray(golden[f"{kind}/t"], jnp.int32).reshape(batch, n_actions)
         noise = jnp.asarray(golden[f"{kind}/noise"]).reshape(target.shape)
         rows = jax.jit(MLPHead.loss)(head, target, z, t=t, noise=noise)
-        # Weights without a float64 twin: the bounds of the format's README alone.
+        # These weights have no float64 results, so the general bounds of the format apply.
         for name in ("mse", "vb"):
             key = f"{kind}/{name}"
             bound = np.maximum(golden.bound(key), SAMPLED * np.abs(golden[key]) * (name == "vb"))
@@ -87,7 +87,7 @@ def _guidance(golden: Golden, checks: Checks, head: MLPHead) -> None:
 
 
 def diffusion_schedules(golden: Golden, checks: Checks) -> None:
-    """Every float64 table of every respacing."""
+    """Checks every float64 table of every respacing."""
     for name in golden.children("f64/"):
         if name.startswith("train"):
             schedule = diffusion.make_schedule("", int(name.removeprefix("train")))
@@ -103,7 +103,7 @@ def diffusion_schedules(golden: Golden, checks: Checks) -> None:
 
 
 def vae(golden: Golden, checks: Checks) -> None:
-    """Encoder, sample and decoder at every recorded size, and the stages where they are kept."""
+    """Checks encoder, sample and decoder at every recorded size, and recorded stages."""
     if "fill" in golden.facts:
         tensors = filled(golden.facts["fill"])
     else:
@@ -121,7 +121,7 @@ def _vae_run(module: VAE, image, eps, decode_in):
     encoder = module.encoder.stages(image)
     mean, logvar = module.encode(image)
     unscaled = decode_in / module.config.scale_factor
-    # Recorded before the attention that follows the last residual block of the deepest level.
+    # The record is from before the attention after the last residual block of the deepest level.
     for i, level in enumerate(module.encoder.down):
         if len(level.attn) and i:
             encoder[f"level{i}"] = _before_attention(level, encoder[f"level{i - 1}_downsample"])
@@ -148,7 +148,7 @@ def _vae_size(golden: Golden, checks: Checks, module: VAE, prefix: str) -> None:
         jnp.asarray(rearrange(golden[f"{prefix}/{name}"], "n c h w -> n h w c"))
         for name in ("eps", "decode_in")
     )
-    # decode_in is what the decoder part takes: it has been divided by the scale already.
+    # decode_in is the input of the decoder, already divided by the scale.
     latents = latents * module.config.scale_factor
     got = _vae_run(module, jnp.asarray(rearrange(image, "c h w -> 1 h w c")), eps, latents)
 
@@ -172,7 +172,7 @@ def _vae_size(golden: Golden, checks: Checks, module: VAE, prefix: str) -> None:
         maps = got["encoder" if side == "enc" else "decoder"]
         stage = stage.removesuffix("_last_resblock")
         value = rearrange(np.asarray(maps[stage]), "n h w c -> n c h w")
-        if value.shape[-1] > 8:  # wider maps are stored thinned
+        if value.shape[-1] > 8:  # wider maps are subsampled in the file
             value = value[:, ::2, ::2, ::2]
         checks.compare(key, value, golden[key], golden.bound(key))
 
@@ -181,7 +181,7 @@ def _vae_size(golden: Golden, checks: Checks, module: VAE, prefix: str) -> None:
 
 
 def end_to_end(golden: Golden, checks: Checks, checkpoint: Path) -> None:
-    """predict_action, every training loss, and decoding, from the fixture checkpoint."""
+    """Checks predict_action, every training loss, and decoding, with the fixture checkpoint."""
     policy, _ = from_torch.convert_checkpoint(checkpoint)
     _predict(golden, checks, policy)
     for mode in golden.children("loss/"):
@@ -191,7 +191,7 @@ def end_to_end(golden: Golden, checks: Checks, checkpoint: Path) -> None:
     decoded = rearrange(decoded, "t h w c -> t c h w")
     key = "decode/float_stride4"
     checks.compare(key, decoded[..., ::4, ::4], golden[key], golden.bound(key))
-    # Pixels are truncated, so a value belongs to [p, p + 1): how far outside it lies is the error.
+    # Pixels are truncated, so a value belongs to [p, p + 1); the error is the distance to that.
     key = "decode/uint8_stride2"
     values = ((1 + np.clip(decoded, -1, 1)) * np.float32(127.5))[..., ::2, ::2]
     pixels = golden[key].astype(np.float32)

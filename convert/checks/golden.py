@@ -1,4 +1,8 @@
-"""Reads folders of reference outputs (README of the golden format) and makes modules from them."""
+"""Reads folders of reference outputs in the golden format, and makes modules from them.
+
+A folder holds pairs <name>.npz and <name>.json, recorded from the original's code: inputs, draws,
+outputs, and parameters or the formula that fills them.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,18 @@ from uva_jax.models.policy_config import PolicyConfig, VAEConfig
 from uva_jax.models.vae import VAE
 from uva_jax.runtime.errors import UserError
 
-SAMPLED = 5e-4  # relative, for what comes out of a sampling loop
+SAMPLED = 5e-4  # relative, for outputs of a sampling loop
 SINGLE = 2e-5  # relative, for a single pass
 
 
 class Golden:
-    """One `<name>.npz` with its `<name>.json`, arrays read on demand and widened to float32."""
+    """One `<name>.npz` with its `<name>.json`; arrays are read on demand as float32."""
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
         path = folder / f"{name}.npz"
         if not path.exists():
-            raise UserError(f"{path} does not exist; give a folder in the golden format.")
+            raise UserError(f"{path} does not exist: give a folder in the golden format.")
         self.arrays = np.load(path, allow_pickle=False)
         side = folder / f"{name}.json"
         self.facts: dict = json.loads(side.read_text()) if side.exists() else {}
@@ -40,22 +44,28 @@ class Golden:
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self:
-            raise UserError(f"{self.folder / self.name}.npz has no array {key!r}.")
+            raise UserError(
+                f"{self.folder / self.name}.npz has no array {key!r}: record the folder again."
+            )
         self.used.add(key)
         values = self.arrays[key]
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Names that start with `prefix`, in the order of the file."""
+        """Returns the names that start with `prefix`, in the order of the file."""
         return [key for key in self.arrays.files if key.startswith(prefix)]
 
     def children(self, prefix: str) -> list[str]:
-        """The next path element of every name below `prefix`, each once."""
+        """Returns the next path element of every name below `prefix`, each once."""
         rest = [key[len(prefix) :] for key in self.keys(prefix)]
         return list(dict.fromkeys(r.split("/")[0] for r in rest if "/" in r))
 
     def bound(self, key: str, *, sampled: bool = False) -> float:
-        """The bound of an output: 20 times float32's own error, at least 2e-5 of the maximum."""
+        """Returns the error bound of an output.
+
+        It is 20 times the recorded error of float32, and at least 2e-5 of the maximum (5e-4 if
+        `sampled`).
+        """
         entry = self.facts.get("f32_vs_f64", {}).get(key, {})
         largest = float(np.abs(self[key].astype(np.float64)).max(initial=0.0))
         scale = max(entry.get("max_abs", 0.0), largest)
@@ -64,7 +74,7 @@ class Golden:
 
 
 def hash_fill(index: int, shape: tuple[int, ...], center: float, amp: float) -> np.ndarray:
-    """The deterministic weights of the golden format (its README has the formula)."""
+    """Returns the deterministic weights of the golden format."""
     x = np.arange(int(np.prod(shape)), dtype=np.uint32) + np.uint32(index * 0x9E3779B9 % 2**32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x85EBCA6B)
@@ -76,7 +86,7 @@ def hash_fill(index: int, shape: tuple[int, ...], center: float, amp: float) -> 
 
 
 def filled(entries: list[Mapping]) -> dict[str, np.ndarray]:
-    """Arrays of a json's `fill` list by name."""
+    """Returns the arrays of a json's `fill` list by name."""
     return {
         e["name"]: np.zeros(e["shape"], np.float32)
         if "const" in e
@@ -91,7 +101,16 @@ def load_module(
     torch_prefix: str,
     flax_prefix: str,
 ) -> nnx.Module:
-    """A module whose variables are `tensors` (torch names below `torch_prefix`), by the rules."""
+    """Makes a module from torch tensors by the rule table.
+
+    Args:
+      make: makes the module.
+      tensors: by torch name below `torch_prefix`.
+      torch_prefix, flax_prefix: of the module's names in a policy.
+
+    Raises:
+      UserError: the tensors do not fit the table or the module.
+    """
     targets, _, problems = rules.plan(torch_prefix + name for name in tensors)
     if problems:
         raise UserError(f"the reference tensors do not fit the rule table: {'; '.join(problems)}.")
@@ -107,7 +126,7 @@ def load_module(
 
 
 def mar_policy(golden: Golden, **overrides) -> Policy:
-    """The policy of a mar_<task> file; its VAE is a stand-in of zeros that nothing calls.
+    """Returns the policy of a mar_<task> file; its unused VAE has zeros.
 
     `overrides` replace fields of the MARConfig.
     """
@@ -121,14 +140,14 @@ def mar_policy(golden: Golden, **overrides) -> Policy:
     for key in golden.keys("param/"):
         found = rules.to_flax("model." + key.removeprefix("param/"))
         if found is None:
-            raise UserError(f"{golden.name}: no rule for {key}.")
+            raise UserError(f"{golden.name}: the rule table has no line for {key}.")
         path, layout = found
         arrays[path] = jnp.asarray(np.ascontiguousarray(layout.forward(golden[key])))
     return surgery.replace(policy, arrays)
 
 
 def _mar_config(golden: Golden, overrides: Mapping) -> PolicyConfig:
-    """The facts of the json put as a checkpoint's cfg, so that the usual inference reads them."""
+    """Returns the architecture, inferred from the json's values as from a checkpoint's cfg."""
     facts = golden.facts
     levels = int(facts["vae_stride"]).bit_length()
     vae = VAEConfig(

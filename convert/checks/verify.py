@@ -1,7 +1,7 @@
-"""`verify CKPT`: the checkpoint in torch and in Flax, side by side on the same random inputs.
+"""`verify CKPT`: compares the checkpoint in torch and in Flax on the same random inputs.
 
-Each part is fed what torch's part before it gave, so that a line that fails names the part. The
-torch side is `torch/reference.py`, into which the checkpoint must load with strict=True.
+The input of each part is torch's output of the part before, so that a failed line names the part.
+The torch side is `torch/reference.py`, into which the checkpoint must load with strict=True.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from uva_jax.runtime.errors import UserError
 
 try:
     import torch
-except ImportError:  # an extra, which verify_checkpoint asks for
+except ImportError:  # optional; verify_checkpoint checks for it
     torch = None
 else:
     from convert.torch.reference import Policy as TorchPolicy
@@ -54,15 +54,22 @@ def verify_checkpoint(
 ) -> list[Check]:
     """Compares torch and Flax part by part and shows a table.
 
+    Args:
+      path: the checkpoint.
+      weights: "ema" or "model".
+      seed: of the inputs.
+      show: is called with each line.
+      architecture: for a file without cfg.
+
     Returns:
-      The checks; those that are not `ok` have failed.
+      the checks; those that are not `ok` have failed.
 
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be converted.
     """
     if torch is None:
         raise UserError(
-            "verify runs the checkpoint in PyTorch too, which is not installed; install it with "
+            "verify CKPT needs PyTorch, which is not installed: install it with "
             "pip install 'uva_jax[torch]'."
         )
     checkpoint = torch_file.read(path)
@@ -83,7 +90,7 @@ def verify_checkpoint(
 
 
 def _reference(policy: Policy, tensors):
-    """The torch policy with the checkpoint's tensors, loaded strictly."""
+    """Returns the torch policy with the checkpoint's tensors, loaded with strict=True."""
     model = TorchPolicy(policy.config).eval()
     state = {
         name: torch.from_numpy(tensor.numpy().astype(np.float32))
@@ -95,7 +102,7 @@ def _reference(policy: Policy, tensors):
     return model
 
 
-# Compiled once and used for every block, mode and head of the same shapes.
+# These are compiled once for every block, mode and head of the same shapes.
 
 
 @jax.jit
@@ -123,7 +130,7 @@ _sample = jax.jit(lambda head, z, noise, temp: head.sample(z, noise=noise, tempe
 
 
 class _Comparison:
-    """Both policies, the inputs that they share, and the checks so far."""
+    """Both policies, their common inputs, and the checks so far."""
 
     def __init__(self, policy: Policy, reference, seed: int, show: Callable[[str], None]):
         self.policy, self.reference, self.show = policy, reference, show
@@ -174,7 +181,7 @@ class _Comparison:
         self.cond = np.asarray(mar.patchify(jnp.asarray(latents), config.patch_size))
 
     def streams(self) -> dict[str, np.ndarray]:
-        """Random values for every further input that this policy takes."""
+        """Returns random values for every further input of the policy."""
         c = self.policy.config.mar
         tokens = (_BATCH, c.n_frames, c.tokens_per_frame, c.token_dim)
         streams = {}
@@ -191,7 +198,7 @@ class _Comparison:
         return streams
 
     def transformer(self, mode: str) -> None:
-        """Encoder and decoder, block by block, and the heads that the mode uses."""
+        """Compares encoder and decoder, block by block, and the heads of the mode."""
         module, streams = self.policy.mar, self.streams()
         tokens = self.normal(*self.cond.shape)
         mask = (self.random.random(self.cond.shape[:3]) < 0.8).astype(np.float32)
@@ -230,7 +237,7 @@ class _Comparison:
                 self.head(name, want["decoder_out"])
 
     def head(self, name: str, z: np.ndarray) -> None:
-        """Condition, denoising at several timesteps, and the whole sampling loop."""
+        """Compares condition, denoising at several timesteps, and the sampling loop."""
         head, torch_head = getattr(self.policy, _HEADS[name]), getattr(self.reference.model, name)
         config, title = head.config, _HEADS[name]
         if config.kind == "mlp":
@@ -265,7 +272,7 @@ class _Comparison:
         self.compare(f"{title}.sample", got, want, SAMPLED)
 
     def text_tower(self) -> None:
-        """The language tower, layer by layer, on sentences of several lengths."""
+        """Compares the language tower, layer by layer, on sentences of several lengths."""
         tower = self.policy.text_model
         length, end = tower.config.max_length, tower.config.vocab_size - 1
         lengths = self.random.integers(2, length, (_BATCH, 1))
@@ -283,7 +290,7 @@ class _Comparison:
         self.compare("text_model.text_embeds", got, want["text_embeds"])
 
     def normalizer(self) -> None:
-        """Scales and offsets, which must be the same numbers."""
+        """Compares scales and offsets, which must be equal."""
         for name, _ in self.policy.config.normalizer_fields:
             field = self.reference.normalizer.params_dict[name]
             for part in ("scale", "offset"):

@@ -1,8 +1,8 @@
-"""What `${eval:...}` in a configuration comes to, where that is arithmetic on constants.
+"""Evaluates `${eval:...}` of a configuration, if it is arithmetic on constants.
 
 UVA registers Python's `eval` as a resolver of OmegaConf and writes latencies and frame indices with
-it. Here nothing is run: the expression's syntax tree is walked, and only numbers, texts, lists, the
-operators of arithmetic and comparison, and a few functions of numbers are known.
+it. Here no code runs: the expression's syntax tree is interpreted, and only numbers, texts, lists,
+the operators of arithmetic and comparison, and a few functions of numbers are allowed.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _FUNCTIONS: dict[str, Callable] = {
 
 
 def evaluate(expression: str) -> object:
-    """The value of an expression on constants: a number, a text, or a list.
+    """Returns the value of an expression on constants: a number, a text, or a list.
 
     Raises:
-      ValueError: it is anything else, or does not come to a number of usual size.
+      ValueError: the expression is anything else, or its value is too large.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
@@ -95,7 +95,7 @@ def _value(node: ast.expr) -> object:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
             found = _FUNCTIONS[name](*map(_value, args))
             return found if isinstance(found, list | tuple) else _number(found)
-    raise ValueError("it is no arithmetic on constants")
+    raise ValueError("it is not arithmetic on constants")
 
 
 def _binary(op: ast.operator, left: object, right: object) -> object:
@@ -110,7 +110,7 @@ def _binary(op: ast.operator, left: object, right: object) -> object:
 
 def _number(value: object) -> bool | int | float:
     if not isinstance(value, bool | int | float):
-        raise ValueError(f"{value!r:.40} is no number")
-    if not abs(value) < _MAX_NUMBER:  # nor is NaN
-        raise ValueError("it comes to a number of no usual size")
+        raise ValueError(f"{value!r:.40} is not a number")
+    if not abs(value) < _MAX_NUMBER:  # also true for NaN
+        raise ValueError("its value is too large or not a number")
     return value

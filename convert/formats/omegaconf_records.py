@@ -1,9 +1,9 @@
-"""OmegaConf configurations as inert records: to plain values, and from plain values.
+"""Converts OmegaConf configurations, read as inert records, to plain values and back.
 
-UVA pickles its configuration as an OmegaConf DictConfig with interpolations (`${task.name}`) left
-in. The rules for resolving them are OmegaConf's (2.1 to 2.4): an absolute path starts at the root,
-each leading dot goes one container up, starting with the one that holds the value. Of resolvers,
-`${eval:...}` is worked out where it is arithmetic (`arithmetic.py`); UVA's configurations use it.
+UVA pickles its configuration as an OmegaConf DictConfig with unresolved interpolations
+(`${task.name}`). They are resolved by OmegaConf's rules (2.1 to 2.4): an absolute path starts at
+the root; each leading dot goes one container up, starting with the one that holds the value. Of
+resolvers only `${eval:...}` is evaluated, if it is arithmetic (`arithmetic.py`).
 """
 
 import re
@@ -26,29 +26,35 @@ _ANY = Global("typing", "Any")
 
 
 def to_plain(config: object, name: str) -> dict:
-    """The configuration in `config` (a DictConfig record, or plain values) as plain values.
+    """Converts a configuration (a DictConfig record, or plain values) to plain values.
 
-    Interpolations become the value they point to, with its type, and arithmetic in `${eval:...}`
-    its result. What points nowhere, in a circle, or to another resolver (`${oc.env:...}`) stays as
-    text, and so does a missing value (`???`). Raises UserError, naming `name`, if this is no
-    configuration.
+    Interpolations are replaced by their target's value, and arithmetic in `${eval:...}` by its
+    result. Missing values (`???`), and interpolations without a target, with a cyclic one or with
+    another resolver (`${oc.env:...}`), stay as text.
+
+    Args:
+      config: the configuration.
+      name: its name in error messages.
+
+    Raises:
+      UserError: it is not a configuration.
     """
     budget = _Budget()
     try:
         raw = _raw(config, budget)
         if not isinstance(raw, dict):
-            raise ValueError("it is no dictionary")
+            raise ValueError("it is not a dictionary")
         return _expand(raw, (), frozenset(), budget)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         detail = "it is nested without end" if isinstance(error, RecursionError) else error
         raise UserError(
             f"{name} has a configuration (cfg) that cannot be read ({detail}): give a checkpoint "
-            "whose cfg OmegaConf 2.1 or later has written."
+            "whose cfg was written by OmegaConf 2.1 or later."
         ) from None
 
 
 class _Budget:
-    """Limits what a few nested references can blow up to."""
+    """Limits the values to which nested references can expand."""
 
     def __init__(self) -> None:
         self.values, self.characters = MAX_VALUES, MAX_CHARACTERS
@@ -61,7 +67,7 @@ class _Budget:
 
 
 def _raw(value: object, budget: _Budget) -> object:
-    """Nodes to dictionaries, lists and leaves; interpolations stay as they are."""
+    """Converts nodes to dictionaries, lists and leaves; interpolations stay as text."""
     budget.spend(value)
     if isinstance(value, Record) and isinstance(value.function, Global):
         if value.module.split(".")[0] == "omegaconf" and isinstance(value.state, dict):
@@ -73,8 +79,8 @@ def _raw(value: object, budget: _Budget) -> object:
     return value
 
 
-# Below, `chain` is the containers from the root down to the one that holds the value, and `active`
-# the references being followed, each as (text, id of its container).
+# Below, `chain` holds the containers from the root to the one that holds the value, and `active`
+# the references being resolved, each as (text, id of its container).
 
 
 def _expand(value: object, chain: tuple, active: frozenset, budget: _Budget) -> object:
@@ -99,7 +105,7 @@ def _interpolate(text: str, chain: tuple, active: frozenset, budget: _Budget) ->
         value = _resolved(piece, chain, active, budget) if is_reference else piece
         if len(pieces) == 1:
             return value
-        # Inside a longer text only a scalar has a place.
+        # Inside a longer text only a scalar is allowed.
         out.append(piece if isinstance(value, dict | list) else str(value))
     result = "".join(out)
     budget.spend(result)
@@ -107,7 +113,7 @@ def _interpolate(text: str, chain: tuple, active: frozenset, budget: _Budget) ->
 
 
 def _split(text: str) -> list[tuple[str, bool]]:
-    """`text` cut into whole `${...}` parts (True), brackets balanced, and what is between."""
+    """Splits text into whole `${...}` parts (True), with balanced brackets, and the rest."""
     pieces, literal, position = [], 0, 0
     while (start := text.find("${", position)) >= 0:
         depth, end = 1, start + 2
@@ -125,7 +131,7 @@ def _split(text: str) -> list[tuple[str, bool]]:
 
 
 def _resolved(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> object:
-    """The value of `${...}`, or the text itself if there is none."""
+    """Returns the value of `${...}`, or the text itself if there is none."""
     if called := _EVAL.fullmatch(piece):
         expression = (
             _interpolate(called[2], chain, active, budget) if "${" in piece[2:] else called[2]
@@ -142,7 +148,7 @@ def _resolved(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> o
 
 
 def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tuple | None:
-    """What `${...}` points to, as (raw value, its chain); None if it points nowhere."""
+    """Returns the target of `${...}` as (raw value, its chain), or None."""
     inner = piece[2:-1].strip()
     if "${" in inner:
         inner = _interpolate(inner, chain, active, budget)
@@ -153,7 +159,7 @@ def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tup
     node, chain = chain[-1], chain[:-1]
     for key in re.findall(_KEY, match[2]):
         if isinstance(node, str) and "${" in node:
-            # A step of the path is itself a reference to a container.
+            # This part of the path is itself a reference to a container.
             reference = (node, id(chain[-1])) not in active and _split(node) == [(node, True)]
             active = active | {(node, id(chain[-1]))}
             found = _target(node, chain, active, budget) if reference else None
@@ -171,10 +177,14 @@ def _target(piece: str, chain: tuple, active: frozenset, budget: _Budget) -> tup
 
 
 def records_from_dict(plain: Mapping) -> Record:
-    """A DictConfig record that OmegaConf loads as `OmegaConf.create(plain)` would have made it.
+    """Returns a record that OmegaConf loads as the DictConfig `OmegaConf.create(plain)`.
 
-    Keys are str, int, float or bool; values are None, bool, int, float, str, bytes, mappings,
-    lists and tuples. Raises UserError, naming the key, for anything else.
+    Args:
+      plain: keys are str, int, float or bool; values are None, bool, int, float, str, bytes,
+        mappings, lists and tuples.
+
+    Raises:
+      UserError: there is another key or value.
     """
     if not isinstance(plain, Mapping):
         raise UserError("a configuration must be a dictionary: give nested plain values.")
@@ -200,7 +210,7 @@ def _node(value: object, key: object, parent: Record | None, where: str) -> Reco
         metadata |= {"object_type": Global("builtins", "dict"), "key_type": _ANY}
         for name in value:
             if type(name) not in (str, int, float, bool):
-                raise UserError(f"{where} has the key {name!r}: keys must be texts or numbers.")
+                raise UserError(f"{where} has the key {name!r}, but keys must be texts or numbers.")
         content = {k: _node(v, k, node, f"{where}.{k}") for k, v in value.items()}
     elif isinstance(value, list | tuple):
         node.function, held = _LIST, "_content"
@@ -213,7 +223,7 @@ def _node(value: object, key: object, parent: Record | None, where: str) -> Reco
         content = value
     else:
         kind = f"{type(value).__module__}.{type(value).__name__}"
-        raise UserError(f"{where} is a {kind}: a configuration holds plain values; convert it.")
+        raise UserError(f"{where} is a {kind}, but must be a plain value: convert it.")
     if held == "_content":
         kind, metadata["element_type"] = Global("omegaconf.base", "ContainerMetadata"), _ANY
     node.state = {

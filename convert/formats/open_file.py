@@ -1,6 +1,6 @@
-"""A checkpoint's file on disk: opened once and read in place, or written whole.
+"""Reads parts of a checkpoint's file in place, or writes a file atomically.
 
-Below the containers (`torch_zip`, `safetensors_file`), which say what the bytes mean.
+The containers (`torch_zip`, `safetensors_file`) build on it and interpret the bytes.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ import numpy as np
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.atomic import new_file
 
-ALIGNMENT = 64  # where jax takes an array over without a copy
+ALIGNMENT = 64  # with this alignment jax takes an array over without a copy
 CHUNK = 8 << 20
-_HASH_CHUNK = 32 << 20  # larger: hashing runs beside other work and waits for the GIL each time
+_HASH_CHUNK = 32 << 20  # large, because hashing in a thread waits for the GIL at each chunk
 
 
 def aligned(size: int) -> np.ndarray:
-    """Room for `size` bytes, uint8; it starts where jax takes an array over without a copy."""
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + size]
+    """Returns an uninitialised uint8 array (size,), aligned so that jax does not copy it."""
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size]
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A run of bytes with the checksum (CRC-32) it must have."""
+    """A range of bytes with its expected checksum (CRC-32)."""
 
     name: str
     offset: int
@@ -43,9 +43,10 @@ class Section:
 
 
 class OpenFile:
-    """A file that stays open as long as this lives: one replaced meanwhile is read as it was.
+    """A file that stays open, so that its content stays the same if the file is replaced.
 
-    Raises UserError if there is no such file, or it cannot be read.
+    Raises:
+      UserError: the file is missing or cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -67,7 +68,11 @@ class OpenFile:
             ) from None
 
     def read_at(self, offset: int, size: int) -> np.ndarray:
-        """`size` bytes from `offset` of the file, uint8, in memory that starts at `ALIGNMENT`."""
+        """Reads `size` bytes from `offset` as uint8 (size,), aligned to `ALIGNMENT`.
+
+        Raises:
+          UserError: the file cannot be read, or ends before.
+        """
         out = aligned(size)
         self._read_into(memoryview(out), offset)
         return out
@@ -83,18 +88,19 @@ class OpenFile:
                 ) from None
             if got == 0:
                 raise UserError(
-                    f"{self.path} ends in the middle of its data: it was cut short after it was "
+                    f"{self.path} ends in the middle of its data: it was truncated after it was "
                     "opened; take a fresh copy."
                 )
             done += got
 
     def sha256(self, sections: Iterable[Section] = ()) -> str:
-        """The hash of the whole file, in hexadecimal.
+        """Returns the SHA-256 of the whole file, in hexadecimal.
 
-        Raises UserError, naming it, for a section whose bytes are not those it was written with.
+        Raises:
+          UserError: a section does not have its expected checksum.
         """
         waiting = sorted(sections, key=lambda section: section.offset, reverse=True)
-        begun: list[tuple[Section, int]] = []  # with the checksum so far
+        begun: list[tuple[Section, int]] = []  # sections and their checksums so far
         digest, buffer = hashlib.sha256(), memoryview(aligned(min(self.size, _HASH_CHUNK)))
         for start in range(0, self.size, _HASH_CHUNK):
             part = buffer[: self.size - start]
@@ -117,16 +123,17 @@ class OpenFile:
         return digest.hexdigest()
 
     def chunks(self, offset: int, size: int) -> Iterator[memoryview]:
-        """The bytes [offset, offset + size), a few MiB at a time."""
+        """Yields the bytes [offset, offset + size), a few MiB at a time."""
         for start in range(0, size, CHUNK):
             yield memoryview(self.read_at(offset + start, min(CHUNK, size - start)))
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike, total: int) -> Iterator[BinaryIO]:
-    """A file to write `total` bytes to, which appears at `path` once it is complete and on disk.
+    """Yields a file to write `total` bytes to; it gets the name `path` when it is complete.
 
-    Raises UserError if the folder is missing, may not be written, or is full.
+    Raises:
+      UserError: the folder is missing, not writable, or full.
     """
     path = Path(path)
     try:
@@ -140,5 +147,5 @@ def written_whole(path: str | os.PathLike, total: int) -> Iterator[BinaryIO]:
         reason = "the disk is full" if full else "the file cannot be written"
         raise UserError(
             f"{path} was not written: {reason} ({error.strerror}), and {max(total >> 20, 1)} MiB "
-            "are needed; make room or choose another folder."
+            "are needed; free some space or choose another folder."
         ) from None

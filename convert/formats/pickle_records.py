@@ -1,13 +1,13 @@
-"""An inert pickle machine: reads pickled bytes without importing or calling anything they name.
+"""Reads pickled bytes without importing or calling anything that they name.
 
-A checkpoint is a pickle, and a pickle is a program. Here its instructions are walked one by one;
-classes and functions become `Global` (two strings), and every call becomes a `Record` that keeps
-what is needed to write the same call again. Only a short table of harmless calls (bytes, sets,
-ordered dictionaries) is carried out, by code of this module. `dumps` writes values and records
-back, so that the real unpickler of another program finds what it would have found in the source.
+A checkpoint is a pickle, and a pickle is a program. This module interprets its instructions:
+classes and functions become `Global` (two strings), and every call becomes a `Record` from which
+the same call can be written again. Only a short table of harmless calls (bytes, sets, ordered
+dictionaries) is evaluated, by code of this module. `pickle_writer.dumps` writes values and records
+back, so that another program's unpickler gets the same objects as from the source.
 
-One loss is known: a call made only for its side effect (its result is dropped, as dill does for
-classes defined in a script) is read over and not written again.
+One loss is known: a call whose result is dropped (dill writes such calls for classes defined in a
+script) is skipped and not written again.
 """
 
 import _compat_pickle
@@ -21,14 +21,14 @@ from uva_jax.runtime.errors import UserError
 
 # A full-size UVA checkpoint needs about 200 thousand instructions; each can cost 100 bytes.
 MAX_INSTRUCTIONS = 10_000_000
-MAX_KEY_PARTS = 1000  # hashing a nested tuple has no depth guard in CPython
+MAX_KEY_PARTS = 1000  # CPython does not limit the depth of hashing a nested tuple
 _DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error)
 _DAMAGE += (RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function by name; Python 2 names are stored under their Python 3 names."""
+    """The name of a class or function; names of Python 2 are stored as those of Python 3."""
 
     module: str
     name: str
@@ -39,11 +39,11 @@ class Global:
 
 @dataclass(eq=False, slots=True, repr=False)
 class Record:
-    """A call that was not made: `function(*args, **kwargs)`, then elements, items and state.
+    """A recorded call: `function(*args, **kwargs)`, then elements, items and state.
 
-    `new` tells `cls.__new__(cls, *args, **kwargs)` from a plain call; `elements` and `items` are
-    what a list-like or dict-like object was filled with; `state` is what its `__setstate__` (or
-    its `__dict__`) was given, None if nothing was.
+    `new` means `cls.__new__(cls, *args, **kwargs)` instead of a plain call; `elements` and `items`
+    are the content of a list-like or dict-like object; `state` is the argument of its
+    `__setstate__` (or its `__dict__`), or None.
     """
 
     function: "Global | Record"
@@ -68,13 +68,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Persistent:
-    """What `dumps` writes as a persistent id (torch: where a tensor's bytes are)."""
+    """A value that `dumps` writes as a persistent id (in torch: the place of a tensor's bytes)."""
 
     pid: tuple
 
 
 def _check_key(key: object) -> None:
-    """Raise unless `key` can be hashed safely: scalars, names, records, shallow tuples of them."""
+    """Raises if `key` cannot be hashed safely: scalars, names, records, shallow tuples of them can.
+
+    Raises:
+      TypeError, ValueError: the key is of another type, or nested too deeply.
+    """
     pending, parts = [key], 0
     while pending:
         part = pending.pop()
@@ -163,23 +167,29 @@ def loads(
     rebuild: Mapping[Global, Callable[[tuple], object]] | None = None,
     persistent: Callable[[object], object] | None = None,
 ) -> object:
-    """The value in the pickle `data`; nothing that it names is imported, nothing is run.
+    """Returns the value of a pickle; nothing that it names is imported or called.
 
-    `rebuild` maps further functions to code of the caller that makes a value of the arguments (or
-    answers NotImplemented: then the call stays a Record); `persistent` makes a value of a
-    persistent id. Raises UserError, naming `name`, for anything that is not a sound pickle.
+    Args:
+      data: the pickle.
+      name: of the file, for error messages.
+      rebuild: function -> code of the caller that makes a value of the arguments, or returns
+        NotImplemented, which leaves a Record.
+      persistent: makes a value of a persistent id.
+
+    Raises:
+      UserError: the pickle is damaged.
     """
     machine = _Machine(data, {**_SAFE_CALLS, **(rebuild or {})}, persistent)
     try:
         return machine.run()
-    except UserError:  # of `persistent` or `rebuild`, which say it better
+    except UserError:  # of `persistent` or `rebuild`, which is more specific
         raise
     except _DAMAGE as error:
         text = str(error) if not isinstance(error, KeyError) else "a value that was never stored"
         detail = "".join(c if c.isprintable() else " " for c in text)[:200] or type(error).__name__
         raise UserError(
             f"{name} cannot be read: its pickled part is damaged at byte {machine.position} "
-            f"({detail}); nothing in it was run, and a fresh copy of the file is needed."
+            f"({detail}); no code in it was run; take a fresh copy."
         ) from None
 
 
@@ -190,7 +200,7 @@ class _Machine:
         self.below: list[list] = []  # the stacks under each mark
         self.memo: dict[int, object] = {}
         self.protocol = self.position = 0
-        # Every sound pickle names what a call copies once; a bomb names it again and again.
+        # A sound pickle refers once to the argument of a copying call; a bomb does so repeatedly.
         self.budget = 4 * len(data) + 1_000_000
 
     def run(self) -> object:
@@ -266,10 +276,10 @@ class _Machine:
             case "BINPERSID" | "PERSID":
                 pid = self.pop(1)[0] if name == "BINPERSID" else argument
                 if self.persistent is None:
-                    raise ValueError("it refers to tensor data, which cannot be here")
+                    raise ValueError("it refers to tensor data, which is not allowed here")
                 self.push(self.persistent(pid))
             case _:
-                raise ValueError(f"the instruction {name} has no place in a checkpoint")
+                raise ValueError(f"the instruction {name} is not allowed in a checkpoint")
 
     def push(self, value: object) -> None:
         self.stack.append(value)
@@ -287,7 +297,7 @@ class _Machine:
 
     def named(self, module: object, name: object) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a class is named by something that is no text")
+            raise TypeError("the name of a class is not text")
         if self.protocol < 3:
             if (module, name) in _compat_pickle.NAME_MAPPING:
                 module, name = _compat_pickle.NAME_MAPPING[module, name]
@@ -297,7 +307,7 @@ class _Machine:
 
     def call(self, function: object, args: object) -> object:
         if not isinstance(function, Global | Record) or not isinstance(args, tuple):
-            raise TypeError("a call of something that is no function")
+            raise TypeError("a call of something that is not a function")
         value = NotImplemented
         if isinstance(function, Global) and function in self.rebuild:
             sized = (str, bytes, tuple, list, dict, set, frozenset)
@@ -313,11 +323,11 @@ class _Machine:
         if function == Global("collections", "OrderedDict") and not args and not kwargs:
             return OrderedDict()
         if not isinstance(function, Global | Record):
-            raise TypeError("a new object of something that is no class")
+            raise TypeError("a new object of something that is not a class")
         return Record(function, args, kwargs, new=True)
 
     def instance(self, function: object, args: tuple) -> object:
-        # Protocol 0 and 1: a call if there are arguments, a bare new object if there are none.
+        # Protocols 0 and 1: a call with arguments, or a new object without any.
         return self.call(function, args) if args else self.create(function, args, {})
 
     def append(self, values: list) -> None:
@@ -338,7 +348,7 @@ class _Machine:
     def build(self, state: object) -> None:
         target = self.stack[-1]
         if isinstance(target, OrderedDict) and isinstance(state, dict):
-            # torch hangs the versions of the modules on a state dict as an attribute.
+            # torch sets the versions of the modules as an attribute of a state dict.
             if set(_checked_keys(state)) - {"_metadata"}:
                 raise ValueError("an ordered dictionary carries unknown attributes")
             target.__dict__.update(state)

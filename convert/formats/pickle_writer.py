@@ -1,7 +1,7 @@
 """Writes plain values and inert records as a pickle that any Python 3 unpickler can load.
 
-The counterpart of `pickle_records.loads`. Protocol 2 is written, as torch.save does, unless a
-record needs what only protocol 4 has (nested class names, keyword arguments to `__new__`).
+It is the counterpart of `pickle_records.loads`. It writes protocol 2, as torch.save does, unless a
+record needs protocol 4 (nested class names, keyword arguments to `__new__`).
 """
 
 import struct
@@ -13,10 +13,16 @@ from uva_jax.runtime.errors import UserError
 
 
 def dumps(value: object, name: str, translate: Callable[[object], object] | None = None) -> bytes:
-    """`value` as a pickle: shared and cyclic values stay so, records become the calls they hold.
+    """Returns `value` as a pickle; shared and cyclic values stay so, records become their calls.
 
-    `translate` turns a value of any other type into one that can be written, or answers
-    NotImplemented. Raises UserError, naming `name`, for what cannot be written.
+    Args:
+      value: plain values and records.
+      name: of the file, for error messages.
+      translate: turns a value of another type into one that can be written, or returns
+        NotImplemented.
+
+    Raises:
+      UserError: a value cannot be written.
     """
     writer = _Writer(name, translate or (lambda value: NotImplemented))
     try:
@@ -31,7 +37,7 @@ class _Writer:
     def __init__(self, name: str, translate: Callable[[object], object]) -> None:
         self.name, self.translate = name, translate
         self.out = bytearray()
-        # id -> (slot, the object itself: held, so that no other object gets its id meanwhile)
+        # id -> (slot, the object itself, which is kept so that no other object gets its id)
         self.memo: dict[int, tuple[int, object]] = {}
         self.by_value: dict[tuple[type, object], int] = {}  # texts and names
         self.slots = 0
@@ -52,8 +58,8 @@ class _Writer:
                 kind = type(value)
                 raise UserError(
                     f"{self.name} cannot be written: it holds a {kind.__module__}.{kind.__name__}, "
-                    "and only plain Python values, numpy arrays, and what was read from a "
-                    "checkpoint can be written; convert the value first."
+                    "but only plain Python values, numpy arrays and values read from a checkpoint "
+                    "can be written; convert the value first."
                 )
             self.save(written)
             self.remember(value)
@@ -111,7 +117,7 @@ class _Writer:
         self.once(value, write)
 
     def save_bytes(self, value: bytes) -> None:
-        # The protocol 2 spelling, which torch writes and its restricted loader accepts.
+        # The form of protocol 2, which torch writes and its restricted loader accepts.
         if value:
             self.call("_codecs", "encode", value.decode("latin1"), "latin1")
         else:
@@ -127,7 +133,7 @@ class _Writer:
             self.out += b"("
         for part in value:
             self.save(part)
-        if id(value) in self.memo:  # it holds itself, by way of a part: drop the second copy
+        if id(value) in self.memo:  # a part of it refers to it: drop the second copy
             self.out += b"1" if len(value) > 3 else b"0" * len(value)
             self.get(self.memo[id(value)][0])
             return
@@ -170,8 +176,8 @@ class _Writer:
     def save_global(self, value: Global) -> None:
         if not all((part.isprintable() and " " not in part) for part in (value.module, value.name)):
             raise UserError(
-                f"{self.name} cannot be written: it names the class {str(value)!r}, which no "
-                "pickle can hold; remove that value."
+                f"{self.name} cannot be written: it names the class {str(value)!r}, which is not "
+                "valid in a pickle; remove that value."
             )
         if "." in value.name:
             self.protocol = 4

@@ -1,9 +1,9 @@
-"""Policies as a .safetensors file with the policy's json beside it (x.safetensors, x.json).
+"""Reads and writes policies as a pair of files, x.safetensors and x.json.
 
-The names, shapes and dtypes are those of the PyTorch state dict, so whatever reads safetensors
-gets the tensors; the json is a policy folder's `policy.json` with the hash of the tensors' file.
-Both ways are done a tensor at a time, because the safetensors library wants all of a file's tensors
-in memory to write it; what a file's header says is checked by `storage/safetensors.py`.
+The tensors have the names, shapes and dtypes of the PyTorch state dict; the json is a policy
+folder's `policy.json` with the hash of the tensors' file. One tensor is in memory at a time, while
+the safetensors library needs all of them to write a file. `storage/safetensors.py` checks the
+header.
 """
 
 import hashlib
@@ -26,17 +26,21 @@ MAX_JSON = 16 << 20
 
 
 def json_of(path: str | os.PathLike) -> Path:
-    """The json that belongs to a .safetensors file."""
+    """Returns the path of the json that belongs to a .safetensors file."""
     return Path(path).with_suffix(".json")
 
 
 class SafetensorsFile(OpenFile):
-    """An open .safetensors file whose bytes must have the hash `expected`, if that is given."""
+    """An open .safetensors file, with the `expected` SHA-256 of its bytes, or None."""
 
     expected: str | None = None
 
     def sha256(self) -> str:
-        """The hash of the whole file; raises UserError if the json states another one."""
+        """Returns the SHA-256 of the whole file.
+
+        Raises:
+          UserError: it is not the expected one.
+        """
         found = super().sha256()
         if self.expected not in (None, found):
             raise UserError(
@@ -48,14 +52,14 @@ class SafetensorsFile(OpenFile):
 
 
 def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
-    """Opens the pair; tensor bytes stay on disk until they are asked for.
+    """Opens the pair; tensors are read when they are loaded.
 
     Returns:
-      The open file, and a payload as an export of this project has it in a checkpoint:
-      "state_dicts" with the tensors as "ema_model", and "uva_jax" with the architecture.
+      the open file, and the payload of an exported checkpoint: "state_dicts" with the tensors as
+      "ema_model", and "uva_jax" with the architecture.
 
     Raises:
-      UserError: a file is missing, or anything in it contradicts the format.
+      UserError: a file is missing or contradicts the format.
     """
     file = SafetensorsFile(path)
     try:
@@ -65,16 +69,19 @@ def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{file.path} is no sound safetensors file ({error}): take a fresh copy."
+            f"{file.path} is not a valid safetensors file ({error}): take a fresh copy."
         ) from None
     beside = json_of(path)
     if not beside.exists():
         raise UserError(
-            f"{file.path} has no {beside.name} beside it, which says what the policy is; copy "
-            "both files that 'python -m convert to_torch' wrote."
+            f"{file.path} lacks the file {beside.name} in its folder, which holds the policy's "
+            "architecture: copy both files that 'python -m convert to_torch' wrote."
         )
     if beside.stat().st_size > MAX_JSON:
-        raise UserError(f"{beside} has more than {MAX_JSON >> 20} MiB, which no policy needs.")
+        raise UserError(
+            f"{beside} has more than {MAX_JSON >> 20} MiB, so it is not a policy's json: take a "
+            "fresh copy."
+        )
     _, described = parse_description(beside)
     file.expected = described.get("sha256")
     payload = {
@@ -99,20 +106,27 @@ def write(
     tensors: Mapping[str, np.ndarray | LazyTensor | LazyArray],
     described: Mapping,
 ) -> None:
-    """Writes tensors and `description.describe`'s values as a pair; each file appears whole.
+    """Writes tensors and the values of `description.describe` as a pair, each file atomically.
 
-    Raises UserError for what cannot be written, and leaves nothing behind then.
+    Args:
+      path: of the .safetensors file.
+      tensors: by name.
+      described: the values for the json.
+
+    Raises:
+      UserError: a tensor or a file cannot be written; nothing is left behind.
     """
     if json_of(path).exists():
         try:
             parse_description(json_of(path))
         except UserError:
             raise UserError(
-                f"{json_of(path)} is not a policy's json, and would be replaced: give {path} "
-                "another name."
+                f"{json_of(path)} exists and is not a policy's json: give {path} another name."
             ) from None
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so all are aligned
+    order = sorted(
+        tensors, key=lambda name: -tensors[name].dtype.itemsize
+    )  # so that all are aligned
     places, reached = {}, 0
     for name in order:
         places[name] = [reached, reached + tensors[name].nbytes]
@@ -120,7 +134,10 @@ def write(
     for name, value in tensors.items():
         dtype = value.dtype.newbyteorder("=")
         if dtype not in safetensors.NAMES:
-            raise UserError(f"{path} cannot be written: safetensors has no dtype {dtype}.")
+            raise UserError(
+                f"{path} cannot be written: safetensors has no dtype {dtype}; convert the array "
+                "first."
+            )
         shape = list(value.shape)
         header[name] = {
             "dtype": safetensors.NAMES[dtype],

@@ -1,9 +1,9 @@
-"""Reads and writes PyTorch checkpoints (.ckpt, .pth, .pt) without torch and without running them.
+"""Reads and writes PyTorch checkpoints (.ckpt, .pth, .pt) without torch and without running code.
 
-`read` gives the payload as plain values, with tensors as `LazyTensor` (bytes read on demand) and
-everything else that a pickle can name as inert `Record`; a .safetensors file with its json is read
-as the checkpoint that it could have been. `write` gives a file that torch.load opens. Records go
-back as the calls they came from, so what is not understood is not lost.
+`read` returns the payload as plain values, with tensors as `LazyTensor` (bytes are read on demand)
+and all other objects as inert `Record`; a .safetensors file with its json is read as the equivalent
+checkpoint. `write` makes a file for torch.load. Records are written as the calls they came from, so
+nothing is lost.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ MAX_PICKLE_BYTES = 256 << 20
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A checkpoint that was read: `payload` holds what torch.save was given."""
+    """An open checkpoint; `payload` is the value that was given to torch.save."""
 
     path: Path
     payload: object
@@ -68,12 +68,16 @@ class Checkpoint:
 
     @property
     def state_dict_names(self) -> tuple[str, ...]:
-        """The names in `payload["state_dicts"]` (UVA: model, ema_model, optimizer, ...)."""
+        """Returns the names in `payload["state_dicts"]` (UVA: model, ema_model, optimizer, ...)."""
         parts = self.payload.get("state_dicts") if isinstance(self.payload, dict) else None
         return tuple(parts) if isinstance(parts, dict) else ()
 
     def state_dict(self, name: str) -> dict:
-        """UVA's `payload["state_dicts"][name]`; raises UserError if there is none."""
+        """Returns UVA's `payload["state_dicts"][name]`.
+
+        Raises:
+          UserError: there is none.
+        """
         names = self.state_dict_names
         found = self.payload["state_dicts"][name] if name in names else None
         if not isinstance(found, dict):
@@ -86,28 +90,32 @@ class Checkpoint:
 
     @cached_property
     def cfg(self) -> dict:
-        """The configuration as plain nested values, interpolations resolved where possible."""
+        """Returns the configuration as plain values, with interpolations resolved if possible.
+
+        Raises:
+          UserError: the file has no configuration.
+        """
         cfg = self.payload.get("cfg") if isinstance(self.payload, dict) else None
         if cfg is None:
             raise UserError(
-                f"{self.path} holds no configuration (cfg), without which attention heads and "
-                "sampling steps are not known: name the published policy that it is like "
-                "('python -m convert from_torch CKPT OUT --like pusht'), or give its architecture "
-                "(--architecture FILE, with what policy.json says); 'to_torch' then writes a "
-                "checkpoint with both."
+                f"{self.path} holds no configuration (cfg), so attention heads and sampling steps "
+                "are unknown: name the published policy that it equals "
+                "('python -m convert from_torch CKPT OUT --like pusht'), or give its policy.json "
+                "(--architecture FILE); 'to_torch' then writes a checkpoint with a cfg."
             )
         return omegaconf_records.to_plain(cfg, str(self.path))
 
     def sha256(self) -> str:
-        """The hash of the whole file, in hexadecimal."""
+        """Returns the SHA-256 of the whole file, in hexadecimal."""
         return self.archive.sha256()
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
-    """Open the checkpoint at `path`; tensor bytes stay on disk until they are asked for.
+    """Opens a checkpoint; tensors are read when they are loaded.
 
-    Raises UserError, one sentence that names the file, for everything that is no sound zip
-    checkpoint of PyTorch 1.6 or later in little-endian order, or sound .safetensors file.
+    Raises:
+      UserError: the file is not a valid zip checkpoint of PyTorch 1.6 or later in little-endian
+        order, or a valid .safetensors file.
     """
     if os.fspath(path).endswith(safetensors_file.ENDING):
         file, payload = safetensors_file.read(path)
@@ -131,8 +139,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
         )
         if kind.module.startswith("torch") and kind.name in QUANTISED_STORAGES:
             raise UserError(
-                f"{archive.path} holds quantised tensors ({kind}), whose values lie apart from "
-                "their scales: dequantise them (tensor.dequantize()) and save the checkpoint again."
+                f"{archive.path} holds quantised tensors ({kind}), which are not supported: "
+                "dequantise them (tensor.dequantize()) and save the checkpoint again."
             )
         if not known:
             raise ValueError(f"the storage class {kind} is not supported")
@@ -141,7 +149,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
         entry = archive.entries.get(f"data/{key}")
         if entry is None or not 0 <= nbytes <= entry.size:
             held = "no bytes" if entry is None else f"{entry.size} bytes"
-            raise ValueError(f"storage {key!r} needs {nbytes} bytes, and the file has {held}")
+            raise ValueError(f"storage {key!r} needs {nbytes} bytes, but the file has {held}")
         if key not in storages:
             storages[key] = Storage(archive, key, dtype, entry.offset, nbytes)
         if (storages[key].dtype, storages[key].nbytes) != (dtype, nbytes):
@@ -154,12 +162,19 @@ def read(path: str | os.PathLike) -> Checkpoint:
 
 
 def write(path: str | os.PathLike, payload: object, head: object = None) -> None:
-    """Write `payload` as a file for torch.load(path, weights_only=False).
+    """Writes `payload` as a file for torch.load(path, weights_only=False).
 
-    arrays, LazyArrays and LazyTensors become contiguous CPU tensors, records the calls they hold.
-    Tensors are copied one after another. `head`, plain containers with some of the payload's
-    tensors, is a second pickle that shares their bytes: `head.pkl`, which torch.load does not look
-    at. Raises UserError for what cannot be written, and leaves nothing behind then.
+    Arrays, LazyArrays and LazyTensors become contiguous CPU tensors, and records become their
+    calls. Tensors are copied one after another.
+
+    Args:
+      path: of the file.
+      payload: the value.
+      head: plain containers with some of the payload's tensors, for a second pickle, `head.pkl`,
+        which shares their bytes and which torch.load ignores.
+
+    Raises:
+      UserError: a value or the file cannot be written; nothing is left behind.
     """
     tensors = _Tensors(str(path))
     pickled = dumps(payload, str(path), tensors.translate)
@@ -184,7 +199,7 @@ class _Tensors:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.members: dict[object, Member] = {}  # what is stored -> its entry
+        self.members: dict[object, Member] = {}  # storage -> its entry
 
     def translate(self, value: object) -> object:
         if isinstance(value, Size):
@@ -232,12 +247,20 @@ class _Tensors:
 
 
 def dump_records(value: object) -> bytes:
-    """Tensor-free `value` (a source's `cfg`, its `pickles`) as bytes for `load_records`."""
+    """Returns a value without tensors (a source's `cfg`, its `pickles`) as bytes."""
     return dumps(
         value, "the record", lambda v: size_record(v) if isinstance(v, Size) else NotImplemented
     )
 
 
 def load_records(data: bytes, name: str = "the record") -> object:
-    """What `dump_records` was given; `name` is the file that errors (UserError) speak of."""
+    """Returns the value that `dump_records` was given.
+
+    Args:
+      data: the bytes.
+      name: of their file, for error messages.
+
+    Raises:
+      UserError: the bytes are damaged.
+    """
     return loads(data, name, REBUILD_SIZE)

@@ -1,6 +1,6 @@
-"""Tensors that are still in a checkpoint's file, and the pickled calls that describe them.
+"""Tensors in a checkpoint's file, and the pickled calls that describe them.
 
-The names and argument orders are those of torch.serialization and torch._utils.
+Names and argument orders are those of torch.serialization and torch._utils.
 """
 
 import math
@@ -15,7 +15,7 @@ from convert.formats.pickle_records import Global, Record
 from uva_jax.storage.lazy_array import LazyArray
 
 MAX_DIMENSIONS = 32
-# An expanded view (stride 0) may be larger than its storage, up to this many elements.
+# An expanded view (stride 0) may be larger than its storage, up to this number of elements.
 MAX_EXPANDED = 1 << 24
 _LINE = 16  # float32 values in a cache line
 
@@ -37,7 +37,7 @@ QUANTISED_STORAGES = (
     "QInt8Storage QUInt8Storage QInt32Storage QUInt4x2Storage QUInt2x4Storage".split()
 )
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
-# Types without a storage class: torch keeps them as bytes and names the type with each tensor.
+# Types without a storage class: torch stores them as bytes and names the type with each tensor.
 _UNTYPED = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
@@ -56,15 +56,15 @@ UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
 
 
 def in_c_order(values: np.ndarray) -> np.ndarray:
-    """The array in C order, aligned for jax; a copy unless it is in C order already.
+    """Returns the array in C order, aligned for jax; a copy unless it is in C order already.
 
-    A transposed array is copied a few rows at a time, several times as fast as numpy does it:
-    each step fills whole cache lines of the copy from rows that are read in order.
+    A transposed array is copied a few rows at a time, which is several times as fast as numpy: each
+    step fills whole cache lines of the copy from rows that are read in order.
     """
     if values.flags.c_contiguous:
         return values
     out = aligned(values.nbytes).view(values.dtype).reshape(values.shape)
-    axis, run = values.ndim - 1, 1  # the copy holds `run` values in a row below `axis`
+    axis, run = values.ndim - 1, 1  # the copy has `run` consecutive values below `axis`
     while axis and run * values.shape[axis] < _LINE:
         run *= values.shape[axis]
         axis -= 1
@@ -76,19 +76,19 @@ def in_c_order(values: np.ndarray) -> np.ndarray:
 
 
 class Size(tuple):
-    """A torch.Size: a plain tuple here, and a torch.Size again when written."""
+    """A torch.Size: a tuple that is written as a torch.Size."""
 
     __slots__ = ()
 
 
 def size_record(size: Size) -> Record:
-    """The call that makes a torch.Size again."""
+    """Returns the call that makes a torch.Size."""
     return Record(Global("torch", "Size"), (tuple(size),))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Storage:
-    """A run of `nbytes` bytes at `offset` of the file; tensors that share memory share it.
+    """A range of `nbytes` bytes from `offset` of the file; tensors that share memory share it.
 
     `dtype` is None for torch's untyped storages.
     """
@@ -102,9 +102,10 @@ class Storage:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
-    """A tensor whose bytes are still in the file; strides and offset count elements, as torch's.
+    """A tensor in a file; strides and offset count elements, as in torch.
 
-    A view that does not lie inside its storage raises ValueError.
+    Raises:
+      ValueError: the tensor does not lie inside its storage.
     """
 
     storage: Storage
@@ -118,9 +119,9 @@ class LazyTensor:
     def __post_init__(self) -> None:
         numbers = (self.offset, *self.shape, *self.strides)
         if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
-            raise ValueError("a tensor's shape, strides or offset are no counts")
+            raise ValueError("a tensor's shape, strides or offset are not whole numbers from 0")
         if len(self.shape) != len(self.strides) or len(self.shape) > MAX_DIMENSIONS:
-            raise ValueError("a tensor's shape and strides do not belong together")
+            raise ValueError("a tensor's shape and strides differ in length")
         held = self.storage.nbytes // self.dtype.itemsize
         if self.size and self.offset + self._span > held:
             raise ValueError(
@@ -154,15 +155,15 @@ class LazyTensor:
 
     @property
     def file_offset(self) -> int:
-        """Where the first element lies in the file, in bytes."""
+        """Offset of the first element in the file, in bytes."""
         return self.storage.offset + self.offset * self.dtype.itemsize
 
     def numpy(self) -> np.ndarray:
-        """The tensor as a new contiguous array; only its own bytes are read."""
+        """Reads the tensor as a new contiguous array; only its own bytes are read."""
         if not self.size:
             return np.zeros(self.shape, self.dtype)
         raw = self.storage.archive.read_at(self.file_offset, self._span * self.dtype.itemsize)
-        # A byte other than 0 or 1 in an array of bool would be undefined behavior.
+        # A byte other than 0 or 1 in a bool array would be undefined behaviour.
         flat = raw != 0 if self.dtype == np.bool_ else raw.view(self.dtype)
         if self.contiguous:
             return flat.reshape(self.shape)
@@ -172,7 +173,7 @@ class LazyTensor:
 
 
 def stored_bytes(value: LazyTensor | LazyArray | np.ndarray) -> Iterator[memoryview]:
-    """The bytes of a tensor as files hold them: C order, little-endian; a part at a time."""
+    """Yields the bytes of a tensor in parts, in C order and little-endian, as files hold them."""
     if isinstance(value, LazyTensor) and value.contiguous:
         yield from value.storage.archive.chunks(value.file_offset, value.nbytes)
         return
@@ -185,8 +186,8 @@ def stored_bytes(value: LazyTensor | LazyArray | np.ndarray) -> Iterator[memoryv
 
 
 def _rebuild_tensor(args: tuple) -> object:
-    # Version 2 has six arguments, version 3 the dtype as a seventh; a further one (conjugated,
-    # negated or subclassed tensors) is not understood, and the call stays a record.
+    # Version 2 has six arguments, version 3 the dtype as a seventh. With a further one (conjugated,
+    # negated or subclassed tensors), which is not supported, the call stays a record.
     match args:
         case (Storage(), _, tuple(), tuple(), bool(), _):
             dtype = args[0].dtype
@@ -201,7 +202,7 @@ def _rebuild_tensor(args: tuple) -> object:
 
 
 def described_tensor(value: object) -> LazyTensor | None:
-    """The tensor that a value is, or describes together with attributes that Python set on it."""
+    """Returns the tensor of a value, which may be a record of one with attributes, or None."""
     match value:
         case LazyTensor():
             return value

@@ -1,7 +1,7 @@
-"""The zip container of a PyTorch checkpoint: checked before use, read in place, written whole.
+"""Reads and writes the zip container of a PyTorch checkpoint.
 
-torch.save stores every entry uncompressed, so a tensor's bytes can be read straight from their
-place in the file, and an archive that says it will unpack to more than it holds is refused.
+torch.save stores every entry uncompressed, so a tensor's bytes are read directly from the file, and
+an archive that claims to unpack to more than it holds is refused. Files are written atomically.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from convert.formats.open_file import OpenFile, Section, written_whole
 from uva_jax.runtime.errors import UserError
 from uva_jax.storage.lazy_array import ahead
 
-ALIGNMENT = 64  # torch starts the data of each entry at a multiple of this, for memory mapping
+ALIGNMENT = 64  # torch aligns the data of each entry to it, for memory mapping
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_ZIP64_LIMIT_MARGIN = 1.05  # zipfile's own rule for when an entry gets the 64-bit header
+_ZIP64_LIMIT_MARGIN = 1.05  # zipfile's rule for the 64-bit header of an entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,10 @@ class Entry:
 
 
 class Archive(OpenFile):
-    """An open checkpoint file; `entries` maps names below the archive's folder to their place.
+    """An open checkpoint file; `entries` holds the entries by name below the archive's folder.
 
-    Raises UserError for anything but a sound, uncompressed torch zip.
+    Raises:
+      UserError: the file is not a valid, uncompressed torch zip.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -39,18 +40,26 @@ class Archive(OpenFile):
         self.entries = self._list()
 
     def read(self, name: str, limit: int) -> bytes:
-        """The bytes of the entry `name`, which must not be larger than `limit`."""
+        """Reads the bytes of an entry.
+
+        Raises:
+          UserError: it has more than `limit` bytes.
+        """
         entry = self.entries[name]
         if entry.size > limit:
             raise UserError(
-                f"{self.path} holds a {name} of {entry.size} bytes, and more than {limit} is "
-                "refused: this is not a checkpoint of a policy."
+                f"{self.path} holds a {name} of {entry.size} bytes, but the limit is {limit}: it "
+                "is not a checkpoint of a policy."
             )
         return bytes(self.read_at(entry.offset, entry.size))
 
     def sha256(self) -> str:
-        """The hash of the whole file; raises UserError if an entry differs from its checksum."""
-        # torch can be told to compute none, and writes zeros then.
+        """Returns the SHA-256 of the whole file.
+
+        Raises:
+          UserError: an entry does not have its checksum.
+        """
+        # torch writes zeros if checksums are switched off.
         entries = self.entries.items()
         return super().sha256(
             Section(name, e.offset, e.size, e.crc) for name, e in entries if e.crc
@@ -71,7 +80,7 @@ class Archive(OpenFile):
             found, way_out = "is a bare pickle, not a torch zip file", again
         elif head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < self.size:
             found = "is a safetensors file under another name"
-            way_out = "let its name end in .safetensors, with the policy's .json beside it"
+            way_out = "let its name end in .safetensors, with the policy's .json in its folder"
         elif not head.startswith((b"PK\3\4", b"PK\5\6")):
             found, way_out = "is not a PyTorch checkpoint (no zip file)", "give a .ckpt or .pth"
         else:
@@ -79,7 +88,7 @@ class Archive(OpenFile):
         raise UserError(f"{self.path} {found}: {way_out}.")
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path} {what}: it is cut short or damaged; take a fresh copy.")
+        return UserError(f"{self.path} {what}: it is truncated or damaged; take a fresh copy.")
 
     def _list(self) -> dict[str, Entry]:
         try:
@@ -96,8 +105,8 @@ class Archive(OpenFile):
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(
-                f"{self.path} holds two entries named {twice!r}: no torch.save writes that, so it "
-                "is refused; take the file from its source again."
+                f"{self.path} holds two entries named {twice!r}, which torch.save never writes, so "
+                "it is refused: take the file from its source again."
             )
         if len(roots) != 1 or f"{roots[0]}constants.pkl" in names:
             raise UserError(
@@ -116,8 +125,8 @@ class Archive(OpenFile):
             )
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UserError(
-                f"{self.path} was packed again by another program (its entry {name!r} is compressed"
-                " or encrypted): load and save it once with torch."
+                f"{self.path} was repacked by another program (its entry {name!r} is compressed or "
+                "encrypted): load and save it with torch."
             )
         if info.file_size != info.compress_size or info.header_offset + 30 > self.size:
             raise self._damaged(f"has no room for its entry {name!r}")
@@ -131,7 +140,7 @@ class Archive(OpenFile):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An entry to write: its name below the archive's folder, its size, and its bytes."""
+    """An entry to write: name below the archive's folder, size, and bytes."""
 
     name: str
     size: int
@@ -139,9 +148,15 @@ class Member:
 
 
 def write_archive(path: str | os.PathLike, members: Iterable[Member], total: int) -> None:
-    """Write the members, in order, as a torch zip at `path`; `total` bytes of data are expected.
+    """Writes members, in order, as a torch zip.
 
-    Raises UserError if the folder is missing, may not be written, or is full.
+    Args:
+      path: of the file.
+      members: the entries.
+      total: expected bytes of data.
+
+    Raises:
+      UserError: the folder is missing, not writable, or full.
     """
     with (
         written_whole(path, total) as file,
@@ -152,7 +167,7 @@ def write_archive(path: str | os.PathLike, members: Iterable[Member], total: int
 
 
 def _begun(member: Member) -> tuple[Member, Iterator[bytes | memoryview]]:
-    """The member with its first bytes already there."""
+    """Returns the member and its chunks, after computing the first of them."""
     chunks = iter(member.chunks)
     return member, itertools.chain([next(chunks, b"")], chunks)
 
@@ -164,10 +179,10 @@ def _write_member(
     info.file_size = member.size
     wide = member.size * _ZIP64_LIMIT_MARGIN > zipfile.ZIP64_LIMIT
     header = archive.fp.tell() + 30 + len(info.filename) + (20 if wide else 0)
-    # An extra field of its own, named FB as torch's, fills the space before the data.
+    # An extra field, named FB as torch's, pads the space before the data.
     gap = -(header + 4) % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", gap) + b"Z" * gap
     with archive.open(info, "w") as entry:
         for chunk in chunks:
             entry.write(chunk)
-    info.extra = b""  # the table of contents at the end needs no filling
+    info.extra = b""  # the table of contents at the end needs no padding

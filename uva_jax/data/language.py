@@ -111,9 +111,7 @@ def read_latents(path: str) -> dict[str, np.ndarray]:
         )
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     if file.suffix not in readers:
-        raise UserError(
-            f"{file} should be an .npz or .safetensors file of language latents by task"
-        )
+        raise UserError(f"{file} should end in .npz or .safetensors, with language latents by task")
     try:
         return {name: value.astype(np.float32) for name, value in readers[file.suffix](file)}
     except (

@@ -185,7 +185,10 @@ def _held_out_windows(context: Context, policy: Policy):
 
 
 def run_export(context: Context) -> dict:
-    """Exports finetune/policy in the original's layout, with grafted_head.py beside it."""
+    """Exports finetune/policy to export/: grafted.ckpt, in the original's layout, and its head.
+
+    `grafted_head.py` runs the head in PyTorch without this package.
+    """
     out, policy = context.folder / context.config.export.filename, context.inputs["finetune"]
     _, about = policy_folder.read_description(policy / "policy")
     # Tensors that no policy keeps, such as CLIP's vision tower, come from the teacher's file.
