@@ -45,8 +45,8 @@ def test_a_run_leaves_the_layout_of_the_readme(finished):
         "config.json", "metrics.jsonl", "teacher/policy/policy.json", "teacher/policy/params",
         "activations/train/index.json", "activations/held_out/index.json", "operators/head.json",
         "grafted/policy/policy.json", "finetune/policy/policy.json", "eval/metrics.json",
-        "eval/report.html", "eval/videos", "export/grafted.ckpt", "tensorboard/distill",
-        "tensorboard/finetune",
+        "eval/report.html", "eval/videos", "export/grafted.ckpt", "export/grafted_head.py",
+        "tensorboard/distill", "tensorboard/finetune",
     ]  # fmt: skip
     for family in ("cross_attn", "self_attn", "mlp"):
         wanted += [f"operators/{family}/{name}" for name in ("params", "operator.json")]

@@ -190,7 +190,7 @@ def test_ignored_tensors_need_the_base_to_come_back(tmp_path):
 
 
 def test_every_rule_goes_both_ways():
-    fill = {"i": "3", "j": "1", "f": "action"}
+    fill = {"i": "3", "j": "1", "f": "action", "n": "norm_ff", "l": "fc1"}
     for torch_name, flax_path, kind in rules.TABLE:
         for torch_end, flax_end, layout in rules.KINDS[kind]:
             name = (torch_name + torch_end).format(**fill)
