@@ -15,9 +15,7 @@ from uva_jax.runtime.errors import UserError
 
 
 def get_config(operators: str = "runs/tiny/operators"):
-    """Args:
-    operators: a folder with cross_attn/, self_attn/ and mlp/; missing ones start at random.
-    """
+    """Returns the configuration; `operators` is a folder with cross_attn/, self_attn/, mlp/."""
     config = pusht_tiny.get_config()  # the head must be the one that the operators were made for
     families = [
         f for f in config.head.init_paths if (Path(operators) / f / "operator.json").exists()

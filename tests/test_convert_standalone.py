@@ -180,7 +180,7 @@ def test_every_name_of_the_joined_file_is_defined(tmp_path):
 
 def test_a_file_of_that_name_by_someone_else_is_kept(exported, tmp_path):
     (tmp_path / "grafted_head.py").write_text("mine = 1\n")
-    with pytest.raises(UserError, match="is no file that an export wrote"):
+    with pytest.raises(UserError, match="no export wrote it"):
         export_policy(exported[1], tmp_path / "grafted.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["grafted_head.py"]
 

@@ -174,7 +174,7 @@ def test_a_users_own_operator_is_one_class(teacher, samples, tmp_path, registere
         (("keep", MIXED[0]), {"cross_attention": "residual"}, "keeps a block of the teacher"),
         (("cross_attn,convolution,mlp",), {}, "'convolution' is not a self_attn; known are"),
         (("cross_attn,no.such:Thing,mlp",), {}, "cannot be imported.*PYTHONPATH"),
-        (("cross_attn,json:loads,mlp",), {}, "is no flax.nnx.Module class"),
+        (("cross_attn,json:loads,mlp",), {}, "is not a class of flax.nnx.Module"),
     ],
 )
 def test_operators_that_make_no_head_are_refused_with_a_sentence(teacher, names, changes, sentence):

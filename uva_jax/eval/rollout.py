@@ -1,9 +1,9 @@
-"""UVA's PushT evaluation: batched policy, environments in parallel processes, paired statistics.
+"""UVA's PushT evaluation: a batched policy, environments in parallel processes, statistics.
 
-The protocol (upstream's PushT runner): the policy sees the last 16 observations, the first one
-repeated before the start, and its 8 actions are executed before it is asked again. An episode ends
-at success or after 300 steps, in the middle of a chunk if need be, and its score is the largest
-reward on the way, the reward being the goal's coverage over 0.95, at most 1.
+The protocol is that of upstream's PushT runner: the policy observes the last 16 steps (the first is
+repeated before the start) and all of its 8 actions are executed before the next call. An episode
+ends with success or after 300 steps, also within a chunk of actions. Its score is the largest
+reward, which is the goal's coverage over 0.95, at most 1.
 """
 
 import time
@@ -17,20 +17,20 @@ from uva_jax.data.replay_buffer import Progress
 from uva_jax.envs.pusht import IMAGE_SIZE, SUCCESS_COVERAGE
 from uva_jax.envs.workers import WorkerProcess, usable_cores
 
-# predict(obs, seed_index, call_index) -> actions, see `RolloutPool.run`
+# predict(obs, seed_index, call_index) -> actions; see `RolloutPool.run`
 Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """One policy's episodes; arrays are in the order of the seeds."""
+    """The episodes of a policy; arrays are in the order of the seeds."""
 
     seeds: np.ndarray  # (n,) int64
     scores: np.ndarray  # (n,) float64: largest reward, 0..1
     coverage: np.ndarray  # (n,) float64: largest coverage, 0..1
     steps: np.ndarray  # (n,) int64: actions executed
     seconds: float  # wall time of the whole run
-    policy_seconds: float  # the share of it spent in `predict`
+    policy_seconds: float  # of these, the time in `predict`
     videos: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> uint8 (t, 96, 96, 3)
 
     @property
@@ -40,7 +40,7 @@ class RolloutResult:
 
     @property
     def success(self) -> np.ndarray:
-        """(n,) bool: the full score was reached, that is, a coverage of at least 0.95."""
+        """(n,) booleans: the full score was reached, that is, a coverage of at least 0.95."""
         return (self.scores >= 1.0) & (self.coverage >= SUCCESS_COVERAGE)
 
 
@@ -53,12 +53,14 @@ class Interval(NamedTuple):
 
 
 class RolloutPool:
-    """Worker processes that step environments; use as a context manager, for many policies."""
+    """Worker processes that run environments, for several policies; a context manager."""
 
     def __init__(self, workers: int | None = None, *, fix_goal: bool = True):
-        """Starts the processes: `workers`, or one for each core that this process may use.
+        """Starts the processes.
 
-        With `fix_goal=False` every seed has a goal of its own, as in PushT-M.
+        Args:
+          workers: number of processes; by default one per core that this process may use.
+          fix_goal: False: every seed has another goal, as in PushT-M.
         """
         if workers is not None and workers < 1:
             raise ValueError(f"a rollout pool needs at least one worker, got {workers}")
@@ -88,22 +90,25 @@ class RolloutPool:
         record_seeds: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> RolloutResult:
-        """Rolls one policy out on every seed at once.
+        """Rolls out one policy on all seeds in parallel.
 
         Args:
           predict: called as `predict(obs, seed_index, call_index)`. `obs` holds `image` uint8
-            (n, f, 96, 96, 3) and `agent_pos` float32 (n, n_obs_steps, 2), pixels of a 512 canvas;
-            `seed_index` int32 (n,) numbers the seeds and `call_index` the calls, to derive noise
-            from. It returns target positions in 0..512, (n, n_action_steps, 2). The batch never
-            changes shape: episodes that are over keep their last observation.
-          max_steps: length limit; the last chunk is cut there.
-          frame_indices: the observations, of the n_obs_steps, whose picture the policy looks at;
-            the others are not rendered.
+            (n, f, 96, 96, 3) and `agent_pos` float32 (n, n_obs_steps, 2), in pixels of the 512
+            canvas; `seed_index` int32 (n,) and `call_index` number seeds and calls, to derive noise
+            from. It returns target positions in 0..512, (n, n_action_steps, 2). The shape of the
+            batch is constant: finished episodes keep their last observation.
+          seeds: of the episodes.
+          max_steps: limit of an episode's length; the last chunk is truncated there.
+          n_obs_steps: steps of the observation.
+          n_action_steps: actions per call.
+          frame_indices: indices of the observed steps whose pictures are rendered.
           record_seeds: seeds that are rendered at every step and returned as videos.
           progress: called after every chunk with (steps so far, max_steps).
 
-        Raises ValueError for actions of a wrong shape or not finite, WorkerError when a worker
-        dies. After an error the pool is closed.
+        Raises:
+          ValueError: actions have a wrong shape or are not finite.
+          WorkerError: a worker died. After an error the pool is closed.
         """
         started = time.perf_counter()
         if not len(seeds) or len(set(seeds)) != len(seeds):
@@ -111,7 +116,7 @@ class RolloutPool:
         if not self._workers:
             raise ValueError("this rollout pool is closed")
         if not set(frame_indices) <= set(range(n_obs_steps)):
-            raise ValueError(f"frame_indices {tuple(frame_indices)} leave 0..{n_obs_steps - 1}")
+            raise ValueError(f"frame_indices {tuple(frame_indices)} exceed 0..{n_obs_steps - 1}")
         try:
             return self._run(
                 predict,
@@ -123,13 +128,13 @@ class RolloutPool:
                 started,
             )
         except BaseException:
-            self.close()  # answers may be under way: these workers cannot be asked again
+            self.close()  # results may still arrive, so these workers cannot be used again
             raise
 
     def _run(self, predict, seeds, max_steps, protocol, record, progress, started):
         n_obs_steps, chunk, frames = protocol
         n = len(seeds)
-        # Dealt round-robin, so that long episodes spread over the workers.
+        # Seeds are assigned round-robin, so that long episodes spread over the workers.
         shares = [list(range(n))[w :: len(self._workers)] for w in range(len(self._workers))]
         images = np.empty((n, len(frames), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         positions = np.empty((n, n_obs_steps, 2), np.float32)
@@ -151,7 +156,7 @@ class RolloutPool:
         call, policy_seconds = 0, 0.0
         while active:
             before = time.perf_counter()
-            # Copies: jax may read a numpy array in place, and these are overwritten.
+            # Copies, because jax may read a numpy array in place, and these are overwritten.
             obs = {"image": images.copy(), "agent_pos": positions.copy()}
             actions = np.asarray(predict(obs, np.arange(n, dtype=np.int32), call), np.float64)
             policy_seconds += time.perf_counter() - before
@@ -189,13 +194,22 @@ class RolloutPool:
 def run_rollouts(
     predict: Predict, seeds: Sequence[int], *, workers: int | None = None, **protocol
 ) -> RolloutResult:
-    """`RolloutPool.run` in a pool of its own; `protocol` are that method's further arguments."""
+    """Calls `RolloutPool.run` in a new pool; `protocol` are that method's further arguments."""
     with RolloutPool(min(workers or usable_cores(), max(len(seeds), 1))) as pool:
         return pool.run(predict, seeds, **protocol)
 
 
 def bootstrap_ci(values: np.ndarray, seed: int, n: int = 10_000) -> Interval:
-    """The mean of `values` (k,) with its 95 % percentile bootstrap interval of `n` resamples."""
+    """Returns the mean of `values` (k,) and its 95 % percentile bootstrap interval.
+
+    Args:
+      values: the values.
+      seed: of the resampling.
+      n: number of resamples.
+
+    Raises:
+      ValueError: there are no values.
+    """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"expected a non-empty row of values, got shape {values.shape}")
@@ -206,8 +220,8 @@ def bootstrap_ci(values: np.ndarray, seed: int, n: int = 10_000) -> Interval:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
-    """The mean of a - b over the same seeds in the same order, with its 95 % interval."""
+    """Returns the mean of a - b, over the same seeds in the same order, and its 95 % interval."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"paired values must correspond, got shapes {a.shape} and {b.shape}")
+        raise ValueError(f"paired values must have one shape, got {a.shape} and {b.shape}")
     return bootstrap_ci(a - b, seed)

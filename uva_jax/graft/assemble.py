@@ -1,8 +1,8 @@
-"""Assembling a graft: the head's architecture, its starting weights, its operators on disk.
+"""Assembles a graft: the head's architecture, its initial weights, and operators on disk.
 
-Whatever can start as a copy of the teacher's does: shared layers, the memory's convolution and
-aggregator, and (with `start="preserve"`) the MLP operators, widened without changing what they
-compute. An operator is saved as a folder of its own that any head of the same shape can load.
+Shared layers, the memory's convolution and aggregator, and (with `start="preserve"`) the MLP
+operators start as copies of the teacher's; widening an MLP does not change its function. Each
+family of operators is saved in a separate folder, which any head of the same shape can load.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from uva_jax.storage.finite import non_finite, refuse_non_finite
 
 
 def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
-    """The grafted head for a teacher: its widths and depth, the options' operators.
+    """Returns the architecture of the grafted head of a teacher.
 
     Raises:
-      UserError: the teacher's action head is no MLP head, or the options do not fit it.
+      UserError: the teacher's action head is not an MLP head, or the options do not fit it.
     """
     head = teacher.config.action_head
     if head is None or head.kind != "mlp":
@@ -58,7 +58,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
         if heads < 1 or head.width % heads:
             raise UserError(
                 f"config.head.{name} is {heads}, which does not divide the head's "
-                f"width {head.width}"
+                f"width {head.width}: set it to a divisor"
             )
     return GraftedHeadConfig(
         channels=head.channels,
@@ -86,7 +86,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
 
 
 def _operators(options: HeadOptions, depth: int) -> tuple[tuple[str, str, str], ...]:
-    """`options.operators` as a triple of names for each block; () for the standard ones."""
+    """Returns a triple of operator names for each block; () gives the standard ones."""
     entries = options.operators * depth if len(options.operators) == 1 else options.operators
     triples = tuple(KEEP if e == "keep" else tuple(e.split(",")) for e in entries)
     if triples and (len(triples) != depth or any(len(t) != 3 for t in triples)):
@@ -97,25 +97,25 @@ def _operators(options: HeadOptions, depth: int) -> tuple[tuple[str, str, str], 
     residual = options.cross_attention == "residual"
     if residual and any(mlp == KEEP[2] for _, _, mlp in triples):
         raise UserError(
-            "config.head.operators keeps a block of the teacher, which works on the condition, but "
+            "config.head.operators keeps a block of the teacher, which needs the condition, but "
             "config.head.cross_attention='residual' has none: set it to 'condition'"
         )
     if triples and not residual and all(cross == "none" for cross, _, _ in triples):
         raise UserError(
-            "config.head.operators has no cross-attention in any block, so the head would not see "
-            "the video: name cross_attn in at least one block"
+            "config.head.operators has no cross-attention in any block, so the head would have no "
+            "video input: name cross_attn in at least one block"
         )
     return triples
 
 
 def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: int) -> GraftedHead:
-    """A grafted head with every copy made and everything else fresh.
+    """Makes a grafted head from copies of the teacher's arrays and random ones.
 
     Args:
-      teacher: the head it replaces.
+      teacher: the head that it replaces.
       config: from `grafted_config`.
-      start: "preserve" (MLP operators compute what the teacher's blocks do) or "random".
-      seed: of the fresh weights.
+      start: "preserve" (MLP operators compute the functions of the teacher's blocks) or "random".
+      seed: of the random arrays.
     """
     head = GraftedHead(config, rngs=nnx.Rngs(seed))
     arrays, source = surgery.flatten(head), surgery.flatten(teacher)
@@ -137,7 +137,7 @@ def start_head(teacher: MLPHead, config: GraftedHeadConfig, start: str, seed: in
 
 
 def assemble(teacher: Policy, head: GraftedHead) -> Policy:
-    """The teacher with `head` in the place of its action head; other variables are shared."""
+    """Returns the teacher with `head` as its action head; other variables are shared."""
     graph, state = nnx.split(teacher)
     policy = nnx.merge(graph, state)
     policy.action_head = head
@@ -149,7 +149,7 @@ def assemble(teacher: Policy, head: GraftedHead) -> Policy:
 
 
 def family_of(path: str) -> str | None:
-    """The family that a path of the grafted head belongs to; None for the teacher's copies."""
+    """Returns the operator family of a path of the grafted head; None for other layers."""
     parts = path.split("/")
     if parts[0] == "blocks":
         return parts[2]
@@ -159,12 +159,16 @@ def family_of(path: str) -> str | None:
 
 
 def family_arrays(head: GraftedHead, family: str) -> dict[str, jax.Array]:
-    """The arrays of one family by path."""
+    """Returns the arrays of one family by path."""
     return {k: v for k, v in surgery.flatten(head).items() if family_of(k) == family}
 
 
 def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, metrics: Mapping):
-    """Writes one family of operators: `params/` (orbax), operator.json and metrics.json."""
+    """Writes one family of operators: `params/` (orbax), operator.json and metrics.json.
+
+    Raises:
+      UserError: a value is not finite.
+    """
     folder = Path(folder).absolute()
     checkpointer = ocp.StandardCheckpointer()
     arrays = family_arrays(head, family)
@@ -173,21 +177,21 @@ def save_operator(folder: str | os.PathLike, head: GraftedHead, family: str, met
     checkpointer.save(folder / "params", arrays, force=True)
     checkpointer.wait_until_finished()
     write_json(folder / "metrics.json", metrics)
-    # Written last: a folder without it is not an operator.
+    # operator.json is written last, because it marks the folder as complete.
     write_json(folder / "operator.json", {"family": family, "head": to_dict(head.config)})
 
 
 def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> GraftedHead:
-    """The head with one family's weights taken from a folder.
+    """Returns the head with one family's weights from a folder.
 
     Raises:
-      UserError: no operator is there, it is of another family, or it was made for another head.
+      UserError: the folder holds no operators, another family, or operators for another head.
     """
     folder = Path(folder).absolute()
     about = read_json(folder / "operator.json")
     if about is None:
         raise UserError(
-            f"config.head.init_paths.{family} is {folder}, which is no operator (it has no "
+            f"config.head.init_paths.{family} is {folder}, which holds no operators (it has no "
             "operator.json): give a folder that the distill stage wrote"
         )
     if about.get("family") != family:
@@ -222,7 +226,7 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
 def load_operators(
     head: GraftedHead, init_paths: Mapping[str, str], distilled: Path | None, say
 ) -> GraftedHead:
-    """Every family from `init_paths`, else from this run's distillation, else left fresh."""
+    """Loads each family from `init_paths`, or this run's distillation; otherwise it stays."""
     for family in FAMILIES:
         if not family_arrays(head, family):
             continue
@@ -233,21 +237,27 @@ def load_operators(
         elif distilled is not None and (distilled / family / "operator.json").exists():
             head = load_operator(distilled / family, head, family)
         else:
-            say(f"{family} operators start fresh (config.head.init_paths.{family} is not set)")
+            say(
+                f"{family} operators start from random weights "
+                f"(config.head.init_paths.{family} is not set)"
+            )
     return head
 
 
 def graft_policy(
     teacher: Policy, options: HeadOptions, distilled: Path | None, *, seed: int, say
 ) -> Policy:
-    """The teacher with the head that the options describe, its operators loaded.
+    """Returns the teacher with the grafted head of the options and loaded operators.
 
     Args:
       teacher: the policy.
-      options: the head's form and where its operators come from.
+      options: architecture of the head and paths of operators.
       distilled: folder of this run's distillation, or None.
-      seed: of what starts fresh.
-      say: told where each family comes from, unless from `distilled`.
+      seed: of random weights.
+      say: called with a line on the origin of each family that is not from `distilled`.
+
+    Raises:
+      UserError: the options or the operators do not fit the teacher.
     """
     config = grafted_config(teacher, options)
     head = start_head(teacher.action_head, config, options.start, seed)

@@ -1,10 +1,9 @@
-"""Stage 1: every operator learns the teacher's activations on the same inputs.
+"""Stage 1: trains every operator on the teacher's activations for the same inputs.
 
-Cross-attention first: its stream learns the condition activation e_c. Then, given the condition it
-predicts, the self-attention and MLP operators of all blocks learn what each block of the teacher
-adds, side by side under `vmap`. Targets are scaled per channel by their standard deviation, so a
-loss means the same in every block; every figure comes with its twin on shuffled inputs, because an
-operator that ignores its input can look fine on the loss alone.
+The cross-attentions come first: their stream is trained on the condition activation e_c. Given the
+predicted condition, the self-attention and MLP operators of all blocks are then trained in parallel
+under `vmap` on the residuals of the teacher's blocks. Targets are divided per channel by their
+standard deviation, so that losses of different blocks are comparable.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from uva_jax.train.fit import Arrays, Fit, fit, make_fit
 
 
 def distance(kind: str, error: jax.Array) -> jax.Array:
-    """Element-wise l1, l2 or huber (turning at 1) of a scaled error."""
+    """Returns the element-wise l1, l2 or huber loss (with delta 1) of a scaled error."""
     if kind == "l1":
         return jnp.abs(error)
     if kind == "l2":
@@ -44,7 +43,16 @@ def distance(kind: str, error: jax.Array) -> jax.Array:
 
 
 def memory_features(head: GraftedHead, z: np.ndarray, *, batch: int = 256) -> tuple[jax.Array, ...]:
-    """The fixed part of the memory for all samples: computed once, kept in bfloat16."""
+    """Computes the fixed features of the memory of all samples once, in bfloat16.
+
+    Args:
+      head: the grafted head.
+      z: (samples, t * s, c) video tokens.
+      batch: samples at a time.
+
+    Returns:
+      arrays of `Memory.features`, samples first.
+    """
     graph, state = nnx.split(head.memory)
 
     @jax.jit
@@ -66,15 +74,20 @@ def learnt_by_cross_attention(path: str) -> bool:
 
 
 def condition_loss(head: GraftedHead, arrays: Arrays, kind: str) -> Callable:
-    """The stream's loss (l1, l2 or huber) as `fit` takes it; `arrays` are all the head's by path.
+    """Returns the stream's loss (l1, l2 or huber) for `fit`.
 
-    That of the last block's condition, plus a tenth of every earlier one's, so that each operator
-    moves the stream towards e_c.
+    It is the loss of the last block's condition plus a tenth of the losses of earlier ones, so that
+    every operator brings the stream closer to e_c.
+
+    Args:
+      head: gives the structure.
+      arrays: of the whole head by path.
+      kind: l1, l2 or huber.
     """
     scale = arrays["condition_scale"]
 
     def loss_fn(params, batch, key):
-        del key  # nothing random in the stream
+        del key  # the stream has no randomness
         errors = stream_errors(surgery.replace(head, arrays | params), batch, scale)
         losses = [jnp.mean(distance(kind, e)) for e in errors]
         loss = losses[-1] + 0.1 * sum(losses[:-1])
@@ -96,7 +109,7 @@ def distill_condition(
     """Trains the cross-attention stream on the teacher's condition activation.
 
     Args:
-      head: its stream is trained from where it stands.
+      head: the initial head.
       features: from `memory_features`, each (samples, m, c).
       condition: (samples, n, width) e_c.
       options, seed, folder, metrics: see `fit`.
@@ -131,19 +144,19 @@ def lower_condition_fit(
     seed: int,
     sharding: jax.sharding.Sharding,
 ) -> tuple[jax.stages.Lowered, Fit]:
-    """One step of `distill_condition`, from shapes alone, and the fit that it is of.
+    """Lowers one step of `distill_condition` from shapes; returns it and its fit.
 
     Args:
       head: without arrays (`surgery.abstract_policy`).
       features: shapes of `memory_features` of all samples.
       options, seed: see `fit`.
-      sharding: where everything lies.
+      sharding: of all arrays.
     """
     how = dict(epochs=options.epochs, lr=options.lr, options=options, seed=seed)
     count = features[0].shape[0]
 
     def step(arrays, state, data, rows, steps):
-        # The head's other arrays are constants of the run's program; shapes have to be arguments.
+        # In a run the head's other arrays are constants of the program; shapes must be arguments.
         loss_fn = condition_loss(head, arrays, options.loss["cross_attn"])
         return make_fit(loss_fn, count, **how).advance(state, data, rows, steps)
 
@@ -164,7 +177,7 @@ def lower_condition_fit(
 
 
 def stream_errors(head: GraftedHead, batch: Arrays, scale: jax.Array) -> list[jax.Array]:
-    """(predicted condition - e_c) / scale after every block: depth arrays (b, n, width)."""
+    """Returns (predicted condition - e_c) / scale after every block: depth arrays (b, n, width)."""
     features = [batch[f"feature{i}"].astype(jnp.float32) for i in range(len(batch) - 1)]
     target = batch["condition"].astype(jnp.float32)
     return [(s - target) / scale for s in head.stream(head.memory.project(*features))]
@@ -173,7 +186,7 @@ def stream_errors(head: GraftedHead, batch: Arrays, scale: jax.Array) -> list[ja
 def predict_condition(
     head: GraftedHead, features: tuple[jax.Array, ...], *, batch: int = 256
 ) -> jax.Array:
-    """What the stream predicts for all samples: (samples, n, width) in bfloat16."""
+    """Computes the condition that the stream predicts for all samples: (samples, n, width)."""
     graph, state = nnx.split(head)
 
     @jax.jit
@@ -187,7 +200,7 @@ def predict_condition(
     count = len(features[0])
     starts = range(0, count, batch)
     pieces = []
-    for start in starts:  # the last batch overlaps the one before, so that one program serves all
+    for start in starts:  # the last batch overlaps the one before, so that all have one shape
         start = max(0, min(start, count - batch))
         pieces.append((start, predict(state, *(x[start : start + batch] for x in features))))
     result = np.zeros((count, *pieces[0][1].shape[1:]), pieces[0][1].dtype)
@@ -202,7 +215,7 @@ BLOCK_FAMILIES = {"condition": ("self_attn", "mlp"), "residual": ("cross_attn", 
 
 
 def block_inputs(teacher: MLPHead, batch: Arrays, key: jax.Array | None) -> dict[str, jax.Array]:
-    """h and r of every block: recomputed with fresh noise under `key`, or as stored.
+    """Returns input and residual of every block: recomputed with new noise of `key`, or as stored.
 
     Returns:
       "h", "residual" (b, depth, n, w) float32 and "t" (b,).
@@ -222,11 +235,11 @@ def block_inputs(teacher: MLPHead, batch: Arrays, key: jax.Array | None) -> dict
 def block_errors(
     block, h: jax.Array, residual: jax.Array, e_t: jax.Array, condition: jax.Array, form: str
 ) -> dict[str, jax.Array]:
-    """What each operator of one block misses of its target, given the others as they stand.
+    """Returns the error of each operator of a block on its target, given the other operators.
 
     Args:
       block: a GraftedBlock.
-      h, residual: (b, n, w) the teacher's block input and what it adds.
+      h, residual: (b, n, w) input and residual of the teacher's block.
       e_t: (b, 1, w) time embedding.
       condition: (b, n, w) the predicted condition, or the memory in the "residual" form.
       form: `cross_attention` of the head.
@@ -258,12 +271,12 @@ def distill_blocks(
 ) -> GraftedHead:
     """Trains the self-attention and MLP operators of all blocks at once under `vmap`.
 
-    In the "residual" form the cross-attentions are trained here too, on the block residual.
+    In the "residual" form the cross-attentions are trained here too, on the block's residual.
 
     Args:
-      head: its blocks are trained from where they stand, those with the same operators stacked.
+      head: the initial head; blocks with the same operators are stacked.
       teacher: the MLP head.
-      data: "actions", "condition" (e_c), and the stored "h", "residual", "t" unless noise is fresh.
+      data: "actions", "condition" (e_c), and without fresh noise the stored "h", "residual", "t".
       condition: (samples, n, w) from `predict_condition`.
       options, seed, folder, metrics: see `fit`.
     """
@@ -329,14 +342,14 @@ def distill_blocks(
 
 
 class _Group(NamedTuple):
-    """Blocks with the same operators, and the families of them that are trained."""
+    """Blocks with the same operators, and their families that are trained."""
 
     blocks: list[int]
     trained: list[str]
 
 
 def _alike(head: GraftedHead, options: DistillOptions) -> list[_Group]:
-    """The blocks that have something to learn, those with the same operators together."""
+    """Returns the blocks with trained operators, grouped by equal operators."""
     by_names: dict[tuple, _Group] = {}
     for i, block in enumerate(head.blocks):
         trained = trained_families(block, head.config.cross_attention, options)
@@ -347,7 +360,7 @@ def _alike(head: GraftedHead, options: DistillOptions) -> list[_Group]:
 
 
 def trained_families(block: GraftedBlock, form: str, options: DistillOptions) -> list[str]:
-    """The families that `distill_blocks` trains in a block."""
+    """Returns the families that `distill_blocks` trains in a block."""
     return [
         family
         for family in BLOCK_FAMILIES[form]
@@ -356,7 +369,7 @@ def trained_families(block: GraftedBlock, form: str, options: DistillOptions) ->
 
 
 def _stacked(head: GraftedHead, group: _Group) -> dict[str, jax.Array]:
-    """The arrays of the group's blocks by path within a block, one row for each block."""
+    """Returns the stacked arrays of the group's blocks by path within a block."""
     states = [nnx.state(head.blocks[i]) for i in group.blocks]
     return surgery.flatten(jax.tree.map(lambda *x: jnp.stack(x), *states))
 
@@ -374,10 +387,10 @@ def _std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def check_budget(options: DistillOptions, samples: int) -> str:
-    """One line on what the two fits will cost."""
+    """Returns a line on the numbers of steps of the two fits."""
     per_epoch = max(1, samples // min(options.batch, samples))
     blocks = (options.block_epochs or options.epochs) * per_epoch
     return (
         f"{options.epochs * per_epoch} steps for the condition and {blocks} for the blocks, "
-        f"{math.ceil(per_epoch)} an epoch"
+        f"{math.ceil(per_epoch)} per epoch"
     )

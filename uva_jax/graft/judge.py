@@ -1,9 +1,9 @@
-"""How good a graft is before any rollout: per operator, and for the assembled head.
+"""Evaluates a graft without rollouts: each operator, and the assembled head.
 
-Block losses alone mislead (operators that ignore the video can look fine, and a head whose
-self-attention sees fifteen other noisy steps has a lower diffusion loss and worse samples), so
-every operator's loss stands beside its twin on shuffled inputs, and heads are compared by what
-they sample from equal noise.
+Losses alone mislead: operators that ignore the video can have a small loss, and a head whose
+self-attention uses the other noisy steps has a lower diffusion loss but worse samples. So each
+operator's loss is reported together with its loss on shuffled inputs, and heads are compared by
+their samples from equal noise.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
 from uva_jax.models.operators import learns_in_stage1
 
-BUCKETS = (0, 200, 400, 600, 1000)  # of timesteps, for the eps error
+BUCKETS = (0, 200, 400, 600, 1000)  # ranges of timesteps for the error of eps
 
 
 def _row(operator: str, block: int, kind: str, error, shuffled, target, scale) -> dict:
-    """raw: the loss in the target's units; scaled: over its deviation; fvu: unexplained share."""
+    """Returns a row of the report.
+
+    "raw" is the loss in the target's units, "scaled" the loss divided by the target's standard
+    deviation, and "fvu" the fraction of variance unexplained.
+    """
     error, shuffled, target = (np.asarray(x, np.float32) for x in (error, shuffled, target))
     variance = np.var(target / scale, axis=(0, 1)).mean()
     return {
@@ -48,10 +52,12 @@ def _row(operator: str, block: int, kind: str, error, shuffled, target, scale) -
 def judge_condition(
     head: GraftedHead, features: tuple[jax.Array, ...], condition: jax.Array, kind: str
 ) -> list[dict]:
-    """One row a block of the stream, on held-out samples; shuffled: another sample's video.
+    """Returns a row per block of the stream, on held-out samples.
+
+    Shuffled losses use another sample's video.
 
     Args:
-      head: after distillation; its condition scale is the target's deviation.
+      head: after distillation; its condition scale is the target's standard deviation.
       features: from `distill.memory_features`, each (samples, m, c).
       condition: (samples, n, width) e_c.
       kind: l1, l2 or huber.
@@ -79,8 +85,10 @@ def judge_blocks(
     options: DistillOptions,
     key: jax.Array,
 ) -> list[dict]:
-    """A row for each operator that Stage 1 trains, on held-out samples; shuffled: another sample's
-    condition."""
+    """Returns a row for each operator that Stage 1 trains, on held-out samples.
+
+    Shuffled losses use another sample's condition.
+    """
     form = head.config.cross_attention
 
     @jax.jit
@@ -118,12 +126,20 @@ def judge_head(
     sampling_steps: str | None,
     key: jax.Array,
 ) -> dict[str, float]:
-    """The assembled head beside the teacher's, on held-out tokens and equal noise.
+    """Compares the assembled head with the teacher's on held-out tokens and equal noise.
+
+    Args:
+      head: the assembled head.
+      teacher: the MLP head.
+      z: (samples, t * s, c) video tokens.
+      actions: (samples, n, a) normalised.
+      temperature, sampling_steps: of sampling.
+      key: of the noise.
 
     Returns:
-      "pair_mse": mean squared distance of their samples; "graft_mse" and "teacher_mse": of each to
-      the true actions (all in normalised units); "eps_error_<a>_<b>": relative error of eps by
-      timestep bucket; "diffusion_loss" of each (not comparable: see the module's text).
+      "pair_mse": mean squared error between their samples; "graft_mse" and "teacher_mse": of each
+      to the demonstrated actions (all in normalised units); "eps_error_<a>_<b>": relative error of
+      eps by range of timesteps; "diffusion_loss" of each (not comparable, see the module docstring).
     """
     schedule = diffusion.make_schedule("", teacher.config.train_steps)
     noise_key, t_key, sample_key = jax.random.split(key, 3)

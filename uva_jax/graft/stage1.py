@@ -1,4 +1,4 @@
-"""Stage 1 from end to end: activation caches in, one folder per operator family out."""
+"""Stage 1 as a whole: distils operators from activation caches into one folder per family."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def distill_operators(
     folder: Path,
     metrics: MetricsWriter,
 ) -> dict:
-    """Trains the operator families in `options.operators` and saves each in a folder of its own.
+    """Trains the operator families in `options.operators` and saves each in its folder.
 
     Args:
       teacher: the policy, in float32.
       train, held_out: caches of its activations.
-      head_options: the head's form; `init_paths` are loaded before training.
+      head_options: architecture of the head; `init_paths` are loaded before training.
       options: `config.distill`.
-      seed: of fresh weights, sample order and noise.
-      folder: gets <family>/ and head.json; resumable states while training.
-      metrics: a MetricsWriter.
+      seed: of random weights, sample order and noise.
+      folder: gets <family>/ and head.json, and resumable states in training.
+      metrics: writer of progress and messages.
 
     Returns:
-      {"operators": rows of `judge`, "head": figures of `judge.judge_head`}.
+      {"operators": rows of `judge`, "head": result of `judge.judge_head`}.
 
     Raises:
-      UserError: the caches lack what the options need, or do not fit the head.
+      UserError: the caches lack arrays that the options need, or do not fit the head.
     """
     form = head_options.cross_attention
     names = ["z", "actions", "condition"]
@@ -108,8 +108,8 @@ def distill_operators(
                 f"shuffled {row['shuffled']:.3f}), {100 * (1 - row['fvu']):.1f}% explained"
             )
     metrics.say(
-        f"samples from equal noise: MSE to the teacher's {whole['pair_mse']:.5f}; "
-        f"to the truth {whole['graft_mse']:.5f} (teacher {whole['teacher_mse']:.5f})"
+        f"action samples from equal noise: MSE to the teacher's {whole['pair_mse']:.5f}, "
+        f"to the demonstrations {whole['graft_mse']:.5f} (teacher {whole['teacher_mse']:.5f})"
     )
     write_json(folder / "head.json", whole)
     return {"operators": rows, "head": whole}

@@ -2,7 +2,7 @@
 
 The process is that of improved DDPM (Nichol & Dhariwal, arXiv 2102.09672) as MAR and UVA use it:
 cosine betas, eps-prediction, variance between beta and the posterior's. Schedules are computed in
-float64 NumPy and cast to float32 where they are used. Nothing here knows a network: samplers take
+float64 NumPy and used in float32. The module is independent of networks: samplers take
 `denoise(x, timesteps) -> (..., 2 c)`, whose first half is eps and second the variance fraction.
 """
 
@@ -24,7 +24,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """float64 tables of one (possibly respaced) process; `timestep_map[i]` is the original t."""
+    """float64 tables of a (possibly respaced) process; `timestep_map[i]` is the original t."""
 
     betas: np.ndarray
     timestep_map: np.ndarray
@@ -54,7 +54,7 @@ class Schedule:
 
     @functools.cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """The first entry would be log 0; the second stands in for it."""
+        """The second entry replaces the first, which would be log 0."""
         if len(self) == 1:
             return np.log(np.maximum(self.posterior_variance, 1e-20))
         return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
@@ -71,7 +71,7 @@ class Schedule:
 
 
 def cosine_betas(num_steps: int) -> np.ndarray:
-    """Cosine schedule with betas capped at 0.999 (arXiv 2102.09672, equation 17)."""
+    """Returns the cosine schedule with betas capped at 0.999 (arXiv 2102.09672, equation 17)."""
 
     def alpha_bar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -86,7 +86,15 @@ def cosine_betas(num_steps: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def make_schedule(respacing: str = "", num_steps: int = 1000) -> Schedule:
-    """The cosine process of `num_steps`, respaced; betas follow from the kept cumulative alphas."""
+    """Returns the respaced cosine process; betas follow from the kept cumulative alphas.
+
+    Args:
+      respacing: see `space_timesteps`.
+      num_steps: of the original process.
+
+    Raises:
+      UserError: the process cannot be respaced so.
+    """
     full = Schedule(cosine_betas(num_steps), np.arange(num_steps))
     kept = np.array(space_timesteps(num_steps, respacing))
     alphas_cumprod = full.alphas_cumprod[kept]
@@ -95,7 +103,7 @@ def make_schedule(respacing: str = "", num_steps: int = 1000) -> Schedule:
 
 
 def _at(table: np.ndarray, index: jax.Array, like: jax.Array) -> jax.Array:
-    """table[index] in float32, with trailing axes added to broadcast against `like`."""
+    """Returns table[index] in float32, with trailing axes added to broadcast against `like`."""
     values = jnp.asarray(table, jnp.float32)[index]
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
@@ -109,7 +117,7 @@ def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) 
 
 
 def predict_x0(schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """The x0 that x_t and eps imply."""
+    """Returns the x0 (..., c) that x_t and eps (..., c) imply at timesteps t."""
     return (
         _at(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
         - _at(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
@@ -131,11 +139,11 @@ def _log_variance(schedule: Schedule, fraction_raw: jax.Array, t: jax.Array) -> 
 
 
 def _discretized_nll(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
-    """Negative log-likelihood of a Gaussian binned to width 2/255, open at the edges.
+    """Computes the negative log-likelihood of a Gaussian binned to width 2/255, open at the edges.
 
-    The normal distribution function is the tanh approximation, which is a sigmoid. A bin's
-    probability is written as a product and not as a difference of two of them: in float32 the
-    difference cancels in the tails, and one last bit there decides between 2^-24 and the floor.
+    The normal distribution function is approximated by tanh, that is, a sigmoid. A bin's
+    probability is a product and not a difference of two values, because in float32 the difference
+    cancels in the tails.
     """
     centered, inverse_std = x0 - mean, jnp.exp(-log_std)
 
@@ -158,7 +166,7 @@ def training_losses(
     t: jax.Array,
     noise: jax.Array,
 ) -> dict[str, jax.Array]:
-    """eps MSE plus the variational bound that trains the variance (in bits, not down-weighted).
+    """Computes the MSE of eps plus the variational bound for the variance (in bits, full weight).
 
     Args:
       schedule: the training process.
@@ -167,8 +175,8 @@ def training_losses(
       t: timesteps on the leading axes of x0.
 
     Returns:
-      {"mse", "vb", "loss"}, each of shape x0.shape[:-1], means over channels. The bound sees eps
-      through a stopped gradient, so it moves the variance alone.
+      {"mse", "vb", "loss"}, each of shape x0.shape[:-1], means over channels. The gradient of the
+      bound with respect to eps is stopped, so it trains only the variance.
     """
     model_output = model_output.astype(jnp.float32)
     eps, fraction = jnp.split(model_output, 2, axis=-1)
@@ -202,14 +210,14 @@ def sample_loop(
     eta: float | None = None,
     return_steps: bool = False,
 ):
-    """Walks a respaced process from noise to x0 under `lax.scan`.
+    """Samples x0 from noise by a respaced process, under `lax.scan`.
 
     Args:
       schedule: the sampling process of K steps.
       denoise: called with x (..., c) and the original timestep (a scalar int32).
-      noise: (K + 1, ..., c); index 0 is the starting point x_T, index j the draw of step j. The
-        last draw is not used.
-      temperature: factor on the noise of each step, not on the starting point.
+      noise: (K + 1, ..., c); index 0 is the initial x_T, index j the noise of step j. The last one
+        is not used.
+      temperature: factor on the noise of each step, but not on x_T.
       clip: clip the predicted x0 to [-1, 1] (actions; video latents are not clipped).
       eta: None for ancestral sampling with the learned variance; a number for DDIM
         (arXiv 2010.02502, equation 16; 0 is deterministic).
@@ -224,8 +232,8 @@ def sample_loop(
     steps = len(schedule)
     if noise.shape[0] != steps + 1:
         raise ValueError(
-            f"sampling {steps} steps needs {steps + 1} noise arrays (the start and one a step), "
-            f"but {noise.shape[0]} were given."
+            f"sampling {steps} steps needs {steps + 1} noise arrays (x_T and one per step), but "
+            f"{noise.shape[0]} were given"
         )
     timestep_map = jnp.asarray(schedule.timestep_map, jnp.int32)
 

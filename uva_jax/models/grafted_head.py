@@ -1,10 +1,10 @@
-"""The head that a graft puts in the place of the MLP action head.
+"""The head that replaces the MLP action head in a graft.
 
-`input_proj`, `time_embed` and `final_layer` are the teacher's; aggregator and residual MLP blocks
-become blocks of three operators (cross-attention, self-attention, MLP). In the "condition" form
-the cross-attentions build the condition of every action step from the memory. That does not
-depend on the diffusion time, so it runs once per observation and not once per sampling step. In
-the "residual" form they work on the noisy action tokens, at every step.
+`input_proj`, `time_embed` and `final_layer` are the teacher's; blocks of three operators
+(cross-attention, self-attention, MLP) replace the aggregator and the residual MLP blocks. In the
+"condition" form the cross-attentions compute the condition of every action step from the memory.
+It does not depend on the diffusion timestep, so it runs once per observation. In the "residual"
+form they add to the noisy action tokens, at every diffusion step.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NORMAL = nnx.initializers.normal(0.02)
 
 
 class Memory(nnx.Module):
-    """What the cross-attentions look at, made from the video tokens once per observation.
+    """The memory of the cross-attentions, computed from the video tokens once per observation.
 
-    `adapter="conv"`: the aggregator's first convolution (a copy of the teacher's) and its pooling,
-    so that a full-size grid of 4 x 256 tokens becomes 4 x 16. `"linear"`: every token as it is.
+    `adapter="conv"` applies the aggregator's first convolution (a copy of the teacher's) and its
+    pooling, so that 4 x 256 tokens at full size become 4 x 16. `"linear"` keeps every token.
     `memory="video+aggregate"` appends the teacher's aggregated tokens, one per action step.
     """
 
@@ -44,8 +44,11 @@ class Memory(nnx.Module):
             self.aggregate_proj = linear(c, width, rngs=rngs, dtype=dtype)
 
     def features(self, z: jax.Array) -> tuple[jax.Array, ...]:
-        """The part that is a copy of the teacher's: z (b, t * s, c) -> video features (b, m, c)
-        and, with the aggregate, its tokens (b, n_actions, c)."""
+        """Applies the layers that are copies of the teacher's to video tokens z (b, t * s, c).
+
+        Returns:
+          video features (b, m, c) and, with the aggregate, its tokens (b, n_actions, c).
+        """
         config, video = self.config, z
         if config.adapter == "conv":
             x = rearrange(z, "b (t h w) c -> (b t) h w c", t=config.n_frames, h=config.grid[0])
@@ -63,7 +66,7 @@ class Memory(nnx.Module):
         return (video,)
 
     def project(self, video: jax.Array, aggregate: jax.Array | None = None) -> jax.Array:
-        """The learnt part: features -> memory (b, m, memory_width)."""
+        """Applies the trained layers to `features`; returns the memory (b, m, memory_width)."""
         memory = self.proj(self.norm(video))
         if aggregate is None:
             return memory
@@ -71,7 +74,7 @@ class Memory(nnx.Module):
         return jnp.concatenate([memory, extra], axis=1)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """(b, t * s, z_channels) -> (b, m, memory_width)."""
+        """Maps video tokens (b, t * s, z_channels) to the memory (b, m, memory_width)."""
         return self.project(*self.features(z))
 
 
@@ -88,7 +91,7 @@ class GraftedBlock(nnx.Module):
 
 
 class GraftedHead(DiffusionHead):
-    """Cross-attention, self-attention and MLP blocks; one timestep for all steps of a sample."""
+    """Blocks of cross-attention, self-attention and MLP; a sample has one diffusion timestep."""
 
     shared_timestep = True
 
@@ -100,7 +103,7 @@ class GraftedHead(DiffusionHead):
         self.final_layer = FinalLayer(width, 2 * config.channels, dtype=dtype, rngs=rngs)
         self.memory = Memory(config, dtype=dtype, rngs=rngs)
         self.queries = nnx.Param(_NORMAL(rngs.params(), (1, config.n_actions, width)))
-        # The stream runs at unit scale; these bring it to the teacher's condition activation.
+        # The stream has unit scale; these rescale it to the teacher's condition activation.
         self.condition_scale = nnx.Param(jnp.ones(width))
         self.condition_shift = nnx.Param(jnp.zeros(width))
         names = config.operators or (FAMILIES,) * config.depth
@@ -109,11 +112,11 @@ class GraftedHead(DiffusionHead):
         )
 
     def rows(self, z: jax.Array) -> int:
-        """Rows that are denoised: the action steps."""
+        """Returns the number of rows that are denoised: the action steps."""
         return self.config.n_actions
 
     def stream(self, memory: jax.Array) -> list[jax.Array]:
-        """The condition after every block's cross-attention: depth arrays (b, n, width)."""
+        """Computes the condition after each block's cross-attention: depth arrays (b, n, width)."""
         s = jnp.broadcast_to(self.queries[...], (len(memory), *self.queries.shape[1:]))
         conditions = []
         for block in self.blocks:
@@ -122,14 +125,17 @@ class GraftedHead(DiffusionHead):
         return conditions
 
     def condition(self, z: jax.Array) -> jax.Array:
-        """(b, t * s, c) -> the condition (b, n, width), or the memory in the "residual" form."""
+        """Computes the condition (b, n, width) from video tokens z (b, t * s, c).
+
+        In the "residual" form it is the memory (b, m, memory_width).
+        """
         memory = self.memory(z)
         if self.config.cross_attention == "residual":
             return memory
         return self.stream(memory)[-1]
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """x (b, n, channels), t (b,), `condition(z)` -> (b, n, 2 channels)."""
+        """Predicts eps and variance (b, n, 2 channels) of x (b, n, channels) at steps t (b,)."""
         h, y = self.input_proj(x), self.time_embed(t)[:, None]
         residual = self.config.cross_attention == "residual"
         if residual:

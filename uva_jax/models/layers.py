@@ -1,8 +1,8 @@
-"""Layers that several models share, exact to their PyTorch originals.
+"""Layers that several models share, equal to their PyTorch originals.
 
-Linear, convolution and norm factories carry the initialisation and precision conventions of the
-project: parameters float32, products in `dtype`, norms and softmax float32. Randomness comes as
-keys in calls; modules hold no random state.
+Factories of linear, convolution and norm layers have the project's conventions of initialisation
+and precision: parameters, norms and softmax in float32, products in `dtype`. Random keys are
+arguments of calls; modules hold no random state.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def _bfloat16_dot(x: jax.Array, y: jax.Array, dimensions=_ROWS_AND_COLUMNS) -> j
 
 @jax.custom_vjp
 def bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(n, c) times (c, d), float32, of factors rounded to bfloat16, as TPUs multiply float32 by
-    default. XLA's CPU backend has AMX kernels for exactly this form: four times float32's speed.
+    """Returns x (n, c) times kernel (c, d) in float32, with factors rounded to bfloat16.
+
+    TPUs multiply float32 like this by default. XLA's CPU backend has AMX kernels for exactly this
+    form, which are four times as fast as float32.
     """
     return _bfloat16_dot(x, kernel)
 
@@ -38,8 +40,8 @@ def _product_backward(factors, grad):
     x, kernel = factors
     grad = grad.astype(jnp.bfloat16)
     to_x = _bfloat16_dot(grad, kernel, (((1,), (1,)), ((), ())))
-    # The transposed rows are laid out in memory first (a plain transposition would be folded into
-    # the product, for which the CPU has no fast kernel).
+    # The transposed rows are copied first, because XLA would fuse a plain transposition into the
+    # product, for which the CPU has no fast kernel.
     if len(x) % _STRIPES == 0:
         columns = x.reshape(_STRIPES, -1, x.shape[1]).transpose(2, 0, 1).reshape(x.shape[1], -1)
     else:
@@ -51,16 +53,16 @@ bfloat16_product.defvjp(_product_forward, _product_backward)
 
 
 def _matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(n, c) times (c, d), in the precision that `jax.default_matmul_precision` asks for."""
+    """Returns x (n, c) times kernel (c, d) in the precision of `jax.default_matmul_precision`."""
     wanted = jax.config.jax_default_matmul_precision == "bfloat16"
     return bfloat16_product(x, kernel) if wanted and x.dtype == jnp.float32 else x @ kernel
 
 
 class Linear(nnx.Linear):
-    """Linear layer that works on a matrix whatever the leading axes of its input.
+    """A linear layer that flattens the leading axes of its input to one.
 
-    XLA's CPU backend takes twice as long for the gradient of a kernel when the input has more
-    than one leading axis. It ignores `jax.default_matmul_precision("bfloat16")` too; this does not.
+    With several leading axes XLA's CPU backend takes twice as long for the gradient of a kernel. It
+    also ignores `jax.default_matmul_precision("bfloat16")`, which this layer observes.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -75,12 +77,12 @@ class Linear(nnx.Linear):
 def linear(
     in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype=None, kernel_init=_XAVIER
 ) -> Linear:
-    """Linear layer with MAR's initialisation: Xavier-uniform kernel, zero bias."""
+    """Makes a linear layer with MAR's initialisation: Xavier-uniform kernel, zero bias."""
     return Linear(in_features, out_features, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
 def layer_norm(features: int, *, eps: float = 1e-6, affine: bool = True, rngs: nnx.Rngs):
-    """LayerNorm in float32 with the two-pass variance that PyTorch uses."""
+    """Makes a LayerNorm in float32 with the two-pass variance of PyTorch."""
     return nnx.LayerNorm(
         features,
         epsilon=eps,
@@ -102,7 +104,7 @@ def conv(
     rngs: nnx.Rngs,
     dtype=None,
 ) -> nnx.Conv:
-    """Convolution over channels-last maps with explicit padding, one pair a spatial axis."""
+    """Makes a convolution of channels-last maps; `padding` has one pair per spatial axis."""
     return nnx.Conv(
         in_features,
         out_features,
@@ -115,10 +117,10 @@ def conv(
 
 
 def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:
-    """A 3x3 convolution of stride 1 and padding 1 as one matrix product: (n, h, w, c) likewise.
+    """Applies a 3x3 convolution with stride 1 and padding 1 to x (n, h, w, c) as a matrix product.
 
-    XLA's CPU backend has no fast convolution inside a loop (a hundred times slower there); on maps
-    of a few cells this costs nothing elsewhere.
+    Convolutions inside a loop are a hundred times slower in XLA's CPU backend. On small maps the
+    matrix product is not slower elsewhere.
     """
     kernel, bias = layer.kernel[...], layer.bias[...]
     if layer.dtype is not None:
@@ -133,17 +135,17 @@ def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function, as timm's; `jax.nn.gelu` defaults to the tanh form."""
+    """Computes GELU by the error function, as timm; `jax.nn.gelu` approximates by tanh."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Adaptive layer-norm modulation of DiT, `x * (1 + scale) + shift`."""
+    """Computes the adaptive layer-norm modulation of DiT, `x * (1 + scale) + shift`."""
     return x * (1 + scale) + shift
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity without a key (inference) or at rate 0."""
+    """Applies inverted dropout; the identity without a key (inference) or at rate 0."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -151,7 +153,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def sub_key(key: jax.Array | None, index: int) -> jax.Array | None:
-    """The key of part `index`, or None when there is no key (inference)."""
+    """Returns the key of part `index`, or None without a key (inference)."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
@@ -164,25 +166,25 @@ def attend(
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with float32 softmax.
+    """Computes scaled dot-product attention with float32 softmax.
 
     Args:
       q: (b, n, heads, head_dim) queries.
       k: (b, m, heads, head_dim) keys.
       v: (b, m, heads, value_dim) values.
-      mask: booleans that broadcast to (b, heads, n, m): which keys a query sees. None: all.
-      dropout_rate: share of attention weights dropped when `key` is given.
+      mask: booleans that broadcast to (b, heads, n, m): True for attended keys. None: all.
+      dropout_rate: share of attention weights that are dropped if `key` is given.
       key: random key, or None for inference.
 
     Returns:
       (b, n, heads, value_dim), in q's dtype.
     """
-    # Heads to the front, so that the products are plain batched matrices: XLA's CPU backend is
-    # three times faster on them than on the transposed form.
+    # Heads become a leading axis, because XLA's CPU backend is three times faster with plain
+    # batched matrices than with transposed ones.
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     logits = logits * q.shape[-1] ** -0.5
-    if mask is not None:  # finite, so that a query which sees nothing gives no NaN
+    if mask is not None:  # finite, so that a query without keys gives no NaN
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     weights = dropout(weights, dropout_rate, key).astype(v.dtype)
@@ -190,7 +192,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention of timm's ViT: packed qkv with bias, order q, k, v."""
+    """Multi-head self-attention of timm's ViT: packed qkv with bias, in the order q, k, v."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """UVA's diffusion heads: the residual MLP with adaptive layer norm, and the action aggregators.
 
-One class serves both uses: without an aggregator it denoises video tokens one by one, conditioned
-on the decoder's output; with one it denoises action steps, conditioned on what the aggregator
-makes of all tokens. Upstream: `diffusion_loss.py` and `diffusion_action_loss.py`.
+One class has both uses: without an aggregator it denoises single video tokens, conditioned on the
+decoder's output; with one it denoises action steps, conditioned on the aggregated tokens. Upstream:
+`diffusion_loss.py` and `diffusion_action_loss.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ZERO = nnx.initializers.zeros
 
 
 def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
-    """Sinusoidal features of original timesteps: (...,) -> (..., dim), cosines first."""
+    """Returns sinusoidal features (..., dim), cosines first, of original timesteps (...)."""
     half = dim // 2
     freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t[..., None].astype(jnp.float32) * freqs
@@ -32,19 +32,19 @@ def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
 
 
 class TimestepEmbedder(nnx.Module):
-    """Sinusoid -> Linear -> SiLU -> Linear."""
+    """Embeds timesteps: sinusoids, Linear, SiLU, Linear."""
 
     def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.fc1 = linear(256, width, rngs=rngs, dtype=dtype, kernel_init=_SMALL)
         self.fc2 = linear(width, width, rngs=rngs, dtype=dtype, kernel_init=_SMALL)
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """(...,) integer timesteps -> (..., width)."""
+        """Embeds integer timesteps (...): (..., width)."""
         return self.fc2(jax.nn.silu(self.fc1(timestep_features(t))))
 
 
 class ResBlock(nnx.Module):
-    """Gated residual MLP, modulated by y; `residual` is what it adds."""
+    """A gated residual MLP, modulated by y."""
 
     def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.in_ln = layer_norm(width, rngs=rngs)
@@ -53,7 +53,7 @@ class ResBlock(nnx.Module):
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def residual(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """x, y (..., width) -> what the block adds to x."""
+        """Computes the residual (..., width) of x, modulated by y, both (..., width)."""
         shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
         h = modulate(self.in_ln(x), shift, scale)
         return gate * self.fc2(jax.nn.silu(self.fc1(h)))
@@ -68,7 +68,7 @@ class FinalLayer(nnx.Module):
         self.adaLN_modulation = linear(width, 2 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """x, y (..., width) -> (..., out_features)."""
+        """Maps x, modulated by y, both (..., width), to (..., out_features)."""
         shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 2, axis=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -87,7 +87,7 @@ class SimpleMLPAdaLN(nnx.Module):
         self.final_layer = FinalLayer(width, 2 * config.channels, dtype=dtype, rngs=rngs)
 
     def activations(self, x: jax.Array, t: jax.Array, e_c: jax.Array) -> dict[str, jax.Array]:
-        """Everything on the way, given the embedded condition.
+        """Computes all intermediate activations, given the embedded condition.
 
         Args:
           x: (..., channels) noisy rows.
@@ -112,7 +112,13 @@ class SimpleMLPAdaLN(nnx.Module):
         }
 
     def __call__(self, x: jax.Array, t: jax.Array, c: jax.Array) -> jax.Array:
-        """x (..., channels), t leading axes, c (..., z_channels) -> (..., 2 channels)."""
+        """Predicts eps and variance (..., 2 channels).
+
+        Args:
+          x: (..., channels) noisy rows.
+          t: original timesteps on leading axes of x.
+          c: (..., z_channels) condition.
+        """
         return self.activations(x, t, self.cond_embed(c))["out"]
 
 
@@ -123,7 +129,10 @@ class ConvFC(nnx.Module):
         c = config.z_channels
         self.grid, self.n_frames = config.grid, config.n_frames
         if config.grid[0] % 4 or config.grid[1] % 4:
-            raise UserError(f"conv_fc pools to 4x4, which a token grid of {config.grid} denies.")
+            raise UserError(
+                f"conv_fc pools to 4x4, but the token grid is {config.grid}: use a grid whose "
+                "sides are multiples of 4"
+            )
         self.conv = conv(c, c, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs)
         self.fc1 = linear(16 * c, c, rngs=rngs, dtype=dtype)
         self.fc2 = linear(c, c, rngs=rngs, dtype=dtype)
@@ -143,13 +152,13 @@ class ConvFC(nnx.Module):
 
 
 class ConvOri(nnx.Module):
-    """conv_ori: transposed convolution over time (each frame gives its actions), then a mean."""
+    """conv_ori: transposed convolution over time (from a frame to its actions), then a mean."""
 
     def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
         c = config.z_channels
         self.n_frames = config.n_frames
         self.steps = config.n_actions // config.n_frames
-        # Kernel and stride agree, so the transposed convolution is one matrix per output offset.
+        # Kernel and stride are equal, so the transposed convolution is a matrix per output offset.
         self.kernel = nnx.Param(
             nnx.initializers.xavier_uniform()(rngs.params(), (self.steps, c, c))
         )
@@ -192,24 +201,24 @@ _AGGREGATORS = {"conv_fc": ConvFC, "conv_ori": ConvOri, "conv2": Conv2, "fc2": F
 
 
 def make_aggregator(kind: str, config, *, dtype=None, rngs: nnx.Rngs) -> nnx.Module:
-    """The aggregator by UVA's name: (b, tokens, c) -> (b, n_actions, c).
+    """Makes the aggregator of UVA's name, which maps (b, tokens, c) to (b, n_actions, c).
 
     Raises:
       UserError: the name is unknown.
     """
     if kind not in _AGGREGATORS:
-        raise UserError(f"aggregator {kind!r} is unknown; known are {', '.join(_AGGREGATORS)}.")
+        raise UserError(f"aggregator {kind!r} is unknown: use one of {', '.join(_AGGREGATORS)}")
     return _AGGREGATORS[kind](config, dtype=dtype, rngs=rngs)
 
 
 class DiffusionHead(nnx.Module):
-    """What every diffusion head does alike: training loss and sampling, given its network.
+    """The base class of diffusion heads: training loss and sampling, given a network.
 
-    A subclass gives `condition(z)` (once per observation) and `denoise(x, t, condition)`.
+    A subclass has `condition(z)`, called once per observation, and `denoise(x, t, condition)`.
     `config` has `channels, train_steps, sampling_steps, clip`.
     """
 
-    shared_timestep = False  # one timestep for all rows of a sample, or one a row
+    shared_timestep = False  # one timestep for all rows of a sample, or one per row
 
     def loss(
         self,
@@ -222,22 +231,22 @@ class DiffusionHead(nnx.Module):
         draws: int = 1,
         reference: tuple[DiffusionHead, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
-        """Diffusion loss per row.
+        """Computes the diffusion loss per row.
 
         Args:
           target: (b, n, channels) in [-1, 1].
           z: (b, tokens, z_channels) decoder output.
-          key: draws what is not given.
+          key: for draws that are not given.
           t: (b,) or (b, n) timesteps.
           noise: (b, n, channels).
-          draws: timesteps and noises for each sample, whose condition is computed once; with more
-            than one, `t` and `noise` (and the result) have a leading axis draws * b.
+          draws: pairs of timestep and noise for each sample; its condition is computed once. With
+            more than one, `t`, `noise` and the result have a leading axis draws * b.
           reference: another head with the same channels and train_steps, and its tokens
-            (b, tokens, z_channels), to be compared with on the same noise.
+            (b, tokens, z_channels), to compare with on the same noise.
 
         Returns:
           {"mse", "vb", "loss"}, each (draws * b, n), and with a reference "distance", the mean
-          square between the outputs of the two, eps and variance.
+          squared error between the outputs of the two heads (eps and variance).
         """
         schedule = diffusion.make_schedule("", self.config.train_steps)
 
@@ -260,9 +269,9 @@ class DiffusionHead(nnx.Module):
         return found
 
     def guided(self, x: jax.Array, t: jax.Array, condition, cfg: float | jax.Array) -> jax.Array:
-        """`denoise` with guidance: the first half of the batch is conditional, and its x counts.
+        """Denoises with guidance; x is taken from the first, conditional half of the batch.
 
-        eps is guided in both halves; the variance stays each half's own, as in the original.
+        As in the original, eps is guided in both halves, and each half keeps its variance.
         """
         x = jnp.concatenate([x[: x.shape[0] // 2]] * 2, axis=0)
         eps, rest = jnp.split(self.denoise(x, t, condition), 2, axis=-1)
@@ -288,7 +297,7 @@ class DiffusionHead(nnx.Module):
         Args:
           z: (b, tokens, z_channels); with `guided` the first half of the batch is conditional,
             the second unconditional.
-          key: draws the noise when it is not given.
+          key: for the noise, if it is not given.
           noise: (K + 1, b, n, channels) loop noise, b halved with `guided`.
           temperature: factor on each step's noise.
           cfg: guidance scale, used with `guided`.
@@ -297,9 +306,9 @@ class DiffusionHead(nnx.Module):
           return_steps: see `diffusion.sample_loop`.
 
         Returns:
-          (b, n, channels); with `guided` both halves hold the guided result of their rows.
+          (b, n, channels); with `guided` both halves hold the guided result.
         """
-        # Sampling is respaced from 1000 steps whatever the training length, as in the original.
+        # As in the original, 1000 steps are respaced for any number of training steps.
         schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps, 1000)
         condition = self.condition(z)
         if noise is None:
@@ -326,7 +335,7 @@ class DiffusionHead(nnx.Module):
 
 
 class MLPHead(DiffusionHead):
-    """The head UVA trains: every row is denoised on its own, given t and its condition."""
+    """The head that UVA trains: it denoises every row separately, given t and its condition."""
 
     def __init__(self, config: MLPHeadConfig, *, dtype=None, rngs: nnx.Rngs):
         self.config = config
@@ -338,17 +347,23 @@ class MLPHead(DiffusionHead):
         self.net = SimpleMLPAdaLN(config, dtype=dtype, rngs=rngs)
 
     def rows(self, z: jax.Array) -> int:
-        """Rows that are denoised for tokens z: action steps, or the tokens themselves."""
+        """Returns the number of rows for tokens z: action steps, or the tokens themselves."""
         return z.shape[1] if self.aggregator is None else self.config.n_actions
 
     def aggregate(self, z: jax.Array) -> jax.Array:
-        """(b, tokens, c) -> (b, rows, c): what each row is conditioned on."""
+        """Maps tokens (b, tokens, c) to the conditioning of each row (b, rows, c)."""
         return z if self.aggregator is None else self.aggregator(z)
 
     def condition(self, z: jax.Array) -> jax.Array:
-        """(b, tokens, c) -> the condition activation e_c (b, rows, width)."""
+        """Computes the condition activation e_c (b, rows, width) of tokens (b, tokens, c)."""
         return self.net.cond_embed(self.aggregate(z))
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """x (b, rows, channels), t (b,) or (b, rows), e_c -> (b, rows, 2 channels)."""
+        """Predicts eps and variance (b, rows, 2 channels).
+
+        Args:
+          x: (b, rows, channels) noisy rows.
+          t: (b,) or (b, rows) original timesteps.
+          condition: (b, rows, width) e_c.
+        """
         return self.net.activations(x, t, condition)["out"]

@@ -1,13 +1,13 @@
-"""The operators that a grafted head is built of, named per block by `head.operators`.
+"""The operators of a grafted head, which `head.operators` names for each block.
 
-Every operator returns the residual that its block adds to the stream it works on. A new one is a
-class with the constructor and the call of its family and one `register` call; a configuration can
-also name it as "package.module:Class", which needs no call. Its layers are `linear` and
-`layer_norm`, the latter in attributes that begin with "norm", and its own arrays `nnx.Param`:
-then its weights convert to torch by name (`convert/rules.py`).
+Every operator returns a residual, which its block adds to its input. A new operator is a class with
+the constructor and the call of its family and one `register` call; a configuration can also name it
+as "package.module:Class" without a call. If its layers are `linear` and `layer_norm` (in attributes
+that begin with "norm") and its other arrays `nnx.Param`, its weights convert to torch by name
+(`convert/rules.py`).
 
-An MLP operator may have a method `from_teacher(block)`: its arrays, by path, with which it
-computes what the teacher's block does (`head.start="preserve"`).
+An MLP operator may have a method `from_teacher(block)`, which returns arrays by path with which it
+computes the function of the teacher's block (`head.start="preserve"`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
 
 _ZERO = nnx.initializers.zeros
-_WEAK = nnx.initializers.variance_scaling(0.01, "fan_avg", "uniform")  # positions lead at first
-_ALIGNMENT = 6.0  # starting logit between an action step and its aggregate token
+_WEAK = nnx.initializers.variance_scaling(
+    0.01, "fan_avg", "uniform"
+)  # so that positions dominate at first
+_ALIGNMENT = 6.0  # initial logit between an action step and its aggregate token
 
 
 class CrossAttention(nnx.Module):
-    """Attention from action steps to the memory, then a feed-forward part of its own.
+    """Attention from action steps to the memory, followed by a feed-forward layer.
 
-    The feed-forward (as in Perceiver, arXiv 2103.03206) stands for the hidden layers of the
-    aggregator that this operator replaces. Positions enter queries and keys alone, as in DETR
-    (arXiv 2005.12872). Where the memory holds one token per action step (the aggregate), half of
-    the heads start out looking at their own step's token; what they read there is learnt. With `y`
-    (the "residual" form of the head) queries are modulated and the result is gated by it.
+    The feed-forward layer (as in Perceiver, arXiv 2103.03206) replaces the hidden layers of the
+    aggregator. Positions are added only to queries and keys, as in DETR (arXiv 2005.12872). If the
+    memory has one token per action step (the aggregate), half of the heads initially attend to the
+    token of their own step. With `y` (the "residual" form of the head) it modulates the queries and
+    gates the result.
     """
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -58,12 +60,15 @@ class CrossAttention(nnx.Module):
         )
 
     def __call__(self, s: jax.Array, memory: jax.Array, y: jax.Array | None = None) -> jax.Array:
-        """Residual of the stream.
+        """Computes the residual of the stream.
 
         Args:
           s: (b, n, width) action steps.
           memory: (b, m, memory_width).
           y: (b, n, width) modulation, in the "residual" form.
+
+        Returns:
+          (b, n, width).
         """
         x, gate = self.norm(s), 1.0
         if self.adaLN_modulation is not None:
@@ -76,14 +81,14 @@ class CrossAttention(nnx.Module):
         return gate * (attended + self.fc2(gelu(self.fc1(self.norm_ff(s + attended)))))
 
     def keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(b, m, memory_width) -> keys and values, each (b, m', width)."""
+        """Projects the memory (b, m, memory_width) to keys and values, each (b, m', width)."""
         return self.k(memory) + self.key_position[...], self.v(memory)
 
 
 class PooledCrossAttention(CrossAttention):
-    """Cross-attention to a quarter of the video's tokens: means over 2 x 2 of a frame's grid.
+    """Cross-attention to means of the video's tokens over 2 x 2 of a frame's grid.
 
-    The aggregate's tokens stay as they are. Costs less where the memory is large.
+    It does not pool the aggregate's tokens. It is cheaper for a large memory.
     """
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -103,7 +108,7 @@ class PooledCrossAttention(CrossAttention):
         )
 
     def _pooled(self, tokens: jax.Array) -> jax.Array:
-        """(b, frames * rows * cols, c) -> (b, frames * rows / 2 * cols / 2, c)."""
+        """Pools (b, frames * rows * cols, c) to (b, frames * rows / 2 * cols / 2, c)."""
         rows, cols = self.grid
         return reduce(
             tokens,
@@ -123,12 +128,12 @@ class PooledCrossAttention(CrossAttention):
 
 
 def memory_grid(config: GraftedHeadConfig) -> tuple[int, int]:
-    """Rows and columns of the memory's tokens for each frame."""
+    """Returns rows and columns of the memory's tokens for each frame."""
     return config.pool if config.adapter == "conv" else config.grid
 
 
 def memory_tokens(config: GraftedHeadConfig) -> tuple[int, int]:
-    """How many tokens of the memory come from the video, and how many from the aggregator."""
+    """Returns the numbers of the memory's tokens from the video and from the aggregator."""
     rows, cols = memory_grid(config)
     aggregate = config.n_actions if config.memory == "video+aggregate" else 0
     return config.n_frames * rows * cols, aggregate
@@ -137,11 +142,11 @@ def memory_tokens(config: GraftedHeadConfig) -> tuple[int, int]:
 def aligned_positions(
     config: GraftedHeadConfig, width: int, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array]:
-    """Starting query and key positions, (1, n_actions, width) and (1, m, width).
+    """Returns initial query and key positions, (1, n_actions, width) and (1, m, width).
 
-    Random, but for half of the heads, where action step i and the aggregate's token i get one
-    code: unit vectors and their negatives, apart enough for a logit of `_ALIGNMENT` at the match
-    and at most 0 elsewhere. Heads too narrow for that many codes stay random.
+    They are random, except for half of the heads: there action step i and the aggregate's token i
+    get the same code, a unit vector or its negative, which gives a logit of `_ALIGNMENT` for the
+    match and at most 0 otherwise. Heads too narrow for enough codes stay random.
     """
     video, aggregate = memory_tokens(config)
     head_dim, heads = width // config.num_heads, config.num_heads
@@ -158,7 +163,7 @@ def aligned_positions(
 
 
 class SelfAttention(nnx.Module):
-    """Attention among the action steps, adaptive-norm modulated; its gate starts closed."""
+    """Attention among the action steps with adaptive layer norm; its gate starts at zero."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.num_heads = config.self_attn_heads
@@ -171,7 +176,7 @@ class SelfAttention(nnx.Module):
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """h, y (b, n, width) -> residual (b, n, width)."""
+        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
         shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
         x = modulate(self.norm(h), shift, scale) + self.position[...]
         q, k, v = rearrange(
@@ -181,12 +186,12 @@ class SelfAttention(nnx.Module):
         return gate * self.proj(rearrange(attended, "b n h d -> b n (h d)"))
 
     def mask(self, steps: int) -> jax.Array | None:
-        """Which steps each step looks at, (steps, steps) booleans; None: all."""
+        """Returns the attention mask (steps, steps), True for attended steps; None: all."""
         return None
 
 
 class WindowedSelfAttention(SelfAttention):
-    """Self-attention in which a step looks at most `self_attn_window` steps to either side."""
+    """Self-attention of each step to at most `self_attn_window` steps on either side."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         super().__init__(config, width, dtype=dtype, rngs=rngs)
@@ -198,7 +203,7 @@ class WindowedSelfAttention(SelfAttention):
 
 
 class Mlp(nnx.Module):
-    """The teacher's block MLP at a wider hidden layer: norm, modulation, SiLU, gate."""
+    """The teacher's block MLP with a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         hidden = self.hidden(config, width)
@@ -209,25 +214,25 @@ class Mlp(nnx.Module):
 
     @staticmethod
     def hidden(config: GraftedHeadConfig, width: int) -> int:
-        """Units of the hidden layer."""
+        """Returns the number of units of the hidden layer."""
         return config.mlp_ratio * width
 
     def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """h, y (b, n, width) -> residual (b, n, width)."""
+        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
         shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
         return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
     def activation(self, x: jax.Array) -> jax.Array:
-        """(b, n, width) -> the hidden layer (b, n, hidden)."""
+        """Computes the hidden layer (b, n, hidden) of x (b, n, width)."""
         return jax.nn.silu(self.fc1(x))
 
     def from_teacher(self, block: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Arrays with which this computes what the teacher's block does.
+        """Returns arrays with which this computes the function of the teacher's block.
 
-        Net2WiderNet (arXiv 1511.05641) with silent new units: their output weights are zero.
+        As in Net2WiderNet (arXiv 1511.05641), but the output weights of new units are zero.
 
         Args:
-          block: the teacher's ResBlock by path, such as "fc1/kernel".
+          block: arrays of the teacher's ResBlock by path, such as "fc1/kernel".
         """
         width = block["fc1/kernel"].shape[1]
         first, second = self.fc1.kernel[...], self.fc2.kernel[...]
@@ -249,7 +254,7 @@ class SwiGLU(Mlp):
         return super().activation(x) * self.fc_gate(x)
 
     def from_teacher(self, block: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """As `Mlp.from_teacher`; the gate of the teacher's units is 1 whatever x is."""
+        """Does the same as `Mlp.from_teacher`; the gate of the teacher's units is constantly 1."""
         width = block["fc1/kernel"].shape[1]
         kernel, bias = self.fc_gate.kernel[...], self.fc_gate.bias[...]
         return super().from_teacher(block) | {
@@ -259,7 +264,7 @@ class SwiGLU(Mlp):
 
 
 class KeptMlp(Mlp):
-    """The teacher's block MLP as it is, at its own width; Stage 1 leaves it alone."""
+    """The teacher's block MLP with unchanged width and weights; Stage 1 does not train it."""
 
     @staticmethod
     def hidden(config: GraftedHeadConfig, width: int) -> int:
@@ -267,17 +272,17 @@ class KeptMlp(Mlp):
 
 
 class Nothing(nnx.Module):
-    """Adds nothing: in the place of an attention that a block does without."""
+    """An operator with residual zero, for blocks without an attention."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         pass
 
     def __call__(self, stream: jax.Array, *inputs: jax.Array) -> jax.Array:
-        """(b, n, width) -> zeros of that shape."""
+        """Returns zeros of the shape of `stream` (b, n, width)."""
         return jnp.zeros_like(stream)
 
 
-KEEP = ("none", "none", "keep")  # a block that stays the teacher's
+KEEP = ("none", "none", "keep")  # a block that equals the teacher's
 
 _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
     "cross_attn": {
@@ -314,14 +319,16 @@ def _imported(family: str, name: str) -> type[nnx.Module]:
             "PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nnx.Module)):
-        raise UserError(f"the {family} operator {name!r} is no flax.nnx.Module class.")
+        raise UserError(
+            f"the {family} operator {name!r} is not a class of flax.nnx.Module: name such a class"
+        )
     return found
 
 
 def make_operator(
     family: str, name: str, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The operator registered under `name`, or the class that "package.module:Class" names.
+    """Makes the operator registered under `name`, or of the class "package.module:Class".
 
     Raises:
       UserError: the family has no operator of that name, or it cannot be imported.
@@ -329,8 +336,8 @@ def make_operator(
     known = _REGISTRY[family]
     if name not in known and ":" not in name:
         raise UserError(
-            f"operator {name!r} is not a {family}; known are {', '.join(known)}, or name a class "
-            "as 'package.module:Class'."
+            f"operator {name!r} is not a {family}: use one of {', '.join(known)}, or name a class "
+            "as 'package.module:Class'"
         )
     cls = known[name] if name in known else _imported(family, name)
     return cls(config, width, dtype=dtype, rngs=rngs)

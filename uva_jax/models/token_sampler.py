@@ -1,8 +1,8 @@
-"""The full token sampler: future video, and actions, from a policy in any task mode.
+"""The token sampler: samples future video and actions from a policy in any task mode.
 
 Masked tokens are filled in over `num_iter` rounds (MaskGIT's cosine schedule, arXiv 2202.04200, as
-MAR and UVA use it). Which count of tokens a round fills is known beforehand, so every shape is
-static. Upstream: `sample_tokens` of `mar_con_unified.py`, whose guidance crashes and works here.
+MAR and UVA use it). The number of tokens of each round is fixed, so all shapes are static.
+Upstream: `sample_tokens` of `mar_con_unified.py`, which crashes with guidance.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ _ONE_PASS = ("policy_model", "inverse_model")
 
 
 def masked_counts(tokens: int, num_iter: int) -> list[int]:
-    """Masked tokens of a frame before each round and after the last: `num_iter + 1` numbers.
+    """Returns the masked tokens of a frame before each round and after the last.
 
-    After round s it is floor(tokens * cos(pi/2 * (s+1) / num_iter)), at least 1 and at most one
-    less than before; the last round fills everything.
+    After round s they are floor(tokens * cos(pi/2 * (s+1) / num_iter)), at least 1 and at most one
+    less than before; the last round fills all.
+
+    Args:
+      tokens: of a frame.
+      num_iter: rounds.
+
+    Returns:
+      num_iter + 1 numbers.
 
     Raises:
       UserError: there are more rounds than tokens.
     """
     if not 1 <= num_iter <= tokens:
-        raise UserError(f"num_iter is {num_iter}; it can be 1 to {tokens}, the tokens of a frame.")
+        raise UserError(f"num_iter is {num_iter}; it can be 1 to {tokens}, the tokens of a frame")
     counts = [tokens]
     for step in range(num_iter - 1):
         kept = math.floor(tokens * math.cos(math.pi / 2 * (step + 1) / num_iter))
@@ -44,9 +51,9 @@ def _guidance(cfg: float, schedule: str, masked: int, tokens: int) -> float:
     if schedule == "constant":
         return cfg
     if schedule == "linear":
-        # The sampler of the original counts one token as still masked after the last round.
+        # The original's sampler counts one token as masked after the last round.
         return 1 + (cfg - 1) * (tokens - max(1, masked)) / tokens
-    raise UserError(f"cfg_schedule is {schedule!r}; it can be 'linear' or 'constant'.")
+    raise UserError(f"cfg_schedule is {schedule!r}; it can be 'linear' or 'constant'")
 
 
 def sample_tokens(
@@ -67,42 +74,42 @@ def sample_tokens(
     nactions: jax.Array | None = None,
     streams: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """Samples what the task mode predicts; pure, so it can be jitted (settings are static).
+    """Samples what the task mode predicts; it can be jitted with static settings.
 
     Args:
       policy: the model.
       cond: (b, t, h', w', z) history latents.
-      task_mode: one of TASK_MODES. policy_model and inverse_model give actions alone.
+      task_mode: one of TASK_MODES. policy_model and inverse_model give only actions.
       num_iter: rounds.
-      cfg: guidance scale of the video heads; 1 is none. The actions are never guided.
+      cfg: guidance scale of the video heads; 1: none. Actions are never guided.
       cfg_schedule: "linear" (grows with the share of filled tokens) or "constant".
       temperature: factor on the noise of each diffusion step.
       sampling_steps: respacing in place of each head's own.
-      key: draws what is not given.
-      orders: (b, s) permutations; the masked tokens are always the first of them.
+      key: for draws that are not given.
+      orders: (b, s) permutations, whose first entries are the masked tokens.
       noises: (K + 1, b, rows, c) of every diffusion loop in order of call: in each round the
-        actions, then (unless the mode has no video) the video, then the wrist camera.
-      target: (b, t, h', w', z) future latents, read in inverse_model; `wrist_target` likewise.
-      nactions: (b, n_actions, action_dim) in [-1, 1], read in dynamic_model.
+        actions, then (if the mode has video) the video, then the wrist camera.
+      target, wrist_target: (b, t, h', w', z) future latents, used in inverse_model.
+      nactions: (b, n_actions, action_dim) in [-1, 1], used in dynamic_model.
       streams: further inputs of `MAR.embed`.
 
     Returns:
       "actions" (b, n_actions, action_dim) in [-1, 1], of the last round; with video also "latents"
-      (b, t, h', w', z), and "wrist_latents" where the policy predicts them. Of a policy without an
-      action head (UVA's first phase of training) "actions" is None.
+      (b, t, h', w', z), and "wrist_latents" if the policy predicts them. "actions" is None for a
+      policy without an action head (UVA's first phase of training).
 
     Raises:
-      UserError: unknown settings, or an input that the mode needs is not there.
+      UserError: a setting is unknown, or an input that the mode needs is missing.
     """
     config, patch = policy.config.mar, policy.config.patch_size
     batch, tokens_per_frame = cond.shape[0], config.tokens_per_frame
     counts = masked_counts(tokens_per_frame, num_iter)
     cond_tokens = mar.patchify(cond, patch)
     if task_mode == "inverse_model" and target is None:
-        raise UserError("inverse_model infers actions from the future video, but got no target.")
+        raise UserError("inverse_model infers actions from the future video, but got no target")
     loops = iter(noises) if noises is not None else None
     if loops is None and key is None:
-        raise UserError("sampling needs a key, or orders and the noise of every loop.")
+        raise UserError("sampling needs a key, or orders and the noise of every loop")
     if orders is None:
         uniform = jax.random.uniform(sub_key(key, 0), (batch, tokens_per_frame))
         orders = jnp.argsort(uniform, axis=-1)
@@ -130,7 +137,7 @@ def sample_tokens(
         return policy.action_head.sample(z, **loop, **draw())
 
     if policy.action_head is None and task_mode in _ONE_PASS:
-        raise UserError(f"{task_mode} predicts actions, but this policy has no action head.")
+        raise UserError(f"{task_mode} predicts actions, but this policy has no action head")
     if task_mode in _ONE_PASS:
         values = {}
         if task_mode == "inverse_model":
@@ -144,7 +151,7 @@ def sample_tokens(
     if config.wrist:
         heads["wrist_tokens"] = policy.wrist_head
     if policy.video_head is None:
-        raise UserError(f"{task_mode} predicts video, but this policy has no video head.")
+        raise UserError(f"{task_mode} predicts video, but this policy has no video head")
     empty = jnp.zeros((batch, config.n_frames, tokens_per_frame, config.token_dim))
     values = dict.fromkeys(heads, empty)
     actions = None
@@ -154,7 +161,7 @@ def sample_tokens(
         mask = jnp.repeat(mask[:, None], config.n_frames, axis=1)
         z = decoder(values, mask, False)
         actions = act(z) if policy.action_head is not None else None
-        # Filled in every frame alike, in the order of the grid.
+        # Every frame fills the same positions, in the order of the grid.
         filled = jnp.sort(orders[:, left:masked], axis=-1)
         frames = jnp.arange(config.n_frames) * tokens_per_frame
         positions = rearrange(frames[None, :, None] + filled[:, None], "b t n -> b (t n)")

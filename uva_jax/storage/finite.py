@@ -1,4 +1,4 @@
-"""Values that are not finite: found before they are written anywhere."""
+"""Checks arrays for values that are not finite before they are written."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHOWN = 4
 
 
 def is_finite(array) -> bool:
-    """Whether all values of an array, in the memory of this process or on its devices, are finite.
+    """Whether all values of an array are finite.
 
-    Of an array that several processes share, the part on this one's devices is looked at.
+    Of an array that is divided over processes, only the part on this process's devices is checked.
     """
     shards = getattr(array, "addressable_shards", None)
     parts = [array] if shards is None else [shard.data for shard in shards]
@@ -23,19 +23,24 @@ def is_finite(array) -> bool:
         if part.dtype.kind in "biuSU":
             continue
         wide = part if part.dtype.kind == "f" else part.astype(np.float32)  # bfloat16
-        # NaN and infinity survive a sum, which needs no memory beside the array.
+        # NaN and infinity propagate to the sum, which needs no further memory.
         if not np.isfinite(wide.sum(dtype=np.float64)) and not np.isfinite(wide).all():
             return False
     return True
 
 
 def non_finite(arrays: Mapping[str, object]) -> list[str]:
-    """The names of the arrays that hold a value that is not finite."""
+    """Returns the names of the arrays with values that are not finite."""
     return [name for name, array in arrays.items() if not is_finite(array)]
 
 
 def refuse_non_finite(names: Iterable[str], what: str) -> None:
-    """Raises UserError that names those arrays of `what`, if there are any."""
+    """Raises UserError if there are names of arrays with values that are not finite.
+
+    Args:
+      names: of the arrays.
+      what: name of what holds them, for the message.
+    """
     names = list(names)
     if not names:
         return
@@ -48,7 +53,7 @@ def refuse_non_finite(names: Iterable[str], what: str) -> None:
 
 
 def finite_when_loaded(name: str, array: LazyArray, what: str) -> LazyArray:
-    """The array, whose `load` raises as `refuse_non_finite` does."""
+    """Returns the array with a `load` that raises UserError for values that are not finite."""
 
     def load() -> np.ndarray:
         values = array.load()

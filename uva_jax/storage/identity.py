@@ -1,4 +1,4 @@
-"""What a stage's result depends on: the configuration it reads and the content of its inputs."""
+"""The identity of a stage's result: hashes of the configuration and of the inputs it depends on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 from uva_jax.storage.atomic import plain, read_json, write_json
 
-_REST_SECONDS = 2.0  # a file changed this recently may change again within one tick of its mtime
+_REST_SECONDS = 2.0  # a file changed more recently may change again with the same mtime
 _SHOWN_CHANGES = 8
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What shapes a stage's result, and the hashes of it.
+    """The values that a stage's result depends on, and their hashes.
 
     Attributes:
-      config: the leaves of the configuration that shape it, by dotted name.
+      config: the settings on which the result depends, by dotted name.
       inputs: hashes of the stages and external files it reads, by label.
     """
 
@@ -43,12 +43,12 @@ class Identity:
         return _hash_json([self.config_hash, self.inputs_hash])
 
     def record(self) -> dict[str, Any]:
-        """Returns what a JSON record keeps, enough for `matches` and `changes`."""
+        """Returns a JSON record for `matches` and `changes`."""
         hashes = {"config_hash": self.config_hash, "inputs_hash": self.inputs_hash}
         return {**hashes, "config": self.config, "inputs": self.inputs}
 
     def matches(self, record: Mapping[str, Any] | None) -> bool:
-        """Says whether a record was written under the same configuration and inputs."""
+        """Whether a record has the same configuration and inputs."""
         return (
             record is not None
             and record.get("config_hash") == self.config_hash
@@ -56,7 +56,7 @@ class Identity:
         )
 
     def changes(self, record: Mapping[str, Any]) -> str:
-        """Names what differs from a record: `head.depth: 3 -> 4; input convert`."""
+        """Returns the differences from a record: `head.depth: 3 -> 4; input convert`."""
         old, new = record.get("config", {}), self.config
         said = [
             f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
@@ -70,7 +70,7 @@ class Identity:
 
 
 def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Returns the leaves at or below dotted keys, by dotted name, as JSON holds them.
+    """Returns the JSON values of the settings at or below dotted keys, by dotted name.
 
     Raises:
       ValueError: the configuration lacks one of the keys.
@@ -88,7 +88,7 @@ def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, 
         value: Any = config
         for part in dotted.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise ValueError(f"a stage is shaped by {dotted!r}, which the configuration lacks")
+                raise ValueError(f"a stage reads {dotted!r}, which the configuration lacks")
             value = value[part]
         collect(dotted, value)
     return leaves
@@ -97,8 +97,8 @@ def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, 
 def external_hash(path: str | os.PathLike, workdir: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's content, or of the names and contents of a folder's files.
 
-    What was hashed is remembered in `workdir/.hashes.json` by size and modification time, so that
-    large checkpoints are read once and not on every run.
+    `workdir/.hashes.json` caches hashes by size and modification time, so that large checkpoints
+    are not read again on every run.
     """
     path, cache_path = Path(path), Path(workdir) / ".hashes.json"
     cache = read_json(cache_path) or {}

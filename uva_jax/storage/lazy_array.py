@@ -1,4 +1,4 @@
-"""Arrays that are there only when they are needed, and made a little ahead; jax is not needed."""
+"""Arrays that are loaded when they are needed, and prefetching by threads; without jax."""
 
 import collections
 import math
@@ -15,7 +15,7 @@ S, T = TypeVar("S"), TypeVar("T")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LazyArray:
-    """What `load` will give: an array of this shape and dtype, made anew at each call."""
+    """An array that `load` makes at each call, of known shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,7 +35,7 @@ class LazyArray:
 
 
 def ahead(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """`map(make, items)`, with a few made by other threads while the one before is used."""
+    """Yields `map(make, items)`; threads make a few results ahead."""
     being_made: collections.deque = collections.deque()
     with ThreadPoolExecutor(_WORKERS) as makers:
         for item in items:

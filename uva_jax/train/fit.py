@@ -1,7 +1,7 @@
-"""Training a few arrays on data that fit on the device: many steps in one program, resumable.
+"""Resumable training of a few arrays on data that fit on the device, with many steps per program.
 
-This is how operators are distilled. `train/loop.py` trains a whole policy on windows that are read
-while it runs.
+Distillation of operators uses it. `train/loop.py` trains whole policies on windows that are read
+meanwhile.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ Arrays = Mapping[str, jax.Array]
 
 
 def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
-    """k steps in one program: f((params, moments), data, rows (k, batch), steps (k,)) -> the same
-    state, mean scalars, and the `health` of each step (k, 2)."""
+    """Returns a program of k steps.
+
+    It is f((params, moments), data, rows (k, batch), steps (k,)) -> ((params, moments), mean
+    scalars, `health` of each step (k, 2)).
+    """
 
     @jax.jit
     def advance(state, data, rows, steps):
@@ -50,7 +53,7 @@ def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
 
 
 class Fit(NamedTuple):
-    """A fit's steps: `advance` is what `make_advance` gives; `total` steps of `batch` samples."""
+    """The program of a fit: `advance` of `make_advance`, for `total` steps of `batch` samples."""
 
     advance: Callable
     optimizer: optax.GradientTransformation
@@ -68,7 +71,7 @@ def make_fit(
     seed: int,
     stacked_axes: int = 0,
 ) -> Fit:
-    """How `fit` trains on `count` samples; the arguments are its own."""
+    """Returns the program with which `fit` trains on `count` samples; arguments as for `fit`."""
     batch = min(options.batch, count)
     total = epochs * (count // batch)
     optimizer = make_optimizer(
@@ -98,7 +101,7 @@ def fit(
     name: str,
     stacked_axes: int = 0,
 ) -> dict[str, jax.Array]:
-    """Trains a flat dict of parameters on arrays that live on the device; resumes from `folder`.
+    """Trains a flat dict of parameters on arrays on the device; resumes from `folder`.
 
     Args:
       loss_fn: (params, batch, key) -> loss and scalars to log; `batch` is rows of `data`.
@@ -108,9 +111,15 @@ def fit(
       options: batch, warm-up, decay, clipping and intervals.
       seed: of the sample order and of the keys; both are functions of the step alone.
       folder: holds the resumable states.
-      metrics: a MetricsWriter.
-      name: prefix of what is logged.
-      stacked_axes: leading axes of `params` that are a stack of operators.
+      metrics: writer of progress and messages.
+      name: prefix of logged scalars.
+      stacked_axes: leading axes of `params` over which operators are stacked.
+
+    Returns:
+      the trained parameters.
+
+    Raises:
+      UserError: training diverged.
     """
     count = len(next(iter(data.values())))
     advance, optimizer, batch, total = make_fit(
@@ -127,7 +136,7 @@ def fit(
         step = 0
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
-            metrics.say(f"{name} goes on at step {step} of {total}")
+            metrics.say(f"{name} resumes at step {step} of {total}")
         with metrics.progress(total, unit="steps", desc=name, initial=step) as bar:
             while step < total:
                 stop = min(total, step + options.log_every - step % options.log_every)

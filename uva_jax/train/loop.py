@@ -1,11 +1,11 @@
-"""The training loop: AdamW, moving average, accumulation, resumable states, several steps a call.
+"""The training loop: optimiser, moving average, gradient accumulation, resumable states.
 
-Stage 2, the policy's training and the VAE's all run here; each brings its loss and its batches.
+Stage 2 and the training of policies and VAEs use it with different losses and batches.
 
-Several steps may run in one call of the compiled function (`lax.scan`): on a CPU every call takes
-its working memory afresh from the system, page by page, a quarter of a small model's step. Not for
-models with convolutions, which XLA's CPU backend makes a hundred times slower inside a loop.
-What a step sees depends on the seed and its number alone, so a resumed run repeats every bit.
+Several steps can run in one call of the compiled function (`lax.scan`), because on a CPU every call
+allocates its working memory again, which takes a quarter of a small model's step. Models with
+convolutions should not use it: XLA's CPU backend makes them a hundred times slower inside a loop.
+The input of a step depends only on the seed and its number, so a resumed run repeats every bit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mappin
 
 
 class LoopState(NamedTuple):
-    """What a step changes: trained parameters, their average, and the optimiser's state."""
+    """The state that a step changes: trained parameters, their average, the optimiser's state."""
 
     params: Flat
     ema: Flat
@@ -45,23 +45,23 @@ class LoopState(NamedTuple):
 
 
 def part(params: Mapping, name: str) -> dict:
-    """The parameters under a prefix, by the rest of their path."""
+    """Returns the parameters under a prefix, by the rest of their path."""
     start = f"{name}/"
     return {k.removeprefix(start): v for k, v in params.items() if k.startswith(start)}
 
 
 def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Callable:
-    """The jitted f(state, frozen, batches, first, key) -> state, mean scalars of the steps
-    (of those that have them: elsewhere they are NaN), and `health` of every step (steps, 2).
+    """Returns the jitted f(state, frozen, batches, first, key) -> state, scalars, health.
+
+    `batches` has steps on the first axis and samples on the second; `first` is the number of the
+    first step. The scalars are means over the steps that have them (NaN elsewhere), and `health` is
+    (steps, 2).
 
     Args:
       loss: of one batch.
       options: of the optimiser.
-      mesh: the batch axis is split over its data axes.
+      mesh: samples are divided over its data axes.
       shardings: of `LoopState`, which is donated.
-
-    `batches` has the steps on the first axis and samples on the second; `first` is the first
-    step's number.
     """
     optimizer, parts, ema = loop_optimizer(options), options.accumulate, asdict(options.ema)
 
@@ -75,7 +75,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
 
         if parts == 1:
             return one(batch, key)
-        # Every device cuts its own samples, so nothing moves between them.
+        # Every device splits its own samples, so none move between devices.
         cut = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0),
             batch,
@@ -102,7 +102,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             return LoopState(params, average, moments), (scalars, health(scalars["loss"], grads))
 
         count = jax.tree.leaves(batches)[0].shape[0]
-        if count == 1:  # not as a loop, in which the CPU's convolutions are slow
+        if count == 1:  # without a loop, in which convolutions are slow on a CPU
             state, (scalars, found) = body(state, (jax.tree.map(lambda x: x[0], batches), first))
         else:
             steps = (batches, first + jnp.arange(count))
@@ -116,7 +116,7 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
 def lower_step(
     loss: Loss, params: Flat, frozen: Flat, batch: Mapping, *, options: LoopOptions, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """One step as `run_loop` compiles it, from shapes alone.
+    """Lowers one step, as `run_loop` compiles it, from shapes alone.
 
     Args:
       loss, options, mesh: as for `run_loop`.
@@ -142,14 +142,14 @@ def lower_step(
 def start_state(
     params: Flat, options: LoopOptions, mesh: Mesh, before: LoopState | None = None
 ) -> LoopState:
-    """The state before the first step, placed on the mesh.
+    """Returns the state before the first step, placed on the mesh.
 
     Args:
-      params: what trains.
+      params: the trained parameters.
       options: of the optimiser.
       mesh: (data, fsdp, tensor).
-      before: the state of an earlier phase, in which less trained: its parameters, averages,
-        moments and step count go on.
+      before: the state of an earlier phase with fewer trained parameters, whose parameters,
+        averages, moments and step count are kept.
     """
     if before is not None:
         params = params | before.params
@@ -181,21 +181,27 @@ def run_loop(
     desc: str = "",
     judge: Callable[[Flat, int], Mapping[str, float]] | None = None,
 ) -> LoopState:
-    """Trains, going on where a cut-off run stopped.
+    """Trains; resumes an interrupted run.
 
     Args:
       loss: of one batch.
-      state: before the first step; its arrays are used up.
-      frozen: parameters that do not train.
+      state: before the first step; its arrays are donated.
+      frozen: parameters that are not trained.
       batches: step -> this process's share of that step's batch, samples first.
       options: of the loop.
       mesh: (data, fsdp, tensor).
       seed: of the loss's draws.
       folder: holds the resumable states.
       metrics: gets the scalars, named "<desc>/<scalar>", as means since the last line.
-      steps: which of the `options.steps` to do; by default all.
-      desc: what trains, in a word.
+      steps: the steps to run, of `options.steps`; by default all.
+      desc: name of what is trained.
       judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
+
+    Returns:
+      the state after the last step.
+
+    Raises:
+      UserError: training diverged, or the saved state does not fit.
     """
     steps = range(options.steps) if steps is None else steps
     key = jax.random.key(seed)
@@ -207,7 +213,7 @@ def run_loop(
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
             if step < steps.stop:
-                metrics.say(f"{desc} goes on at step {step} of {options.steps}".lstrip())
+                metrics.say(f"{desc} resumes at step {step} of {options.steps}".lstrip())
         with metrics.progress(options.steps, unit="steps", desc=desc, initial=step) as bar:
             while step < steps.stop:
                 before, step = step, _next_stop(step, steps.stop, options)
@@ -218,7 +224,7 @@ def run_loop(
                 running.append((before, scalars, found))
                 saves = step % options.checkpoint_every == 0 or step == steps.stop
                 logs = saves or step // options.log_every > before // options.log_every
-                # One call stays under way, so that the next batch is read while it computes.
+                # One call runs asynchronously, so that the next batch is read meanwhile.
                 while len(running) > (0 if logs else 1):
                     first, scalars, found = running.pop(0)
                     stop_if_diverged(np.asarray(found), first, desc, options.key("lr"))
@@ -237,17 +243,21 @@ def run_loop(
 
 
 def health(loss: jax.Array, grads) -> jax.Array:
-    """What says whether a step went well: its loss and its gradient's norm (2,)."""
+    """Returns the values that show divergence: the loss and the gradient's norm (2,)."""
     return jnp.stack([loss, optax.global_norm(grads)])
 
 
 def stop_if_diverged(found: np.ndarray, first: int, desc: str, setting: str) -> None:
-    """Raises UserError at the first step whose loss or gradient is not finite.
+    """Checks that losses and gradients are finite.
 
     Args:
-      found: `health` of consecutive steps (steps, 2), the first of which is number `first`.
-      desc: what trains.
-      setting: the name of its learning rate.
+      found: `health` of consecutive steps (steps, 2).
+      first: number of the first of these steps.
+      desc: name of what is trained.
+      setting: name of its learning rate.
+
+    Raises:
+      UserError: a value is not finite; the message names the first such step.
     """
     bad = np.argwhere(~np.isfinite(found))
     if len(bad):
@@ -256,7 +266,7 @@ def stop_if_diverged(found: np.ndarray, first: int, desc: str, setting: str) -> 
 
 
 def stop_if_broken(params: Flat, step: int, desc: str, setting: str) -> None:
-    """Raises UserError where the parameters after `step` steps are not finite."""
+    """Raises UserError if the parameters after `step` steps are not finite."""
     if bad := non_finite(params):
         raise UserError(_diverged(f"after {step} steps {bad[0]}", desc, setting))
 
@@ -264,17 +274,17 @@ def stop_if_broken(params: Flat, step: int, desc: str, setting: str) -> None:
 def _diverged(what: str, desc: str, setting: str) -> str:
     return (
         f"{desc or 'training'} stops: {what} is not finite. The last saved state is kept; lower "
-        f"{setting}, or look for values that are not finite in the data, and run the command again"
+        f"{setting}, or correct values that are not finite in the data, and run the command again"
     )
 
 
 def _means(recent: list[dict[str, float]]) -> dict[str, float]:
-    """Each scalar's mean over the calls that had it (a loss of one task mode is NaN elsewhere)."""
+    """Returns each scalar's mean over the calls that have it (losses of other modes are NaN)."""
     found = {k: [call[k] for call in recent if not math.isnan(call[k])] for k in recent[0]}
     return {k: float(np.mean(v)) if v else math.nan for k, v in found.items()}
 
 
 def _next_stop(step: int, stop: int, options: LoopOptions) -> int:
-    """Where the call that begins at `step` ends: the same steps, wherever a run was resumed."""
+    """Returns where the call that begins at `step` stops; it is the same after resuming."""
     ends = (options.steps_per_call, options.checkpoint_every)
     return min(stop, *((step // every + 1) * every for every in ends))
