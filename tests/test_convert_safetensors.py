@@ -105,9 +105,9 @@ def test_a_file_without_its_json_is_refused(copy, capsys):
 
 def test_the_format_and_the_name_must_agree(pair, tmp_path, capsys):
     command = ["to_torch", pair / "policy", tmp_path / "a.ckpt", "--format", "safetensors"]
-    assert "name it .safetensors" in refused(capsys, *command)
+    assert "end in .safetensors" in refused(capsys, *command)
     command = ["to_torch", pair / "policy", tmp_path / "a.safetensors", "--format", "ckpt"]
-    assert "name it .ckpt" in refused(capsys, *command)
+    assert "end in .ckpt" in refused(capsys, *command)
     assert not list(tmp_path.iterdir())
 
 

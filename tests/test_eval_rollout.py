@@ -172,5 +172,5 @@ def test_pairing_removes_what_both_share():
     b = rng.uniform(0, 1, 50)
     difference = paired_difference(b + 0.05 + rng.normal(0, 0.01, 50), b)
     assert 0.045 < difference.low < difference.mean < difference.high < 0.055
-    with pytest.raises(ValueError, match="must correspond"):
+    with pytest.raises(ValueError, match="must have one shape"):
         paired_difference(b, b[:49])

@@ -139,7 +139,7 @@ def judge_head(
     Returns:
       "pair_mse": mean squared error between their samples; "graft_mse" and "teacher_mse": of each
       to the demonstrated actions (all in normalised units); "eps_error_<a>_<b>": relative error of
-      eps by range of timesteps; "diffusion_loss" of each (not comparable, see the module docstring).
+      eps by range of timesteps; "diffusion_loss" of each, which are not comparable (see above).
     """
     schedule = diffusion.make_schedule("", teacher.config.train_steps)
     noise_key, t_key, sample_key = jax.random.split(key, 3)
