@@ -26,13 +26,14 @@ from ml_collections import config_flags
 from uva_jax.cli import sample
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
+from uva_jax.data.check import check_split
 from uva_jax.data.readers import open_reader
 from uva_jax.data.windows import WindowSpec, plan_strips
 from uva_jax.eval.actions import action_figures, sample_actions
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline import inputs
 from uva_jax.pretrain import architecture, joint, latents
-from uva_jax.pretrain.windows import StateScale, Windows
+from uva_jax.pretrain.windows import Windows, readout_scale
 from uva_jax.runtime import parallel
 from uva_jax.runtime import settings as settings
 from uva_jax.runtime.errors import UserError, exit_status
@@ -85,7 +86,9 @@ class Bench:
         self.config, self.workdir, self.metrics = config, workdir, metrics
         self.data = section(config.data, source.DataOptions)
         model = section(config.pretrain.model, architecture.ModelOptions)
-        self.buffer = open_reader(self.data, vae_of).buffer
+        any_width = WindowSpec.of(vae_of.config).without_widths()
+        self.buffer = open_reader(self.data, vae_of, spec=any_width).buffer
+        check_split(self.buffer, self.data)
         shape = self.buffer.shape(self.data.action_key)
         wanted = architecture.model_config(model, shape[-1])
         if WindowSpec.of(wanted).more_than_images:
@@ -157,6 +160,7 @@ class Bench:
         key = own.readout if variant.readout else ""
         how = {"mirror": variant.mirror, "views": variant.views, "key": key}
         options = dataclasses.replace(options, **variant.changes)
+        scale = readout_scale(self.buffer, key, own.readout_angles, mirrored=variant.mirror)
         with MetricsWriter(folder, "pretrain", fresh=True) as metrics:
             policy = joint.pretrain(
                 self.policy,
@@ -168,9 +172,7 @@ class Bench:
                 seed=seed,
                 folder=folder / "states",
                 metrics=metrics,
-                state_scale=StateScale.fit(self.buffer.read(key), own.readout_angles)
-                if key
-                else None,
+                state_scale=scale,
             )
         found = self._figures(policy, folder, options)
         write_json(folder / "row.json", found)

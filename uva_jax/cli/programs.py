@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from uva_jax.data import batch_shapes
+from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
 from uva_jax.data.windows import WindowSpec
@@ -61,7 +62,9 @@ def _frame_size(config) -> tuple[int, int]:
     if section(config.data, DataOptions).embedded or not path.exists():
         return IMAGE_SIZE, IMAGE_SIZE
     key = config.data.image_key
-    return ReplayBuffer.open(path, required=(key,)).shape(key)[1:3]
+    buffer = BufferView(ReplayBuffer.open(path, required=(key,)))
+    buffer.add_frames(key)
+    return buffer.shape(key)[1:3]
 
 
 def _one(devices: Devices) -> NamedSharding:

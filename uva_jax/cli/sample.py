@@ -103,7 +103,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     Raises:
       UserError: there is no such episode or step.
     """
-    from uva_jax.data import source
+    from uva_jax.data import check, source
 
     buffer, options = reader.buffer, reader.options
     if count < 1:
@@ -111,6 +111,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     if episode is None:
         if step is not None:
             raise UserError(f"--step {step} is a step of an episode: give --episode too")
+        check.check_split(buffer, options, "; or say with --episode whose windows")
         _, held_out = source.split(buffer, options)
         strips = plan_strips(
             buffer.episode_ends,
@@ -268,6 +269,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         given = {name: getattr(args, name) for name in _DATA if getattr(args, name) is not None}
         reader = open_reader(policy, args.dataset, given)
+        for note in reader.buffer.notes:
+            print(note)
         chosen = choose(reader, args.episode, args.step, args.windows, args.seed)
         windows = read_windows(reader, *chosen)
         names = [f"ep. {e}, step {s}" for e, s in zip(*chosen, strict=True)]

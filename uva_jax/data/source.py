@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from uva_jax.data import check
 from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.episodes import validation_mask
 from uva_jax.data.language import task_latents
 from uva_jax.data.pusht_demos import render_demos
-from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.windows import Strips, WindowSpec, buffer_rows
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
@@ -64,6 +65,7 @@ class WindowReader:
     """Reads strips of windows as a policy takes them, from arrays that hold just that.
 
     Attributes:
+      buffer: the recording, in the form that policies take.
       spec: what a window holds.
       stride: steps of the recording between neighbouring frames, and windows of a strip.
     """
@@ -72,7 +74,12 @@ class WindowReader:
 
     @classmethod
     def arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
-        """The replay buffer's arrays that are read.
+        """The replay buffer's arrays that are read; errors as in `frames`."""
+        return (*cls.frames(spec, options), *cls.numbers(spec, options))
+
+    @classmethod
+    def frames(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
+        """Those of them that hold images.
 
         Raises:
           UserError: the policy has a wrist camera and `config.data.wrist_key` is empty.
@@ -81,13 +88,12 @@ class WindowReader:
             raise UserError(
                 "this policy sees a wrist camera: name its array with config.data.wrist_key"
             )
-        wrist = (options.wrist_key,) if spec.wrist else ()
-        return (options.image_key, *wrist, *cls.value_arrays(spec, options))
+        return (options.image_key, options.wrist_key) if spec.wrist else (options.image_key,)
 
     @classmethod
-    def value_arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
-        """Those of them that hold no images."""
-        return (options.action_key, *spec.states)
+    def numbers(cls, spec: WindowSpec, options: DataOptions) -> dict[str, int | None]:
+        """The others of them, and how wide each has to be (None: see `widths`)."""
+        return dict.fromkeys((options.action_key, *spec.states))
 
     def __init__(
         self,
@@ -105,9 +111,10 @@ class WindowReader:
           spec: what a window holds; None: what the policy's `predict_action` reads.
 
         Raises:
-          UserError: the data lacks what the policy reads, or cannot be mirrored.
+          UserError: the data lacks what the policy reads, has it in a form or width that does not
+            fit, holds numbers that are not finite, or cannot be mirrored.
         """
-        self.buffer, self.options = buffer, options
+        self.buffer, self.options = check.BufferView(buffer), options
         self.spec = spec = spec or WindowSpec.of(policy.config)
         self.stride = spec.stride * self.pace
         if options.mirror and spec.more_than_images:
@@ -115,6 +122,15 @@ class WindowReader:
                 f"config.data.mirror={options.mirror!r} mirrors images and actions, but this "
                 "policy reads more than those: set it to ''"
             )
+        numbers = self.numbers(spec, options)
+        for name in self.frames(spec, options):
+            self.buffer.add_frames(name)
+        for name, width in numbers.items():
+            self.buffer.add_numbers(name, width)
+        check.check_widths(spec, self.widths(), str(buffer.path))
+        check.check_mirror(self.buffer, options)
+        for name in numbers:
+            self.buffer.check_finite(name)
         self.text = None
         if self.spec.text:
             if not buffer.tasks:
@@ -158,11 +174,11 @@ class WindowReader:
         # All steps between, because a layout may relate them to the current one.
         span = np.arange(min(0, *map(np.min, filter(len, parts))), offsets.actions[-1] + 1)
         taken = steps(current[..., None] + self.pace * span)
-        names = self.value_arrays(spec, options)
+        names = self.numbers(spec, options)
         read = self.buffer.read_rows(wanted | dict.fromkeys(names, taken))
-        found = {"image": _as_uint8(read[options.image_key], options.image_key)}
+        found = {"image": read[options.image_key]}
         if spec.wrist:
-            found["wrist_image"] = _as_uint8(read[options.wrist_key], options.wrist_key)
+            found["wrist_image"] = read[options.wrist_key]
         actions, states = self.values({name: read[name] for name in names}, -span[0])
         found["action"] = actions[:, :, offsets.actions - span[0]]
         if spec.past_actions:
@@ -175,13 +191,18 @@ class WindowReader:
             found["text_latents"] = np.repeat(self.text[episode][:, None], current.shape[1], axis=1)
         return found
 
+    def widths(self) -> dict[str, tuple[str, int]]:
+        """What `values` gives: for "action" and every state, whence it comes, and its width."""
+        arrays = {"action": self.options.action_key} | {name: name for name in self.spec.states}
+        return {k: (f"data/{name}", self.buffer.shape(name)[1]) for k, name in arrays.items()}
+
     def values(
         self, read: Mapping[str, np.ndarray], current: int
     ) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
         """Actions and states, float32, of windows of arrays (b, strip, t, k) as they are stored.
 
         Args:
-          read: the `value_arrays` by name.
+          read: the arrays of `numbers` by name.
           current: the place of the current step in a window.
 
         Returns:
@@ -195,7 +216,3 @@ def single_windows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Strips of one window without the axis for it: an observation, and "action" (b, n, a)."""
     # Images have no such axis: a strip of one window is its n_frames frames.
     return {k: v if k in ("image", "wrist_image") else v[:, 0] for k, v in batch.items()}
-
-
-def _as_uint8(images: np.ndarray, key: str) -> np.ndarray:
-    return images if images.dtype == np.uint8 else to_uint8(images, key)

@@ -16,7 +16,12 @@ from uva_jax.data.source import DataOptions, WindowReader
 from uva_jax.data.windows import WindowSpec
 
 STRIDE = 3  # steps of the recording (59.94 Hz) per step of a window
-_POSE = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
+_POSE = {"robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 3, "robot0_gripper_width": 1}
+# Widths of a window's arrays, in which a rotation is six numbers.
+_GIVEN = {
+    **{"action": 10, "robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 6},
+    **{"robot0_gripper_width": 1, "robot0_eef_rot_axis_angle_wrt_start": 6},
+}
 START_NOISE = 0.05  # radians; upstream perturbs the start's rotation against memorisation
 
 
@@ -26,8 +31,11 @@ class UmiReader(WindowReader):
     pace = STRIDE
 
     @classmethod
-    def value_arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
-        return (*_POSE, "robot0_demo_start_pose")
+    def numbers(cls, spec: WindowSpec, options: DataOptions) -> dict[str, int | None]:
+        return _POSE | {"robot0_demo_start_pose": 6}
+
+    def widths(self) -> dict[str, tuple[str, int]]:
+        return {k: (f"{k} of config.data.layout='umi'", width) for k, width in _GIVEN.items()}
 
     def values(
         self, read: Mapping[str, np.ndarray], current: int

@@ -9,6 +9,7 @@ frames. The results equal those of upstream's sampler and data utilities (`sampl
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import NamedTuple
@@ -48,6 +49,9 @@ class WindowSpec:
       action_offset: steps from the current step to the first action.
       states: arrays of the proprioceptive state, in order.
       state_steps: observed steps of the state.
+      action_dim: width of an action; None: any.
+      state_dim: width of all states together; None: any.
+      state_dims: (name, width) of the states whose own width is known.
       past_actions: number of actions before the predicted ones that are an input.
       wrist: a second camera is an input.
       text: a language latent is an input.
@@ -59,6 +63,9 @@ class WindowSpec:
     action_offset: int = 0
     states: tuple[str, ...] = ()
     state_steps: int = 0
+    action_dim: int | None = None
+    state_dim: int | None = None
+    state_dims: tuple[tuple[str, int], ...] = ()
     past_actions: int = 0
     wrist: bool = False
     text: bool = False
@@ -67,17 +74,26 @@ class WindowSpec:
     def of(cls, config: PolicyConfig) -> WindowSpec:
         """Returns the windows of a policy's `predict_action`."""
         mar = config.mar
+        states = config.proprio_keys if mar.proprio_dim else ()
+        normalized = config.normalizer_fields if config.normalizer_type != "none" else ()
         return cls(
             n_frames=mar.n_frames,
             n_obs_steps=config.n_obs_steps,
             n_actions=mar.n_actions,
             action_offset=0 if config.shift_action else 1,
-            states=config.proprio_keys if mar.proprio_dim else (),
-            state_steps=config.n_obs_steps if mar.proprio_dim else 0,
+            states=states,
+            state_steps=config.n_obs_steps if states else 0,
+            action_dim=config.action_dim if config.action_head else None,
+            state_dim=mar.proprio_dim,
+            state_dims=tuple((name, width) for name, width in normalized if name in states),
             past_actions=mar.n_actions if mar.history_action else 0,
             wrist=mar.proprio_image,
             text=mar.text_dim > 0,
         )
+
+    def without_widths(self) -> WindowSpec:
+        """Returns the spec for actions and states of any width, for a policy not yet built."""
+        return dataclasses.replace(self, action_dim=None, state_dim=None, state_dims=())
 
     @property
     def stride(self) -> int:
@@ -147,6 +163,11 @@ def history_combinations() -> np.ndarray:
     return np.array([(*head, 15) for head in heads])
 
 
+def steps_of_a_window(options: DataOptions) -> int:
+    """Counts the steps that an episode needs for one window."""
+    return options.horizon // 2 + 1 - options.pad_after
+
+
 def last_current_steps(lengths: np.ndarray, options: DataOptions) -> np.ndarray:
     """Returns the last possible current step of episodes, given their lengths; negative: none.
 
@@ -154,7 +175,7 @@ def last_current_steps(lengths: np.ndarray, options: DataOptions) -> np.ndarray:
     by `pad_after` steps. They may begin anywhere before its start, so that every earlier step is a
     current step, as in rollouts.
     """
-    return lengths - (options.horizon // 2 + 1 - options.pad_after)
+    return lengths - steps_of_a_window(options)
 
 
 @dataclass(frozen=True)
@@ -216,8 +237,8 @@ def plan_strips(
             episodes.append(np.full(len(first), episode))
     if not episodes:
         raise UserError(
-            f"no episode has the {options.horizon // 2 + 1 - options.pad_after} steps that one "
-            f"window needs (the longest has {int(lengths[mask].max(initial=0))}); "
+            f"no episode has the {steps_of_a_window(options)} steps that one window needs (the "
+            f"longest of the {int(mask.sum())} chosen has {int(lengths[mask].max(initial=0))}); "
             "lower config.data.horizon or raise config.data.pad_after"
         )
     episode, start = np.concatenate(episodes), np.concatenate(starts)

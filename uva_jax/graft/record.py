@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.data import source
+from uva_jax.data.check import check_split
 from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models.policy import Policy
@@ -48,7 +49,11 @@ def capture_activations(
 
     Returns:
       {"train", "held_out"}: {"samples", "bytes"} of each cache.
+
+    Raises:
+      UserError: there is no window to train on, or none to judge by; or see `capture_cache`.
     """
+    check_split(reader.buffer, reader.options)
     train, held_out = source.split(reader.buffer, reader.options)
     result = {}
     for name, mask, samples in (

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from uva_jax import assets
 from uva_jax.data import source
 from uva_jax.data.readers import open_reader
+from uva_jax.data.windows import WindowSpec
 from uva_jax.models import policy_folder
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context
@@ -64,11 +65,25 @@ def load_policy(folder: Path, config) -> Policy:
     return policy_folder.load_policy(folder, dtype=compute_dtype(config))
 
 
-def open_data(context: Context, policy: Policy, **changes) -> source.WindowReader:
-    """Opens the data for a policy; `changes` override fields of `config.data`."""
-    options = section(context.config.data, DataOptions)
+def open_data(
+    context: Context, policy: Policy, *, spec: WindowSpec | None = None, **changes
+) -> source.WindowReader:
+    """Opens the data for a policy, checks them against it, and logs what is read in another form.
+
+    Args:
+      context: of the stage.
+      policy: see `open_reader`, as `spec`.
+      changes: override fields of `config.data`.
+
+    Raises:
+      UserError: see `open_reader`.
+    """
+    options = dataclasses.replace(section(context.config.data, DataOptions), **changes)
     with context.metrics.late_progress("frames", desc="rendering") as progress:
-        return open_reader(dataclasses.replace(options, **changes), policy, progress=progress)
+        reader = open_reader(options, policy, spec=spec, progress=progress)
+    for note in reader.buffer.notes:
+        context.metrics.say(note)
+    return reader
 
 
 def recording(config) -> dict:

@@ -14,6 +14,7 @@ from flax import nnx
 from convert.from_torch import from_torch
 from convert.to_torch import export_policy
 from uva_jax.data import source
+from uva_jax.data.check import check_split
 from uva_jax.data.windows import plan_strips
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
@@ -169,6 +170,8 @@ def _held_out_windows(context: Context, policy: Policy):
         return None
     # Not mirrored, because the actions are compared with the demonstrations.
     reader = open_data(context, policy, mirror="")
+    way_out = "; or set config.evaluate.windows=0 and judge without windows"
+    check_split(reader.buffer, reader.options, way_out)
     _, held_out = source.split(reader.buffer, reader.options)
     strips = plan_strips(
         reader.buffer.episode_ends,

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uva_jax.data.augment import CropAndBlur, mirror_pusht
-from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.vae import VAE
@@ -62,7 +62,7 @@ class Copies:
     def read(self, buffer: ReplayBuffer, key: str, numbers: np.ndarray) -> np.ndarray:
         """Reads frames (n, h, w, 3) uint8 by their numbers (n,) in the cache."""
         steps, copies = numbers % buffer.n_steps, numbers // buffer.n_steps
-        found = to_uint8(buffer.read_rows({key: steps})[key], key)
+        found = buffer.read_rows({key: steps})[key]
         views, mirrored = divmod(copies, 1 + self.mirror)
         if mirrored.any():
             found = mirror_pusht({"image": found}, mirrored.astype(bool))["image"]
@@ -97,7 +97,7 @@ def encode_frames(
       site: the cache's folder, metrics and processes.
       policy: its VAE encodes frames of its image size; other parts need no arrays.
       buffer: the recording.
-      image_key: its array of frames.
+      image_key: its array of frames (n, h, w, 3) uint8.
       copies: the copies that are encoded.
 
     Returns:

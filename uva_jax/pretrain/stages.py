@@ -22,13 +22,15 @@ from convert.partial import start_from
 from convert.to_torch import export_policy, plain_cfg, torch_arrays
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur, mirror_pusht
-from uva_jax.data.replay_buffer import ReplayBuffer, to_uint8
+from uva_jax.data.check import check_split
+from uva_jax.data.replay_buffer import ReplayBuffer
+from uva_jax.data.windows import WindowSpec
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.vae import VAE
 from uva_jax.pretrain import joint, latents, vae
 from uva_jax.pretrain.architecture import ModelOptions, fit_normalizer, model_config
-from uva_jax.pretrain.windows import StateScale, Windows
+from uva_jax.pretrain.windows import StateScale, Windows, readout_scale
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.settings import section
@@ -37,7 +39,7 @@ from uva_jax.storage.site import Site
 from uva_jax.train.loop import part
 
 VAE_FILE = "vae.ckpt"
-OpenData = Callable[[Policy], source.WindowReader]
+OpenData = Callable[..., source.WindowReader]  # (policy, spec=...)
 _BLOCK = 512  # frames read at a time
 _ANY_ACTION_DIM = 2  # of a policy whose VAE alone is used
 
@@ -84,7 +86,7 @@ def run_vae(
     """Trains the VAE and writes folder/vae.ckpt, in the layout of LDM's and MAR's KL-VAE.
 
     Args:
-      open_data: a policy -> the reader of its data.
+      open_data: (policy, spec=what its windows hold) -> the reader of its data.
       options: see `Options`.
       folder: of the stage; also holds resumable states.
       metrics: writer of progress and messages.
@@ -107,7 +109,7 @@ def run_vae(
         policy, _ = convert_checkpoint(Path(settings.mar).expanduser())
     trained = policy.vae
     if settings.vae_training.steps or settings.vae_training.decoder_steps:
-        trained = _train_vae(policy, _opened(open_data, policy), options, folder, metrics)
+        trained = _train_vae(policy, _opened(open_data, policy, settings), options, folder, metrics)
     arrays = {f"vae/{k}": v for k, v in surgery.flatten(trained).items()}
     if is_primary:
         named = {k.removeprefix("vae_model."): v for k, v in torch_arrays(arrays).items()}
@@ -137,7 +139,7 @@ def run_encode(
     """
     policy = _vae_alone(options)
     _fill_vae(policy, vae_folder / VAE_FILE)
-    reader = _opened(open_data, policy)
+    reader = _opened(open_data, policy, options.settings)
     result = {}
     for name, key in _cameras(policy, reader.options).items():
         site = Site(folder / name, metrics, is_primary, barrier)
@@ -179,7 +181,7 @@ def run_policy(
     _fill_vae(policy, vae_folder / VAE_FILE)
     trained = policy
     if how.steps:
-        data = reader.options
+        data, scale = reader.options, _readout_scale(settings, reader)
         caches = {
             name: latents.Latents.open(
                 SampleStore.open(latent_folder / name), int(settings.memory_gb * 2**30)
@@ -205,7 +207,7 @@ def run_policy(
             folder=folder / "states",
             metrics=metrics,
             wrist=caches.get("wrist"),
-            state_scale=_state_scale(settings, reader.buffer),
+            state_scale=scale,
             score=score,
         )
     about = {"stage": "pretrain", "weights": "ema", "seed": seed, "steps": how.steps}
@@ -252,13 +254,16 @@ def _copies(options: Options, data: source.DataOptions) -> latents.Copies:
     return latents.Copies(bool(data.mirror), augment.views, change, options.seed)
 
 
-def _opened(open_data: OpenData, policy: Policy) -> source.WindowReader:
-    reader = open_data(policy)
+def _opened(open_data: OpenData, policy: Policy, settings) -> source.WindowReader:
+    # The policy is not built yet, so the recording decides the widths.
+    reader = open_data(policy, spec=WindowSpec.of(policy.config).without_widths())
     if reader.options.layout:
         raise UserError(
             f"config.data.layout is {reader.options.layout!r}, but training a policy supports only "
             "images and actions as they are stored: set it to ''"
         )
+    if settings.steps:  # the policy's training evaluates on held-out windows
+        check_split(reader.buffer, reader.options)
     return reader
 
 
@@ -268,7 +273,8 @@ def _start(
     """Returns the initial policy, without its VAE, and the reader of its data."""
     settings = options.settings
     model = section(settings.model, ModelOptions)
-    reader = _opened(open_data, surgery.abstract_policy(model_config(model, _ANY_ACTION_DIM)))
+    shapeless = surgery.abstract_policy(model_config(model, _ANY_ACTION_DIM))
+    reader = _opened(open_data, shapeless, settings)
     buffer, data = reader.buffer, reader.options
     action_dim, *widths = (buffer.shape(k)[-1] for k in (data.action_key, *model.states))
     widths = dict(zip(model.states, widths, strict=True))
@@ -306,15 +312,11 @@ def _check_starts(settings) -> None:
         )
 
 
-def _state_scale(settings, buffer: ReplayBuffer) -> StateScale | None:
-    if not settings.readout:
-        return None
-    if settings.readout not in buffer.keys:
-        raise UserError(
-            f"config.pretrain.readout is {settings.readout!r}, but the data holds "
-            f"{', '.join(buffer.keys)}: name one of them, or '' for no readout head"
-        )
-    return StateScale.fit(buffer.read(settings.readout), settings.readout_angles)
+def _readout_scale(settings, reader: source.WindowReader) -> StateScale | None:
+    mirrored = bool(reader.options.mirror)
+    return readout_scale(
+        reader.buffer, settings.readout, settings.readout_angles, mirrored=mirrored
+    )
 
 
 def _train_vae(
@@ -328,13 +330,13 @@ def _train_vae(
     settings, seed = options.settings, options.seed
     buffer, data = reader.buffer, reader.options
     how = section(settings.vae_training, vae.VAEOptions)
+    scale = _readout_scale(settings, reader)
     train, _ = source.split(buffer, data)
     owner = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(train[owner]))
     cameras = tuple(_cameras(policy, data).values())
     rows = np.sort(rows[: how.frames // len(cameras)])
     frames = np.concatenate([resized_frames(policy, buffer, key, rows) for key in cameras])
-    scale = _state_scale(settings, buffer)
     states = np.tile(buffer.read(settings.readout)[rows], (len(cameras), 1)) if scale else None
 
     def prepare(batch: dict, where: np.ndarray) -> dict:
@@ -363,7 +365,7 @@ def resized_frames(policy: Policy, buffer: ReplayBuffer, key: str, rows: np.ndar
     for at in range(0, len(rows), _BLOCK):
         # The last block is padded, so that all blocks share one compiled program.
         some = np.resize(rows[at : at + _BLOCK], _BLOCK)
-        frames = to_uint8(buffer.read_rows({key: some})[key], key)
+        frames = buffer.read_rows({key: some})[key]
         found[at : at + _BLOCK] = np.asarray(resize(frames))[: len(rows) - at]
     return found
 

@@ -11,12 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from uva_jax.data.augment import mirror_pusht
+from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.windows import WindowSpec, buffer_rows, history_combinations, plan_strips
 from uva_jax.models.policy import Policy
 from uva_jax.pretrain.latents import Copies
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
+
+_PUSHT_STATE = 5  # numbers of the state that `mirror_pusht` knows
 
 
 class Windows:
@@ -154,6 +157,31 @@ class StateScale(NamedTuple):
         """Scales states (..., k) to (..., k + angles) float32."""
         flat = _without_angles(np.asarray(states, np.float32), self.angles)
         return ((flat - self.mean) / self.std).astype(np.float32)
+
+
+def readout_scale(
+    buffer: BufferView, key: str, angles: Sequence[int], *, mirrored: bool
+) -> StateScale | None:
+    """Checks the readout array, adds it to the buffer and fits its scale; None for key "".
+
+    Raises:
+      UserError: the array is missing, is not finite, lacks such angles, or cannot be mirrored.
+    """
+    if not key:
+        return None
+    if key not in buffer.keys:
+        raise UserError(
+            f"config.pretrain.readout is {key!r}, but the data holds {', '.join(buffer.keys)}: "
+            "name one of them, or '' for no readout head"
+        )
+    buffer.add_numbers(key)
+    if mirrored and (width := buffer.shape(key)[1]) != _PUSHT_STATE:
+        raise UserError(
+            f"config.data.mirror mirrors a state of {_PUSHT_STATE} numbers (agent, block, angle), "
+            f"but config.pretrain.readout={key!r} has {width}: set one of them to ''"
+        )
+    buffer.check_finite(key)
+    return StateScale.fit(buffer.read(key), angles)
 
 
 def _without_angles(states: np.ndarray, angles: tuple[int, ...]) -> np.ndarray:
