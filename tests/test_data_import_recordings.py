@@ -152,6 +152,20 @@ def relative(arrays):
     arrays["actions"][:, :3] = np.random.default_rng(0).uniform(-1, 1, (4, 3)) * 0.1
 
 
+def relative_near_zero(arrays):
+    """Small steps of a hand that works a hand's breadth from the origin."""
+    arrays["obs/robot0_eef_pos"][:] -= [0.1, 0, 1]
+    arrays["actions"][:, :3] = 0.02
+
+
+def nan_action(arrays):
+    arrays["actions"][2, 6] = np.nan
+
+
+def infinite_state(arrays):
+    arrays["obs/robot0_gripper_qpos"][3, 1] = np.inf
+
+
 def without_actions(arrays):
     del arrays["actions"]
 
@@ -176,6 +190,9 @@ def float_images(arrays):
     ("damage", "message"),
     [
         (relative, "so they are relative ones, which UVA does not use"),
+        (relative_near_zero, "demo_0 are 0.* m away .* so they are relative ones"),
+        (nan_action, "demo_0/actions is not finite at step 2"),
+        (infinite_state, "demo_0/obs/robot0_gripper_qpos is not finite at step 3"),
         (without_actions, "demo_0 lacks actions; it holds dones, obs, rewards, obs/robot0"),
         (without_images, "demo_0 lacks obs/sideview_image; it holds"),
         (short_images, r"sideview_image has shape \(3, 20, 20, 3\), where 4 steps"),
@@ -190,6 +207,43 @@ def test_a_file_that_does_not_fit_is_explained(tmp_path, damage, message):
     with pytest.raises(UserError, match=message):
         read("robomimic", path, out=tmp_path / "out.zarr")
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_every_demonstration_s_actions_are_looked_at(tmp_path):
+    demos = {n: demo_arrays(n, 4, "robomimic") for n in range(3)}
+    relative(demos[2])
+    with pytest.raises(UserError, match="the actions of /data/demo_2 .* relative ones"):
+        open_hdf5("robomimic", [write_demos(tmp_path / "late.hdf5", demos)], None)
+    # Those before it are absolute, and can be taken alone.
+    assert open_hdf5("robomimic", [tmp_path / "late.hdf5"], 2)[0].notes == []
+
+
+def test_absolute_actions_are_read_where_a_file_keeps_both(tmp_path):
+    demos = {n: demo_arrays(n, 4, "robomimic") for n in range(2)}
+    absolute = np.concatenate([arrays["actions"] for arrays in demos.values()])
+    for arrays in demos.values():
+        arrays["actions_abs"] = arrays["actions"].copy()
+        relative(arrays)
+    path = write_demos(tmp_path / "both.hdf5", demos)
+    (recording,) = open_hdf5("robomimic", [path], None)
+    found = recording.read("action", 0, 8)
+    np.testing.assert_array_equal(found[:, :3], absolute[:, :3].astype(np.float32))
+    np.testing.assert_array_equal(found[:, 9], absolute[:, 6].astype(np.float32))
+    assert recording.notes == [f"{path}: actions_abs is read in the place of actions"]
+    del demos[1]["actions_abs"]
+    with pytest.raises(UserError, match="actions_abs, which 1 of 2 demonstrations here hold"):
+        open_hdf5("robomimic", [write_demos(tmp_path / "some.hdf5", demos)], None)
+
+
+def test_actions_without_a_hand_s_position_are_taken_and_it_is_said(tmp_path, capsys):
+    arrays = demo_arrays(0, 4)
+    arrays["obs/ee_states"] = np.tile(arrays.pop("obs/ee_pos"), 2)
+    near = write_demos(tmp_path / f"{BOOK}_demo.hdf5", {0: arrays})
+    assert open_hdf5("libero", [near], None)[0].notes == []
+    del arrays["obs/ee_states"]
+    path = write_demos(tmp_path / f"{STOVE}_demo.hdf5", {0: arrays})
+    assert main(["--kind", "libero", str(path), "--out", str(tmp_path / "out.zarr")]) == 0
+    assert "1 of 1 demonstrations lack the hand's position" in capsys.readouterr().out
 
 
 def test_what_is_no_recording_is_explained(tmp_path):

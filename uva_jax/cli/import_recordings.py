@@ -63,6 +63,8 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError("--task and --vocabulary need --kind zarr: leave them out")
     else:
         recordings = open_hdf5(args.kind, args.sources, args.limit)
+        for note in (note for recording in recordings for note in recording.notes):
+            print(note)
     with tqdm(unit="step", unit_scale=True) as bar:
 
         def show(done: int, total: int) -> None:

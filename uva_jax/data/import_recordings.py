@@ -21,8 +21,10 @@ from uva_jax.data.zarr_container import not_hdf5
 from uva_jax.runtime.errors import UserError
 
 _LIBERO_FILE = "_demo.hdf5"
-# Absolute targets are within centimeters of the hand; relative ones, about 0, are not.
-_NEAR = 0.5  # meters
+# Absolute targets lie beside the hand; relative ones are small numbers, wherever the hand is. The
+# distance to the hand over the distance to 0 is about 0.1 for Libero's and robomimic's, else 1.
+_NEAR = 0.5
+_ACTIONS = ("actions_abs", "actions")  # robomimic 0.5 keeps absolute ones beside relative ones
 _BLOCK = 128  # steps that are read at once
 
 
@@ -50,30 +52,34 @@ class _Layout(NamedTuple):
 
     frames: tuple[str, ...]
     states: tuple[str, ...]
-    position: str  # of the hand, in the frame of absolute actions
+    positions: tuple[str, ...]  # what may begin with the hand's, in the frame of absolute actions
     upside_down: bool  # MuJoCo's images, as Libero stores them, have their first row at the bottom
 
 
 LAYOUTS = {
-    "libero": _Layout(("agentview_rgb",), (), "ee_pos", True),
+    "libero": _Layout(("agentview_rgb",), (), ("ee_pos", "ee_states"), True),
     "robomimic": _Layout(
         ("robot0_eye_in_hand_image", "sideview_image"),
         ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
-        "robot0_eef_pos",
+        ("robot0_eef_pos",),
         False,
     ),
 }
 
 
 class Hdf5Recording:
-    """The demonstrations of one HDF5 file of Libero or robomimic (a `Recording`)."""
+    """The demonstrations of one HDF5 file of Libero or robomimic (a `Recording`).
+
+    Attributes:
+      notes: what has to be said of them, a sentence each.
+    """
 
     def __init__(self, path: Path, layout: _Layout, task: str | None, limit: int | None):
         """Opens the file and looks at every demonstration's shapes.
 
         Raises:
-          UserError: no HDF5 file, no demonstrations, something is missing or does not fit, or the
-            actions are not absolute.
+          UserError: no HDF5 file, no demonstrations, something is missing, does not fit or is not
+            finite, or the actions are not absolute.
         """
         self.path, self.name = path, f"{path.name} {path.stat().st_size}"
         self._layout = layout
@@ -89,6 +95,8 @@ class Hdf5Recording:
         if not self._demos:
             found = ", ".join(self._file) or "nothing"
             raise UserError(f"{path} holds no demonstrations data/demo_<number>; it holds {found}")
+        with_absolute = sum(_ACTIONS[0] in demo for demo in self._demos)
+        self._actions = _ACTIONS[with_absolute < len(self._demos)]
         self.tasks = () if task is None else (task,) * len(self._demos)
         self.lengths = np.array([self._length(demo) for demo in self._demos])
         first = self._demos[0]
@@ -97,7 +105,8 @@ class Hdf5Recording:
             for key in layout.frames + layout.states
         }
         self.arrays["action"] = ((10,), "float32")
-        self._check_absolute(first)
+        self.notes: list[str] = []
+        self._check_numbers()
         self._starts = np.append(0, np.cumsum(self.lengths))
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
@@ -106,11 +115,8 @@ class Hdf5Recording:
         episodes = zip(self._demos, self._starts[:-1], self._starts[1:], strict=True)
         for demo, begin, end in episodes:
             if begin < stop and end > start:
-                values = demo["actions" if key == "action" else f"obs/{key}"]
-                try:
-                    parts.append(values[max(start - begin, 0) : min(stop, end) - begin])
-                except OSError as error:
-                    raise UserError(f"{self.path}: {values.name} is damaged: {error}") from error
+                values = demo[self._actions if key == "action" else f"obs/{key}"]
+                parts.append(self._read(values, max(start - begin, 0), min(stop, end) - begin))
         values = np.concatenate(parts)
         if key == "action":
             return actions_to_10d(values)
@@ -118,44 +124,95 @@ class Hdf5Recording:
             return values.astype(np.float32)
         return values[:, ::-1] if self._layout.upside_down else values
 
+    def _read(self, values, start: int = 0, stop: int | None = None) -> np.ndarray:
+        try:
+            return values[start:stop]
+        except OSError as error:
+            raise UserError(f"{self.path}: {values.name} is damaged: {error}") from error
+
     def _length(self, demo) -> int:
         """The steps of a demonstration that has all that is needed."""
         frames, states = self._layout.frames, self._layout.states
-        wanted = ["actions", *(f"obs/{key}" for key in (*frames, *states))]
+        actions = self._actions
+        wanted = [actions, *(f"obs/{key}" for key in (*frames, *states))]
         if missing := [key for key in wanted if key not in demo]:
             found = ", ".join([*demo, *(f"obs/{key}" for key in demo.get("obs", {}))]) or "nothing"
             raise UserError(
                 f"{self.path}: {demo.name} lacks {', '.join(missing)}; it holds {found}"
             )
-        steps, first = demo["actions"].shape[0], self._demos[0]
+        steps, first = (demo[actions].shape or (0,))[0], self._demos[0]
         for key in wanted:
             if demo[key].shape != (steps, *first[key].shape[1:]) or not steps:
                 raise UserError(
                     f"{self.path}: {demo.name}/{key} has shape {demo[key].shape}, where {steps} "
                     f"steps of {first[key].shape[1:]} are expected"
                 )
-        if demo["actions"].shape[1:] != (7,):
+            if key.removeprefix("obs/") not in frames and demo[key].dtype.kind not in "iuf":
+                raise UserError(f"{self.path}: {demo.name}/{key} holds {demo[key].dtype}, no reals")
+        if demo[actions].shape[1:] != (7,):
             raise UserError(
-                f"{self.path}: {demo.name}/actions has shape {demo['actions'].shape}, but 7 "
+                f"{self.path}: {demo.name}/{actions} has shape {demo[actions].shape}, but 7 "
                 "numbers a step are expected: position, axis-angle and gripper of one arm"
             )
         if bad := [key for key in frames if demo[f"obs/{key}"].dtype != np.uint8]:
             raise UserError(f"{self.path}: {demo.name}/obs/{bad[0]} does not hold uint8 pixels")
         return steps
 
-    def _check_absolute(self, demo) -> None:
-        """Raises UserError for relative actions, which a policy of absolute ones cannot learn."""
-        place = demo.get(f"obs/{self._layout.position}")
-        if place is None or place.shape != (len(demo["actions"]), 3):
-            return
-        distance = float(np.median(np.linalg.norm(demo["actions"][:, :3] - place[:], axis=-1)))
-        if distance > _NEAR:
-            raise UserError(
-                f"{self.path}: the actions' positions are {distance:.2f} m away from the hand's, "
-                "so they are relative ones, which UVA does not use: give the file of absolute "
-                "actions (robomimic: image_abs.hdf5; Libero: upstream's converted .zarr.zip with "
-                "--kind zarr)"
+    def _check_numbers(self) -> None:
+        """Checks the values of all actions and states, and notes what could not be checked.
+
+        Raises:
+          UserError: values are not finite, or the actions are relative ones, which a policy of
+            absolute ones cannot learn.
+        """
+        unknown = 0
+        for demo in self._demos:
+            for key in (self._actions, *(f"obs/{key}" for key in self._layout.states)):
+                bad = np.argwhere(~np.isfinite(self._read(demo[key])))
+                if len(bad):
+                    raise UserError(
+                        f"{self.path}: {demo.name}/{key} is not finite at step {bad[0][0]} "
+                        "(counted from 0): correct the file, or leave that demonstration out"
+                    )
+            hand = self._hand(demo)
+            unknown += hand is None
+            if hand is not None:
+                self._check_absolute(demo, hand)
+        if self._actions == _ACTIONS[0]:
+            self.notes.append(f"{self.path}: actions_abs is read in the place of actions")
+        if unknown:
+            wanted = " or ".join(f"obs/{name}" for name in self._layout.positions)
+            self.notes.append(
+                f"{self.path}: {unknown} of {len(self._demos)} demonstrations lack the hand's "
+                f"position ({wanted}), so it could not be checked that their actions are absolute, "
+                "as UVA needs them"
             )
+
+    def _check_absolute(self, demo, hand: np.ndarray) -> None:
+        targets = self._read(demo[self._actions])[:, :3]
+        away, long = (
+            float(np.median(np.linalg.norm(x, axis=1))) for x in (targets - hand, targets)
+        )
+        if away <= _NEAR * long:
+            return
+        held = sum(_ACTIONS[0] in demo for demo in self._demos)
+        raise UserError(
+            f"{self.path}: the actions of {demo.name} are {away:.2g} m away from the hand and "
+            f"{long:.2g} m from 0, so they are relative ones, which UVA does not use: give the "
+            "file of absolute actions (robomimic: image_abs.hdf5, or a file with actions_abs, "
+            f"which {held} of {len(self._demos)} demonstrations here hold; Libero: upstream's "
+            "converted .zarr.zip with --kind zarr)"
+        )
+
+    def _hand(self, demo) -> np.ndarray | None:
+        """Reads the hand's positions (steps, 3); None where the demonstration holds none."""
+        for name in self._layout.positions:
+            place = demo.get(f"obs/{name}")
+            shape = getattr(place, "shape", ())
+            if len(shape) == 2 and shape[0] == len(demo[self._actions]) and shape[1] >= 3:
+                found = self._read(place)[:, :3]
+                return found if np.isfinite(found).all() else None
+        return None
 
 
 def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf5Recording]:
