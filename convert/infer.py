@@ -128,7 +128,7 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
         vae=vae,
         mar=mar,
         **heads,
-        normalizer_type=str(said.get("task.dataset.normalizer_type", "all" if fields else "none")),
+        normalizer_type=str(said.get("task.dataset.normalizer_type", "all")),
         normalizer_fields=fields,
         proprio_keys=proprio_keys,
         n_obs_steps=said.integer("task.env_runner.n_obs_steps", 16),

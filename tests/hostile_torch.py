@@ -401,6 +401,11 @@ def normalisers() -> Made:
 
     none = f"no normaliser of 'action' ({prefix}*)"
     yield "missing", none, _changed(remove("normalizer."))
+    silent = plain_cfg(CONFIG)
+    del silent["task"]["dataset"]["normalizer_type"]
+    bare = {n: v for n, v in sound_state().items() if not n.startswith("normalizer.")}
+    cfg = torch_file.records_from_dict(silent)
+    yield "missing, and not said in the cfg", none, lambda path: sound(path, bare, cfg=cfg)
     yield (
         "of another field",
         none,
@@ -418,6 +423,7 @@ def normalisers() -> Made:
     for value, said in (
         (0.0, "'action' has scale 0 (column 1)"),
         (-0.0, "has scale 0"),
+        (1e-40, "has scale 0"),
         (np.inf, ""),
     ):
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_policy, silently
-from variants import TASKS, VARIANTS, write_recording
+from variants import ROBOT_STATE, TASKS, VARIANTS, write_recording
 
 from convert.checks.verify import verify_checkpoint
 from convert.describe import as_text, config_file, describe
 from convert.formats import torch_file
+from convert.from_torch import convert_checkpoint
 from convert.state_dicts import state_tensors
 from convert.to_torch import export_policy
 from uva_jax.data import batch_shapes, source
@@ -248,6 +249,54 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
 def test_data_that_lack_an_input_are_refused(name, changes, words, settings):
     with pytest.raises(UserError, match=words):
         reader_of(make_policy(VARIANTS[name]), settings(**changes))
+
+
+@pytest.mark.parametrize("field", ["action", *ROBOT_STATE])
+def test_a_checkpoint_whose_normalisers_do_not_serve_the_policy_is_refused(field, tmp_path):
+    export_policy(make_policy(VARIANTS["toolhang"]), tmp_path / "sound.ckpt")
+    payload = dict(torch_file.read(tmp_path / "sound.ckpt").payload)
+    # As UVA's training writes it, without this project's description.
+    del payload["uva_jax"]
+    prefix = f"normalizer.params_dict.{field}."
+
+    def refused(change, words, **more):
+        states = {k: change(dict(v)) for k, v in payload["state_dicts"].items()}
+        torch_file.write(tmp_path / "bad.ckpt", payload | more | {"state_dicts": states})
+        with pytest.raises(UserError, match=words):
+            convert_checkpoint(tmp_path / "bad.ckpt")
+
+    def without(state, start=prefix):
+        return {k: v for k, v in state.items() if not k.startswith(start)}
+
+    def scaled(values):
+        return lambda state: (
+            state
+            | {
+                k: np.full(values.shape, values, np.float32)
+                if k.endswith("scale")
+                else np.resize(v.numpy(), values.shape)
+                for k, v in state.items()
+                if k.startswith(prefix)
+            }
+        )
+
+    width = dict(VARIANTS["toolhang"].normalizer_fields)[field]
+    refused(without, f"no normaliser of '{field}'")
+    refused(lambda state: without(state, "normalizer."), "no normaliser of 'action'")
+    refused(scaled(np.zeros(width)), f"normaliser of '{field}' has scale 0")
+    refused(scaled(np.ones(width + 1)), f"{field}.* {width + 1}")
+    # What the policy does not read may be anything.
+    unread = {
+        f"normalizer.params_dict.unread.{k}": np.zeros(3, np.float32)
+        for k in (
+            "scale",
+            "offset",
+            *(f"input_stats.{stat}" for stat in ("min", "max", "mean", "std")),
+        )
+    }
+    states = {k: v | unread for k, v in payload["state_dicts"].items()}
+    torch_file.write(tmp_path / "good.ckpt", payload | {"state_dicts": states})
+    assert convert_checkpoint(tmp_path / "good.ckpt")[0].config.proprio_keys == tuple(ROBOT_STATE)
 
 
 def test_an_observation_that_lacks_an_input_is_refused():
