@@ -1,6 +1,7 @@
 """What is asked of demonstrations before anything is computed: forms, widths, values, the split."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -96,7 +97,10 @@ def nan_pixel(arrays):
         (shaped("action", lambda x: x[:, :7]), "data/action is 7 .* this policy's actions are 10"),
         (shaped("action", lambda x: x[:, 0]), "data/action is 1 numbers wide.* actions are 10"),
         (shaped("action", lambda x: x[:, None]), r"data/action is float32 of shape \(30, 1, 10\)"),
-        (shaped("action", lambda x: x.astype(np.complex64)), "data/action is complex64 of"),
+        (
+            shaped("action", lambda x: x.astype(np.complex64)),
+            r"data/action (is|holds) (complex64|<c8)",
+        ),
         (shaped("robot0_eef_quat", lambda x: x[:, :3]), "data/robot0_eef_quat is 3 .* is 4"),
         (lambda a: a.pop("robot0_eef_quat"), "lacks data/robot0_eef_quat; it holds"),
         (
@@ -197,3 +201,27 @@ def test_samples_of_the_only_episode_are_asked_for_by_its_number(checkpoint, tmp
     assert "read with its channels first" in said.out
     assert said.err.startswith("error:") and "or say with --episode whose windows" in said.err
     assert sample.main([*command, "--episode", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ([12.5, 30.0], r"meta/episode_ends must be increasing .* is float64 \[12.5 30"),
+        ([np.nan, 30.0], "is float64"),
+        ([b"12", b"30"], r"episode_ends holds \|S2"),
+        ([[12], [30]], "is int64"),
+        ([18, 12], "is int64"),
+        ([12, 31], "the episodes hold 31 steps"),
+    ],
+)
+def test_ends_of_episodes_that_cannot_be_are_told_as_such(ends, words, tmp_path):
+    data, values = pusht(tmp_path), np.array(ends)
+    folder = tmp_path / "data.zarr" / "meta" / "episode_ends"
+    about = json.loads((folder / ".zarray").read_text())
+    about |= {"shape": values.shape, "chunks": values.shape, "dtype": values.dtype.str}
+    about |= {"compressor": None, "fill_value": None}
+    (folder / ".zarray").write_text(json.dumps(about))
+    chunk = ".".join("0" * values.ndim)
+    (folder / chunk).write_bytes(values.tobytes())
+    with pytest.raises(UserError, match=words):
+        open_reader(data, surgery.abstract_policy(CONFIG))

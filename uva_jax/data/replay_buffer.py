@@ -54,8 +54,7 @@ class ReplayBuffer:
                 f"{self.path} was never finished: run the command that writes it again (it "
                 "resumes), or delete it"
             )
-        self.episode_ends = self._read_meta("episode_ends").astype(np.int64)
-        check_episode_ends(self.episode_ends, str(self.path))
+        self.episode_ends = check_episode_ends(self._read_meta("episode_ends"), str(self.path))
         tasks = container.attributes("meta").get("tasks", [])
         episode_task = np.zeros(self.n_episodes, np.int64)
         if "meta/episode_task" in container.arrays:
@@ -86,7 +85,10 @@ class ReplayBuffer:
         wanted = buffer.keys if required is None else required
         missing = [f"data/{key}" for key in wanted if key not in buffer.keys]
         if missing:
-            raise buffer._lacks(", ".join(missing))
+            raise UserError(
+                f"{buffer._lacks(', '.join(missing))}: give the data that the policy was trained "
+                "on, or name its arrays with config.data.image_key, wrist_key and action_key"
+            )
         for key in wanted:
             buffer._array(key)
         for key in required or ():
@@ -268,12 +270,21 @@ def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
     return np.rint(frames).astype(np.uint8)
 
 
-def check_episode_ends(ends: np.ndarray, name: str) -> None:
+def check_episode_ends(ends: np.ndarray, name: str) -> np.ndarray:
+    """Returns the cumulative lengths of episodes as int64 (n,).
+
+    Raises:
+      UserError: they are not whole numbers that increase from at least 1.
+    """
+    stored, ends = np.asarray(ends), np.zeros(0, np.int64)
+    if stored.dtype.kind in "iu" or (stored.dtype.kind == "f" and (stored % 1 == 0).all()):
+        ends = stored.astype(np.int64)
     if ends.ndim != 1 or not len(ends) or ends[0] < 1 or (np.diff(ends) < 1).any():
         raise UserError(
             f"{name}: meta/episode_ends must be increasing cumulative lengths of at least one "
-            f"episode, but is {np.array2string(ends, threshold=6)}"
+            f"episode, but is {stored.dtype} {np.array2string(stored, threshold=6)}"
         )
+    return ends
 
 
 def check_tasks(tasks: Sequence, episode_task: np.ndarray, n_episodes: int, name: str) -> None:

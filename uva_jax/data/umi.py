@@ -17,7 +17,7 @@ from uva_jax.data.windows import WindowSpec
 
 STRIDE = 3  # steps of the recording (59.94 Hz) per step of a window
 _POSE = {"robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 3, "robot0_gripper_width": 1}
-# What a window holds; a rotation is then six numbers.
+# Widths of a window's arrays, in which a rotation is six numbers.
 _GIVEN = {
     **{"action": 10, "robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 6},
     **{"robot0_gripper_width": 1, "robot0_eef_rot_axis_angle_wrt_start": 6},
