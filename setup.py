@@ -46,6 +46,7 @@ setup(
             "imagecodecs>=2024.1.1",
             "imageio>=2.34",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6",
             "ruff>=0.11",
             "safetensors>=0.5",  # the tests' referee

@@ -4,16 +4,25 @@ Everything is made once a session. The policy has every part that a real one has
 weights; nothing it does is good, but all of it is exact, so equality can be asked for.
 """
 
+import atexit
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+# Before jax is imported. Test processes share the cores, so none may spin while it waits, and they
+# share what they compile, also with the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp
@@ -102,19 +111,12 @@ def shared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(shared):
-    """For tests that mostly compile: fewer optimisations and a compilation cache."""
-    changed = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(shared / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    before = {name: jax.config.values[name] for name in changed}
-    for name, value in changed.items():
-        jax.config.update(name, value)
+def quick_compilation():
+    """For tests that mostly compile: fewer optimisations."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
