@@ -4,7 +4,8 @@ Every operator returns the residual that its block adds to the stream it works o
 class with the constructor and the call of its family and one `register` call; a configuration can
 also name it as "package.module:Class", which needs no call. Its layers are `linear` and
 `layer_norm`, the latter in attributes that begin with "norm", and its own arrays `nnx.Param`:
-then its weights convert to torch by name (`convert/rules.py`).
+then its weights convert to torch by name (`convert/rules.py`). As a `Modulated` part it has its
+modulations computed for many sampling steps at once; else every step makes them again.
 
 An MLP operator may have a method `from_teacher(block)`: its arrays, by path, with which it
 computes what the teacher's block does (`head.start="preserve"`).
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
-from uva_jax.models.layers import attend, gelu, layer_norm, linear, modulate
+from uva_jax.models.layers import Modulated, attend, gelu, layer_norm, linear, modulate
 from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
 
@@ -29,7 +30,7 @@ _WEAK = nnx.initializers.variance_scaling(0.01, "fan_avg", "uniform")  # positio
 _ALIGNMENT = 6.0  # starting logit between an action step and its aggregate token
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(Modulated):
     """Attention from action steps to the memory, then a feed-forward part of its own.
 
     The feed-forward (as in Perceiver, arXiv 2103.03206) stands for the hidden layers of the
@@ -63,15 +64,21 @@ class CrossAttention(nnx.Module):
         Args:
           s: (b, n, width) action steps.
           memory: (b, m, memory_width).
-          y: (b, n, width) modulation, in the "residual" form.
+          y: (b, n, width), what modulates it in the "residual" form.
         """
+        modulation = None if self.adaLN_modulation is None else self.modulation(y)
+        return self.modulated(s, modulation, self.keys_and_values(memory))
+
+    def modulated(
+        self, s: jax.Array, modulation: jax.Array | None, memory: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        """The residual, given the memory's keys and values, which do not depend on the stream."""
         x, gate = self.norm(s), 1.0
-        if self.adaLN_modulation is not None:
-            shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+        if modulation is not None:
+            shift, scale, gate = jnp.split(modulation, 3, axis=-1)
             x, gate = modulate(x, shift, scale), 1.0 + gate
         q = self.q(x) + self.query_position[...]
-        k, v = self.keys_and_values(memory)
-        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, k, v))
+        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, *memory))
         attended = self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
         return gate * (attended + self.fc2(gelu(self.fc1(self.norm_ff(s + attended)))))
 
@@ -157,7 +164,7 @@ def aligned_positions(
     return query.reshape(1, -1, width), key.reshape(1, -1, width)
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Modulated):
     """Attention among the action steps, adaptive-norm modulated; its gate starts closed."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -170,9 +177,9 @@ class SelfAttention(nnx.Module):
         self.proj = linear(width, width, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """h, y (b, n, width) -> residual (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """h (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         x = modulate(self.norm(h), shift, scale) + self.position[...]
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads
@@ -197,7 +204,7 @@ class WindowedSelfAttention(SelfAttention):
         return jnp.abs(position[:, None] - position) <= self.window
 
 
-class Mlp(nnx.Module):
+class Mlp(Modulated):
     """The teacher's block MLP at a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -212,9 +219,9 @@ class Mlp(nnx.Module):
         """Units of the hidden layer."""
         return config.mlp_ratio * width
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """h, y (b, n, width) -> residual (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """h (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
     def activation(self, x: jax.Array) -> jax.Array:
@@ -297,6 +304,12 @@ _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
 def register(family: str, name: str, cls: type[nnx.Module]) -> None:
     """Adds an operator to a family, so that `head.operators` can name it."""
     _REGISTRY[family][name] = cls
+
+
+def works_modulated(operator: nnx.Module) -> bool:
+    """Whether `modulated` does what a call of the operator does: its class has no own call."""
+    calls = (Modulated.__call__, CrossAttention.__call__)
+    return isinstance(operator, Modulated) and type(operator).__call__ in calls
 
 
 def learns_in_stage1(operator: nnx.Module) -> bool:
