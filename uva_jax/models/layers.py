@@ -144,6 +144,22 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
+class Modulated(nnx.Module):
+    """A part with DiT's adaptive norm: y, made of timestep and condition, modulates what it does.
+
+    The modulation does not depend on x, so that a sampler computes those of many steps in one
+    product. A subclass has the layer `adaLN_modulation` and says in `modulated` what the part does.
+    """
+
+    def modulation(self, y: jax.Array) -> jax.Array:
+        """y (..., width) -> shift, scale and whatever else y decides, in one (..., k * width)."""
+        return self.adaLN_modulation(jax.nn.silu(y))
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x, y (..., width) -> what the part gives for x."""
+        return self.modulated(x, self.modulation(y))
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Applies inverted dropout; the identity without a key (inference) or at rate 0."""
     if key is None or rate == 0.0:

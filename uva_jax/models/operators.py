@@ -1,10 +1,11 @@
 """The operators of a grafted head, which `head.operators` names for each block.
 
-Every operator returns a residual, which its block adds to its input. A new operator is a class with
-the constructor and the call of its family and one `register` call; a configuration can also name it
-as "package.module:Class" without a call. If its layers are `linear` and `layer_norm` (in attributes
-that begin with "norm") and its other arrays `nnx.Param`, its weights convert to torch by name
-(`convert/rules.py`).
+Every operator returns the residual that its block adds to the stream it works on. A new one is a
+class with the constructor and the call of its family and one `register` call; a configuration can
+also name it as "package.module:Class", which needs no call. Its layers are `linear` and
+`layer_norm`, the latter in attributes that begin with "norm", and its own arrays `nnx.Param`:
+then its weights convert to torch by name (`convert/rules.py`). As a `Modulated` part it has its
+modulations computed for many sampling steps at once; else every step makes them again.
 
 An MLP operator may have a method `from_teacher(block)`, which returns arrays by path with which it
 computes the function of the teacher's block (`head.start="preserve"`).
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
-from uva_jax.models.layers import attend, gelu, layer_norm, linear, modulate
+from uva_jax.models.layers import Modulated, attend, gelu, layer_norm, linear, modulate
 from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
 
@@ -31,8 +32,8 @@ _WEAK = nnx.initializers.variance_scaling(
 _ALIGNMENT = 6.0  # initial logit between an action step and its aggregate token
 
 
-class CrossAttention(nnx.Module):
-    """Attention from action steps to the memory, followed by a feed-forward layer.
+class CrossAttention(Modulated):
+    """Attention from action steps to the memory, then a feed-forward part of its own.
 
     The feed-forward layer (as in Perceiver, arXiv 2103.03206) replaces the hidden layers of the
     aggregator. Positions are added only to queries and keys, as in DETR (arXiv 2005.12872). If the
@@ -65,18 +66,21 @@ class CrossAttention(nnx.Module):
         Args:
           s: (b, n, width) action steps.
           memory: (b, m, memory_width).
-          y: (b, n, width) modulation, in the "residual" form.
-
-        Returns:
-          (b, n, width).
+          y: (b, n, width), what modulates it in the "residual" form.
         """
+        modulation = None if self.adaLN_modulation is None else self.modulation(y)
+        return self.modulated(s, modulation, self.keys_and_values(memory))
+
+    def modulated(
+        self, s: jax.Array, modulation: jax.Array | None, memory: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        """The residual, given the memory's keys and values, which do not depend on the stream."""
         x, gate = self.norm(s), 1.0
-        if self.adaLN_modulation is not None:
-            shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+        if modulation is not None:
+            shift, scale, gate = jnp.split(modulation, 3, axis=-1)
             x, gate = modulate(x, shift, scale), 1.0 + gate
         q = self.q(x) + self.query_position[...]
-        k, v = self.keys_and_values(memory)
-        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, k, v))
+        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, *memory))
         attended = self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
         return gate * (attended + self.fc2(gelu(self.fc1(self.norm_ff(s + attended)))))
 
@@ -162,8 +166,8 @@ def aligned_positions(
     return query.reshape(1, -1, width), key.reshape(1, -1, width)
 
 
-class SelfAttention(nnx.Module):
-    """Attention among the action steps with adaptive layer norm; its gate starts at zero."""
+class SelfAttention(Modulated):
+    """Attention among the action steps, adaptive-norm modulated; its gate starts closed."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.num_heads = config.self_attn_heads
@@ -175,9 +179,9 @@ class SelfAttention(nnx.Module):
         self.proj = linear(width, width, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """h (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         x = modulate(self.norm(h), shift, scale) + self.position[...]
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads
@@ -202,8 +206,8 @@ class WindowedSelfAttention(SelfAttention):
         return jnp.abs(position[:, None] - position) <= self.window
 
 
-class Mlp(nnx.Module):
-    """The teacher's block MLP with a wider hidden layer: norm, modulation, SiLU, gate."""
+class Mlp(Modulated):
+    """The teacher's block MLP at a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         hidden = self.hidden(config, width)
@@ -217,9 +221,9 @@ class Mlp(nnx.Module):
         """Returns the number of units of the hidden layer."""
         return config.mlp_ratio * width
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """h (b, n, width) -> residual (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
     def activation(self, x: jax.Array) -> jax.Array:
@@ -302,6 +306,12 @@ _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
 def register(family: str, name: str, cls: type[nnx.Module]) -> None:
     """Adds an operator to a family, so that `head.operators` can name it."""
     _REGISTRY[family][name] = cls
+
+
+def works_modulated(operator: nnx.Module) -> bool:
+    """Whether `modulated` does what a call of the operator does: its class has no own call."""
+    calls = (Modulated.__call__, CrossAttention.__call__)
+    return isinstance(operator, Modulated) and type(operator).__call__ in calls
 
 
 def learns_in_stage1(operator: nnx.Module) -> bool:
