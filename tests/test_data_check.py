@@ -93,7 +93,10 @@ def nan_pixel(arrays):
         (shaped("wrist", lambda x: np.tile(x, 2)), r"data/wrist is uint8 of shape \(30, 32, 32, 6"),
         (shaped("view", lambda x: x[:, None]), "but frames are pixel values"),
         (shaped("view", lambda x: (x / 255).astype(np.float32)), "data/view should hold pixel"),
-        (nan_pixel, r"data/view\[0\], step 0 of episode 0 .*range from nan to nan, where 0..255"),
+        (
+            nan_pixel,
+            r"data/view\[0\], step 0 of episode 0 .*range from nan to nan, but must be in 0..255",
+        ),
         (shaped("action", lambda x: x[:, :7]), "data/action is 7 .* this policy's actions are 10"),
         (shaped("action", lambda x: x[:, 0]), "data/action is 1 numbers wide.* actions are 10"),
         (shaped("action", lambda x: x[:, None]), r"data/action is float32 of shape \(30, 1, 10\)"),
