@@ -40,7 +40,7 @@ def read_head(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
     if config.get("kind") != "grafted":
         raise ValueError(
             f"{path} holds no grafted action head, or was not written by this version: export the "
-            "graft again with 'python -m convert to_torch'."
+            "graft again with 'python -m convert to_torch'"
         )
     own = {name[len(PREFIX) :]: v for name, v in state.items() if name.startswith(PREFIX)}
     return config, own

@@ -89,7 +89,7 @@ class Aggregator(nn.Module):
         elif config.aggregator == "fc2":
             self.fc = nn.Sequential(nn.Linear(tokens, 256), nn.ReLU(), nn.Linear(256, actions))
         else:
-            raise ValueError(f"aggregator {config.aggregator!r} is unknown.")
+            raise ValueError(f"aggregator {config.aggregator!r} is unknown")
 
     def aggregate(self, z: torch.Tensor) -> torch.Tensor:
         """Aggregates (b, tokens, c) to (b, n_actions, c)."""

@@ -206,6 +206,6 @@ def make_operator(family: str, name: str, config: SimpleNamespace) -> nn.Module:
     if name not in known:
         raise ValueError(
             f"operator {name!r} is not a {family}; known are {', '.join(known)}. Set "
-            f"OPERATORS[{family!r}][{name!r}] to its torch class first."
+            f"OPERATORS[{family!r}][{name!r}] to its torch class first"
         )
     return known[name](config)
