@@ -1,4 +1,4 @@
-"""What is asked of demonstrations before anything is computed: forms, widths, values, the split."""
+"""Checks of demonstrations before anything is computed: forms, widths, values, the split."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_demonstrations_that_do_not_fit_are_named(change, words, tmp_path):
 
 
 def pusht(folder, ends=ENDS, **changed):
-    """Data of a policy that sees one camera, with actions of two numbers."""
+    """Writes data for a policy with one camera and actions of two numbers."""
     rng, n = np.random.default_rng(0), ends[-1]
     arrays = {
         "img": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
