@@ -1,7 +1,7 @@
 """The defaults, which the other files in this folder change.
 
-Each setting stands once, with type, default, comment and range: `python -m uva_jax settings` lists
-them (they are declared in `uva_jax/runtime/sections*.py`). Override any on the command line:
+`uva_jax/runtime/sections*.py` declare each setting once with type, default, comment and range, and
+`python -m uva_jax settings` lists them. Override any on the command line:
 `--config.finetune.steps=1000`.
 """
 
@@ -11,5 +11,5 @@ from uva_jax.runtime import settings
 
 
 def get_config() -> ConfigDict:
-    """The defaults: the published schedule (8k samples, 200 epochs; 10% of the data, 50k steps)."""
+    """Returns the published schedule (8k samples, 200 epochs; 10% of the data, 50k steps)."""
     return settings.defaults()

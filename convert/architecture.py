@@ -59,12 +59,12 @@ def infer_policy(
             raise
         raise UserError(
             f"{source}: its configuration or a tensor's shape is impossible ({error}); give a "
-            "checkpoint that UVA's training wrote."
+            "checkpoint that UVA's training wrote"
         ) from error
     if config.action_head is None and any(n.startswith("model.diffactloss.") for n in shapes):
         raise UserError(
             f"{source} holds a grafted action head, but not the 'uva_jax' entry that describes it; "
-            "export the policy again with 'python -m convert to_torch'."
+            "export the policy again with 'python -m convert to_torch'"
         )
     return config
 
@@ -80,7 +80,7 @@ def check_graftable(config: PolicyConfig, source: str) -> None:
         found = "no action head at all" if head is None else "one that is already a graft"
         raise UserError(
             f"{source} has no MLP action head to graft from, but {found}; give a checkpoint that "
-            "UVA's training wrote with predict_action=True."
+            "UVA's training wrote with predict_action=True"
         )
 
 
@@ -94,7 +94,7 @@ def given_architecture(like: str | None, file: str | os.PathLike | None) -> Poli
         raise UserError("give --like or --architecture, not both")
     if like is not None:
         if like not in ARCHITECTURES:
-            raise UserError(f"--like is {like!r}; it can be {', '.join(ARCHITECTURES)}.")
+            raise UserError(f"--like is {like!r}; it can be {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[like]
     if file is None:
         return None
@@ -120,22 +120,22 @@ def check_normalizer(config: PolicyConfig, tensors: Mapping[str, LazyTensor], so
         if field not in widths:
             raise UserError(
                 f"{source} has no normaliser of {field!r} (normalizer.params_dict.{field}.*), "
-                f"which the policy reads; {again}; {off}."
+                f"which the policy reads; {again}; {off}"
             )
     if widths["action"] != config.action_dim:
         raise UserError(
             f"{source}: its normaliser of 'action' is {widths['action']} numbers wide, but the "
-            f"policy's actions are {config.action_dim}; {again}."
+            f"policy's actions are {config.action_dim}; {again}"
         )
     if states and sum(widths[field] for field in states) != config.mar.proprio_dim:
         found = ", ".join(f"{field} {widths[field]}" for field in states)
         raise UserError(
             f"{source}: its normalisers of the robot's state ({found}) do not make the "
-            f"{config.mar.proprio_dim} numbers that the policy reads; {again}."
+            f"{config.mar.proprio_dim} numbers that the policy reads; {again}"
         )
     for field in ("action", *states):
         scale = tensors.get(f"normalizer.params_dict.{field}.scale")
-        if scale is None:  # told by `plan`
+        if scale is None:  # `plan` reports it
             continue
         # What is below the smallest normal number is 0 to an accelerator.
         zero = np.abs(scale.numpy().astype(np.float32)) < np.finfo(np.float32).tiny
@@ -144,7 +144,7 @@ def check_normalizer(config: PolicyConfig, tensors: Mapping[str, LazyTensor], so
             raise UserError(
                 f"{source}: its normaliser of {field!r} has scale 0 (column {columns}), so that "
                 "unnormalised values would be infinite: fit it again on data that vary, or set the "
-                "scale of a constant column to 1."
+                "scale of a constant column to 1"
             )
 
 
@@ -163,21 +163,21 @@ def empty_policy(config: PolicyConfig, tensors: Mapping[str, LazyTensor], source
     if deepest > len(tensors):
         raise UserError(
             f"{source} describes a part of {deepest} layers, but has only {len(tensors)} tensors; "
-            "it is damaged."
+            "it is damaged"
         )
     for side in ("encoder", "decoder"):
         width, heads = (getattr(config.mar, f"{side}_{k}") for k in ("embed_dim", "num_heads"))
         if heads < 1 or width < 1 or width % heads:
             raise UserError(
                 f"{source} describes an {side} of width {width} with {heads} heads, which do not "
-                "divide it; it is damaged."
+                "divide it; it is damaged"
             )
     try:
         return surgery.abstract_policy(config)
     except _CONTRADICTIONS as error:
         raise UserError(
             f"{source} describes a model that cannot be built ({str(error).splitlines()[0]}); "
-            "it is damaged."
+            "it is damaged"
         ) from error
 
 

@@ -48,13 +48,13 @@ class Cfg:
         if "${" in value or value == "???":
             raise UserError(
                 f"{self.source}: its cfg holds an unresolved {value} at {key}: resolve it "
-                "(OmegaConf.resolve(cfg) with its resolvers registered) and save it again."
+                "(OmegaConf.resolve(cfg) with its resolvers registered) and save it again"
             )
 
     def refuse(self, key: str, value: object, wanted: str) -> None:
         """Raises UserError, saying what a value must be."""
         raise UserError(
-            f"{self.source}: its cfg says {key} is {value!r}, but it must be {wanted}; {_MEND}."
+            f"{self.source}: its cfg says {key} is {value!r}, but it must be {wanted}; {_MEND}"
         )
 
     def integer(self, key: str, default: int | None) -> int | None:
@@ -250,7 +250,7 @@ def check(config: pc.PolicyConfig, source: str, *, inferred: bool) -> None:
                 Cfg({}, source).refuse(key, said, wanted)
             raise UserError(
                 f"{source}: its description says {field} is {said!r}, but it must be {wanted}; "
-                "correct it there."
+                "correct it there"
             )
 
 

@@ -126,7 +126,7 @@ def _refuse(source: str, arrays: Mapping[str, LazyArray], problems: list[str]) -
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise UserError(
             f"{source} cannot be converted, {len(problems)} problem(s): "
-            f"{'; '.join(problems[:_SHOWN])}{more}."
+            f"{'; '.join(problems[:_SHOWN])}{more}"
         )
 
 
@@ -204,8 +204,8 @@ def convert_open(
 ) -> tuple[Policy, dict]:
     """Does the work of `convert_checkpoint` for an open checkpoint."""
     opened = _open(checkpoint, weights, architecture, to_graft=False)
-    with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(checkpoint.sha256)
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(checkpoint.sha256)
         # jax takes the memory over without a copy if it can.
         held = {path: jax.device_put(array.load()) for path, array in opened.arrays.items()}
         _refuse(opened.source, {}, opened.problems)
@@ -254,8 +254,8 @@ def from_torch(
     checkpoint = torch_file.read(path)
     opened = _open(checkpoint, weights, architecture, to_graft)
     info: dict = {}
-    with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(checkpoint.sha256)
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(checkpoint.sha256)
 
         def facts() -> dict:
             _refuse(opened.source, {}, opened.problems)

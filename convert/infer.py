@@ -56,7 +56,7 @@ class _Reader:
         if name not in self.shapes:
             raise UserError(
                 f"{self.source} has no tensor {name!r}, so it is not a whole UVA policy; "
-                "give a checkpoint that UVA's training wrote."
+                "give a checkpoint that UVA's training wrote"
             )
         return tuple(self.shapes[name])
 
@@ -77,7 +77,7 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
         raise UserError(
             f"{source} has neither an action head nor a video head (no tensor model.diffactloss.* "
             "or model.diffloss.*): it is not a UVA policy; give a checkpoint that UVA's training "
-            "wrote."
+            "wrote"
         )
     task = str(said.get("task.name", "unknown"))
     if said.get("task.dataset.dataset_type") == "multitask":
@@ -91,14 +91,14 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     if side * side != get["model.spatial_pos_embed"][1]:
         raise UserError(
             f"{source} has {get['model.spatial_pos_embed'][1]} tokens per frame, which is not a "
-            "square grid; give a checkpoint that UVA's training wrote."
+            "square grid; give a checkpoint that UVA's training wrote"
         )
     image_size = side * patch * vae.stride
     stated = said.integer(f"{AR}.img_size", None)
     if stated is not None and stated != image_size:
         raise UserError(
             f"{source}: its cfg says img_size {stated}, but its tensors hold a {side}x{side} grid, "
-            f"which is {image_size} px; one of them is damaged."
+            f"which is {image_size} px; one of them is damaged"
         )
     mar, proprio_keys = _mar(get, said, task, (side, side))
     check_horizon(said, mar.n_frames)
@@ -119,7 +119,7 @@ def infer_config(shapes: Shapes, cfg: Mapping, source: str) -> pc.PolicyConfig:
     if stated is not None and found is not None and stated != found:
         raise UserError(
             f"{source}: its cfg says act_model_type {stated!r}, but its tensors are a {found!r} "
-            "head; one of them is damaged."
+            "head; one of them is damaged"
         )
     fields = normalizer_fields(shapes)
     config = pc.PolicyConfig(
@@ -197,7 +197,7 @@ def text_tower(shapes: Shapes, source: str) -> pc.TextTowerConfig | None:
         raise UserError(
             f"{get.source}: its language tower has width {width}, which is not a multiple of "
             f"{_CLIP_HEAD_WIDTH}, so it is not CLIP's and its number of attention heads is "
-            "unknown; give a checkpoint that UVA's training wrote."
+            "unknown; give a checkpoint that UVA's training wrote"
         )
     return pc.TextTowerConfig(
         vocab_size=vocab_size,
@@ -220,7 +220,7 @@ def _heads(get: _Reader, said: Cfg, side: str, width: int) -> int:
         raise UserError(
             f"{get.source}: model_size {size!r} at width {width} is not one of UVA's sizes "
             f"({', '.join(_PRESET_HEADS)}), and shapes do not determine the number of attention "
-            f"heads; add cfg.fixture.{side}_num_heads to the checkpoint."
+            f"heads; add cfg.fixture.{side}_num_heads to the checkpoint"
         )
     return heads
 
@@ -245,7 +245,7 @@ def _mar(
     if fused != streams:
         raise UserError(
             f"{get.source}: its fusing layer takes {fused:g} inputs, but its other tensors give "
-            f"{streams}; the file mixes two models."
+            f"{streams}; the file mixes two models"
         )
     return pc.MARConfig(
         encoder_embed_dim=dim,
@@ -323,6 +323,6 @@ def stored_config(payload: Mapping, source: str) -> pc.PolicyConfig | None:
     except UserError as error:
         raise UserError(f"{source}: its 'uva_jax' entry does not fit: {error}") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r}).") from error
+        raise UserError(f"{source}: its 'uva_jax' entry is damaged ({error!r})") from error
     check(config, source, inferred=False)
     return config

@@ -31,13 +31,13 @@ def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}: give upstream's language_latents.pkl.")
+        raise UserError(f"there is no file {path}: give upstream's language_latents.pkl")
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: it holds no latents by task.")
+        raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: it holds no latents by task")
     found = loads(path.read_bytes(), str(path))
     if not isinstance(found, dict) or not found:
         raise UserError(
-            f"{path} holds no dictionary of vectors by task: give upstream's language_latents.pkl."
+            f"{path} holds no dictionary of vectors by task: give upstream's language_latents.pkl"
         )
     return {str(task): _vector(value, f"{path}: {task!r}") for task, value in found.items()}
 
@@ -51,17 +51,17 @@ def _vector(value: object, name: str) -> np.ndarray:
         case _:
             known = False
     if not known:
-        raise UserError(f"{name} is not a vector of numpy; no code in the file was run.")
+        raise UserError(f"{name} is not a vector of numpy; no code in the file was run")
     match dtype:
         case Record(function=kind, args=(("f2" | "f4" | "f8") as code, *_), state=(_, "<", *_)):
             known = kind == _DTYPE
         case _:
             known = False
     if not known:
-        raise UserError(f"{name} is not a vector of little-endian real numbers.")
+        raise UserError(f"{name} is not a vector of little-endian real numbers")
     values = np.frombuffer(data[: len(data) // int(code[1]) * int(code[1])], f"<{code}")
     if values.nbytes != len(data) or len(values) != width or not np.isfinite(values).all():
-        raise UserError(f"{name} is damaged: its {width} numbers are missing or not finite.")
+        raise UserError(f"{name} is damaged: its {width} numbers are missing or not finite")
     return values.astype(np.float32)
 
 
@@ -75,7 +75,7 @@ def convert_latents(path: str | os.PathLike, out: str | os.PathLike) -> dict[str
       UserError: as for `read_latents`, or the file cannot be written.
     """
     if Path(out).suffix != ".npz":
-        raise UserError(f"the output is {out}, but its name must end in .npz.")
+        raise UserError(f"the output is {out}, but its name must end in .npz")
     vectors = read_latents(path)
     total = sum(v.nbytes for v in vectors.values()) + 1024 * len(vectors)
     with written_whole(out, total) as file, zipfile.ZipFile(file, "w") as archive:

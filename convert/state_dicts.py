@@ -56,7 +56,7 @@ def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]
         collide.
     """
     if weights not in WEIGHTS:
-        raise UserError(f"--weights is {weights!r}; it can be {' or '.join(WEIGHTS)}.")
+        raise UserError(f"--weights is {weights!r}; it can be {' or '.join(WEIGHTS)}")
     held = state_dicts(checkpoint)
     if WEIGHTS[weights] not in held:
         there = ", ".join(map(str, held)) or "none at all"
@@ -64,13 +64,13 @@ def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]
         hint = f"try --weights {other[0]}" if other else "give a checkpoint of UVA's training"
         raise UserError(
             f"{checkpoint.path} has no {weights} weights (state dict {WEIGHTS[weights]!r}); its "
-            f"state dicts are: {there}; {hint}."
+            f"state dicts are: {there}; {hint}"
         )
     raw = held[WEIGHTS[weights]]
     if not isinstance(raw, dict):
         raise UserError(
             f"{checkpoint.path}: {WEIGHTS[weights]} is not a state dict; give a checkpoint that "
-            "UVA's training saved."
+            "UVA's training saved"
         )
     tensors: dict[str, LazyTensor] = {}
     origin: dict[str, str] = {}
@@ -78,13 +78,13 @@ def state_tensors(checkpoint: Checkpoint, weights: str) -> dict[str, LazyTensor]
         if not isinstance(name, str):
             raise UserError(
                 f"{checkpoint.path}: {name!r} in {WEIGHTS[weights]} is not a tensor's name; the "
-                "file is not a UVA checkpoint."
+                "file is not a UVA checkpoint"
             )
         plain = plain_name(name)
         if plain in tensors:
             raise UserError(
                 f"{checkpoint.path} holds {plain} twice, as {origin[plain]!r} and as {name!r}: "
-                "it mixes two models; remove one of them."
+                "it mixes two models; remove one of them"
             )
         tensors[plain], origin[plain] = _tensor(checkpoint, name, value), name
     return tensors
@@ -121,22 +121,22 @@ def _tensor(checkpoint: Checkpoint, name: str, value: object) -> LazyTensor:
     if name.rpartition(".")[2] in ("flat_param", "_flat_param"):
         raise UserError(
             f"{checkpoint.path}: {name} is FSDP's shard of many weights in one: gather them "
-            f"(StateDictType.FULL_STATE_DICT) {_SAVED_AGAIN}."
+            f"(StateDictType.FULL_STATE_DICT) {_SAVED_AGAIN}"
         )
     if tensor is None:
         found = _kind(value)
         if found is None:
             raise UserError(
                 f"{checkpoint.path}: entry {name!r} of the state dict is not a tensor; the file is "
-                "not a UVA checkpoint."
+                "not a UVA checkpoint"
             )
         what, remedy = found
-        raise UserError(f"{checkpoint.path}: {name} is {what}: {remedy} {_SAVED_AGAIN}.")
+        raise UserError(f"{checkpoint.path}: {name} is {what}: {remedy} {_SAVED_AGAIN}")
     if tensor.shape == (0,) and rules.ignored(plain_name(name)) is None:
         raise UserError(
             f"{checkpoint.path}: {name} has shape (0,), like the placeholders that DeepSpeed's "
             "ZeRO-3 leaves on each process: gather the weights (zero_to_fp32.py in the "
-            f"checkpoint's folder) {_SAVED_AGAIN}."
+            f"checkpoint's folder) {_SAVED_AGAIN}"
         )
     return tensor
 
@@ -152,9 +152,9 @@ def _kind(value: object) -> tuple[str, str] | None:
             pending += [part.args, part.function]
         elif isinstance(part, tuple):
             pending += part[:8]
-    for piece, told in _KINDS.items():
+    for piece, kind in _KINDS.items():
         if any(piece in name and name.startswith("torch") for name in names):
-            return told
+            return kind
     if any(name.startswith("torch._") and "_rebuild_" in name for name in names):
         return f"made by {names[0]}, which is not read here", "make it a plain tensor (.clone())"
     return None

@@ -59,7 +59,7 @@ def torch_arrays(arrays: Mapping[str, jax.Array | LazyArray]) -> dict[str, LazyA
     if problems:
         raise UserError(
             f"these parameters have no place in a PyTorch checkpoint: {', '.join(problems)}; "
-            "merge or remove them before exporting the policy."
+            "merge or remove them before exporting the policy"
         )
     return turned
 
@@ -205,7 +205,7 @@ def export_policy(
 
     Returns:
       {"tensors", "bytes", "state_dicts"} of the file; for a graft also "head", the path of the
-      `grafted_head.py` written beside it.
+      `grafted_head.py` in its folder.
 
     Raises:
       UserError: the folder, the base, the format or a parameter does not fit.
@@ -214,7 +214,7 @@ def export_policy(
     if format is not None and safe != (format == "safetensors"):
         raise UserError(
             f"--format is {format}, but the file to write is {out}: let its name end in .{format}, "
-            "by which it is recognised."
+            "by which it is recognised"
         )
     origin: dict = {}
     if isinstance(policy, Policy):
@@ -241,15 +241,15 @@ def export_policy(
     if lost:
         raise UserError(
             f"the source held {len(lost)} tensors that no policy keeps ({lost[0]}, ...): "
-            f"{rules.ignored(lost[0])}; give the source as --base to write them back."
+            f"{rules.ignored(lost[0])}; give the source as --base to write them back"
         )
-    beside = None
+    head_file = None
     if config.action_head is not None and config.action_head.kind == "grafted":
-        beside = Path(out).with_name(standalone.NAME)
-        standalone.check(beside)
+        head_file = Path(out).with_name(standalone.NAME)
+        standalone.check(head_file)
     if safe:
         safetensors_file.write(out, state, description.describe(config, origin))
-        return _finish(out, state, ["ema_model"], beside)
+        return _finish(out, state, ["ema_model"], head_file)
     cfg = source["cfg"]
     if cfg is None:  # the policy was made here, or its file has none
         cfg = torch_file.records_from_dict(plain_cfg(config))
@@ -262,16 +262,18 @@ def export_policy(
         "uva_jax": described,
     }
     head = None
-    if beside is not None:
+    if head_file is not None:
         own = {name: value for name, value in state.items() if name.startswith(_HEAD)}
         head = {"state_dicts": {"ema_model": own}, "uva_jax": described}
     torch_file.write(out, payload, head)
-    return _finish(out, state, names, beside)
+    return _finish(out, state, names, head_file)
 
 
-def _finish(out: str | os.PathLike, state: Mapping, names: list[str], beside: Path | None) -> dict:
+def _finish(
+    out: str | os.PathLike, state: Mapping, names: list[str], head_file: Path | None
+) -> dict:
     facts = {"tensors": len(state), "bytes": Path(out).stat().st_size, "state_dicts": names}
-    if beside is None:
+    if head_file is None:
         return facts
-    standalone.write(beside)
-    return facts | {"head": str(beside)}
+    standalone.write(head_file)
+    return facts | {"head": str(head_file)}

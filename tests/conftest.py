@@ -1,7 +1,7 @@
 """Fixtures that tests share: a tiny policy as a checkpoint, three demonstrations, one whole run.
 
-Everything is made once a session. The policy has every part that a real one has, with random
-weights; nothing it does is good, but all of it is exact, so equality can be asked for.
+They are made once per session. The policy has every part of a real one, with random weights; its
+outputs are exact, so tests can check equality.
 """
 
 import atexit
@@ -142,7 +142,7 @@ def buffer(shared):
 
 @pytest.fixture(scope="session")
 def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
-    """f(name=value, ...) -> a configuration for a run of seconds; "__" in names stands for "."."""
+    """A function of name=value that makes a configuration of seconds; "__" stands for "."."""
 
     def make(**settings) -> ConfigDict:
         config = common.get_config()

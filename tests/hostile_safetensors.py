@@ -88,7 +88,7 @@ def damaged_pairs(pair: Path) -> Made:
         data = bytearray(whole)
         data[place] ^= 0x10
         yield f"flipped: {name} byte of the data", "states another sha256", make(bytes(data))
-    yield "no json", "lacks the file", make(beside=None)
+    yield "no json", "in its folder", make(beside=None)
     yield "empty json", "is damaged", make(beside=b"")
     yield "json of something else", "is damaged", make(beside={"model": 1})
     yield "endless json", "is damaged", make(beside=b"[" * 100_000)

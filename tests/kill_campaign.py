@@ -1,9 +1,9 @@
-"""Runs that are killed, whose disk fills, that lose a process: the same command completes them.
+"""Checks that the same command completes runs after kills, full disks and lost processes.
 
     python -m tests.kill_campaign --kills 200
 
-A policy is trained from nothing, grafted, judged and exported at a budget of seconds. A run that
-nobody disturbs gives the bits with which every other one has to end.
+A policy is trained from random weights, grafted, evaluated and exported in seconds. The results of
+every disturbed run must equal those of an undisturbed one to the bit.
 """
 
 from __future__ import annotations

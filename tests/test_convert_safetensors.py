@@ -100,7 +100,7 @@ def test_a_changed_tensor_is_refused_until_the_json_no_longer_states_the_hash(co
 
 def test_a_file_without_its_json_is_refused(copy, capsys):
     copy.with_suffix(".json").unlink()
-    assert "lacks the file teacher.json" in refused(capsys, "inspect", copy)
+    assert "lacks teacher.json" in refused(capsys, "inspect", copy)
 
 
 def test_the_format_and_the_name_must_agree(pair, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What is asked of demonstrations before anything is computed: forms, widths, values, the split."""
+"""Checks of demonstrations before anything is computed: forms, widths, values, the split."""
 
 import dataclasses
 import json
@@ -93,7 +93,10 @@ def nan_pixel(arrays):
         (shaped("wrist", lambda x: np.tile(x, 2)), r"data/wrist is uint8 of shape \(30, 32, 32, 6"),
         (shaped("view", lambda x: x[:, None]), "but frames are pixel values"),
         (shaped("view", lambda x: (x / 255).astype(np.float32)), "data/view should hold pixel"),
-        (nan_pixel, r"data/view\[0\], step 0 of episode 0 .*range from nan to nan, where 0..255"),
+        (
+            nan_pixel,
+            r"data/view\[0\], step 0 of episode 0 .*range from nan to nan, but must be in 0..255",
+        ),
         (shaped("action", lambda x: x[:, :7]), "data/action is 7 .* this policy's actions are 10"),
         (shaped("action", lambda x: x[:, 0]), "data/action is 1 numbers wide.* actions are 10"),
         (shaped("action", lambda x: x[:, None]), r"data/action is float32 of shape \(30, 1, 10\)"),
@@ -117,7 +120,7 @@ def test_demonstrations_that_do_not_fit_are_named(change, words, tmp_path):
 
 
 def pusht(folder, ends=ENDS, **changed):
-    """Data of a policy that sees one camera, with actions of two numbers."""
+    """Writes data for a policy with one camera and actions of two numbers."""
     rng, n = np.random.default_rng(0), ends[-1]
     arrays = {
         "img": rng.integers(0, 256, (n, 32, 32, 3), np.uint8),

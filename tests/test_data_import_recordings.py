@@ -134,7 +134,7 @@ def test_an_interrupted_import_resumes_to_the_same_buffer(libero, tmp_path, monk
 
     with pytest.raises(Killed):
         write_recordings(tmp_path / "out.zarr", open_hdf5("libero", [libero], None), progress=kill)
-    with pytest.raises(UserError, match="was never finished"):
+    with pytest.raises(UserError, match="is unfinished"):
         ReplayBuffer.open(tmp_path / "out.zarr")
     done = []
     resumed = write_recordings(
@@ -189,8 +189,8 @@ def float_images(arrays):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (relative, "so they are relative ones, which UVA does not use"),
-        (relative_near_zero, "demo_0 are 0.* m away .* so they are relative ones"),
+        (relative, "so they are relative, which UVA does not use"),
+        (relative_near_zero, "demo_0 are 0.* m away .* so they are relative"),
         (nan_action, "demo_0/actions is not finite at step 2"),
         (infinite_state, "demo_0/obs/robot0_gripper_qpos is not finite at step 3"),
         (without_actions, "demo_0 lacks actions; it holds dones, obs, rewards, obs/robot0"),
@@ -212,7 +212,7 @@ def test_a_file_that_does_not_fit_is_explained(tmp_path, damage, message):
 def test_every_demonstration_s_actions_are_looked_at(tmp_path):
     demos = {n: demo_arrays(n, 4, "robomimic") for n in range(3)}
     relative(demos[2])
-    with pytest.raises(UserError, match="the actions of /data/demo_2 .* relative ones"):
+    with pytest.raises(UserError, match="the actions of /data/demo_2 .* are relative"):
         open_hdf5("robomimic", [write_demos(tmp_path / "late.hdf5", demos)], None)
     # Those before it are absolute, and can be taken alone.
     assert open_hdf5("robomimic", [tmp_path / "late.hdf5"], 2)[0].notes == []
@@ -229,7 +229,7 @@ def test_absolute_actions_are_read_where_a_file_keeps_both(tmp_path):
     found = recording.read("action", 0, 8)
     np.testing.assert_array_equal(found[:, :3], absolute[:, :3].astype(np.float32))
     np.testing.assert_array_equal(found[:, 9], absolute[:, 6].astype(np.float32))
-    assert recording.notes == [f"{path}: actions_abs is read in the place of actions"]
+    assert recording.notes == [f"{path}: actions_abs is read in place of actions"]
     del demos[1]["actions_abs"]
     with pytest.raises(UserError, match="actions_abs, which 1 of 2 demonstrations here hold"):
         open_hdf5("robomimic", [write_demos(tmp_path / "some.hdf5", demos)], None)
@@ -258,7 +258,7 @@ def test_what_is_no_recording_is_explained(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_hdf5("robomimic", [tmp_path / name], None)
-    with pytest.raises(UserError, match="carry their task's sentence in their name"):
+    with pytest.raises(UserError, match="is the sentence of their task"):
         open_hdf5("libero", [tmp_path / "empty.hdf5"], None)
 
 
@@ -364,7 +364,7 @@ def test_the_libero_cache_is_turned_and_its_sentences_are_read_from_tokens(upstr
     buffer = write_recordings(tmp_path / "out.zarr", open_zarr([path], None, tmp_path, None))
     assert buffer.tasks == ("study", "scene 1") and buffer.episode_task.tolist() == [0, 1]
     np.testing.assert_array_equal(buffer.read("agentview_rgb"), stored_images(path)[:, ::-1])
-    with pytest.raises(UserError, match="name the folder that holds CLIP's vocab.json"):
+    with pytest.raises(UserError, match="give the folder of CLIP's vocab.json"):
         open_zarr([path], None, None, None)
 
 

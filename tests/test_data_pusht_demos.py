@@ -63,7 +63,7 @@ def test_an_interrupted_rendering_resumes_to_the_same_bytes(rendered, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         render_demos(tmp_path / "d", max_episodes=EPISODES, workers=1, progress=interrupt)
-    with pytest.raises(UserError, match="was never finished"):
+    with pytest.raises(UserError, match="is unfinished"):
         ReplayBuffer.open(tmp_path / "d")
     seen = []
     resumed = render_demos(

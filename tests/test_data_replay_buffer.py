@@ -152,7 +152,7 @@ def damage_metadata(folder):
         (damage_zarr3, "zarr of version 3"),
         (damage_no_ends, "lacks meta/episode_ends; it holds data/action, data/img, data/state"),
         (damage_short_array, r"data/action has shape \(124, 2\), but .* 125 steps"),
-        (damage_unfinished, "was never finished"),
+        (damage_unfinished, "is unfinished"),
         (damage_metadata, "img/.zarray is not readable JSON"),
     ],
 )

@@ -35,7 +35,7 @@ def test_killed_runs_are_completed_with_the_bits_of_an_undisturbed_one(place, re
 def test_a_full_disk_is_told_and_the_same_command_completes(place, reference):
     place = dataclasses.replace(place, stages=("capture",))
     with disks.small_disk(place.root / "disk") as disk:
-        # What the other stage gives, as it reads the same checkpoint.
+        # The result of the other stage, which reads the same checkpoint.
         shutil.copytree(reference.workdir / "teacher", disk.folder / "run" / "teacher")
         fills = disks.fill_in_every_stage(place, disk, reference, random.Random(1), times=1)
     assert not fills.problems

@@ -33,7 +33,7 @@ print("over", flush=True)
 
 
 def run_two(what: str):
-    """(status, stdout, stderr) of both."""
+    """Returns (status, stdout, stderr) of both processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

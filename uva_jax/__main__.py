@@ -16,7 +16,7 @@ from uva_jax.runtime.startup import quiet_libraries
 COMMANDS = {
     "settings": ("uva_jax.cli.settings", "every setting with its default, range and comment"),
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
-    "sample": ("uva_jax.cli.sample", "predicted video and actions beside the real ones"),
+    "sample": ("uva_jax.cli.sample", "predicted video and actions, compared with the recording"),
     "ablate": ("uva_jax.cli.ablate", "time and score of each part of a policy's training"),
     "bench": ("uva_jax.cli.bench", "speed of conversion and of training steps"),
     "import": ("uva_jax.cli.import_recordings", "convert recordings of other projects to a zarr"),

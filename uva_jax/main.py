@@ -1,6 +1,6 @@
 """The command line: `python -m uva_jax.main --config configs/pusht_tiny.py --workdir runs/tiny`.
 
-Reads flags, checks the configuration and runs the pipeline. `--checkpoint FILE` in the place of
+It reads flags, checks the configuration and runs the pipeline. `--checkpoint FILE` in place of
 `--config` selects the configuration file that fits the checkpoint.
 """
 

@@ -26,7 +26,7 @@ def _end_to_end(golden: Golden, checks: Checks) -> None:
     found = sorted(golden.folder.glob("*_fixture.ckpt"))
     if not found:
         raise UserError(
-            f"{golden.folder} has {golden.name}.npz, but no *_fixture.ckpt: add the checkpoint."
+            f"{golden.folder} has {golden.name}.npz, but no *_fixture.ckpt: add the checkpoint"
         )
     fixtures_parts.end_to_end(golden, checks, found[0])
 
@@ -63,10 +63,10 @@ def verify_folder(
     folder = Path(folder)
     names = [path.stem for path in sorted(folder.glob("*.npz"))]
     if unknown := set(only) - set(names):
-        raise UserError(f"{folder} has no {', '.join(sorted(unknown))}; it has {', '.join(names)}.")
+        raise UserError(f"{folder} has no {', '.join(sorted(unknown))}; it has {', '.join(names)}")
     names = [name for name in names if not only or name in only]
     if not any(map(_checker, names)):
-        raise UserError(f"{folder} holds no .npz file in the golden format; give another folder.")
+        raise UserError(f"{folder} holds no .npz file in the golden format; give another folder")
     everything, left_out, summaries = Checks(), {}, []
     with jax.default_matmul_precision("highest"):
         for name in names:

@@ -33,7 +33,7 @@ class Golden:
         self.folder, self.name = folder, name
         path = folder / f"{name}.npz"
         if not path.exists():
-            raise UserError(f"{path} does not exist: give a folder in the golden format.")
+            raise UserError(f"{path} does not exist: give a folder in the golden format")
         self.arrays = np.load(path, allow_pickle=False)
         side = folder / f"{name}.json"
         self.facts: dict = json.loads(side.read_text()) if side.exists() else {}
@@ -45,7 +45,7 @@ class Golden:
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self:
             raise UserError(
-                f"{self.folder / self.name}.npz has no array {key!r}: record the folder again."
+                f"{self.folder / self.name}.npz has no array {key!r}: record the folder again"
             )
         self.used.add(key)
         values = self.arrays[key]
@@ -113,7 +113,7 @@ def load_module(
     """
     targets, _, problems = rules.plan(torch_prefix + name for name in tensors)
     if problems:
-        raise UserError(f"the reference tensors do not fit the rule table: {'; '.join(problems)}.")
+        raise UserError(f"the reference tensors do not fit the rule table: {'; '.join(problems)}")
     arrays = {
         path.removeprefix(flax_prefix): jnp.asarray(
             np.ascontiguousarray(
@@ -140,7 +140,7 @@ def mar_policy(golden: Golden, **overrides) -> Policy:
     for key in golden.keys("param/"):
         found = rules.to_flax("model." + key.removeprefix("param/"))
         if found is None:
-            raise UserError(f"{golden.name}: the rule table has no line for {key}.")
+            raise UserError(f"{golden.name}: the rule table has no line for {key}")
         path, layout = found
         arrays[path] = jnp.asarray(np.ascontiguousarray(layout.forward(golden[key])))
     return surgery.replace(policy, arrays)

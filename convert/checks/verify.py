@@ -70,7 +70,7 @@ def verify_checkpoint(
     if torch is None:
         raise UserError(
             "verify CKPT needs PyTorch, which is not installed: install it with "
-            "pip install 'uva_jax[torch]'."
+            "pip install 'uva_jax[torch]'"
         )
     checkpoint = torch_file.read(path)
     policy, _ = convert_open(checkpoint, weights=weights, architecture=architecture)

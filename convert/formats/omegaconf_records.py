@@ -49,7 +49,7 @@ def to_plain(config: object, name: str) -> dict:
         detail = "it is nested without end" if isinstance(error, RecursionError) else error
         raise UserError(
             f"{name} has a configuration (cfg) that cannot be read ({detail}): give a checkpoint "
-            "whose cfg was written by OmegaConf 2.1 or later."
+            "whose cfg was written by OmegaConf 2.1 or later"
         ) from None
 
 
@@ -187,7 +187,7 @@ def records_from_dict(plain: Mapping) -> Record:
       UserError: there is another key or value.
     """
     if not isinstance(plain, Mapping):
-        raise UserError("a configuration must be a dictionary: give nested plain values.")
+        raise UserError("a configuration must be a dictionary: give nested plain values")
     return _node(plain, None, None, "cfg")
 
 
@@ -210,7 +210,7 @@ def _node(value: object, key: object, parent: Record | None, where: str) -> Reco
         metadata |= {"object_type": Global("builtins", "dict"), "key_type": _ANY}
         for name in value:
             if type(name) not in (str, int, float, bool):
-                raise UserError(f"{where} has the key {name!r}, but keys must be texts or numbers.")
+                raise UserError(f"{where} has the key {name!r}, but keys must be texts or numbers")
         content = {k: _node(v, k, node, f"{where}.{k}") for k, v in value.items()}
     elif isinstance(value, list | tuple):
         node.function, held = _LIST, "_content"
@@ -223,7 +223,7 @@ def _node(value: object, key: object, parent: Record | None, where: str) -> Reco
         content = value
     else:
         kind = f"{type(value).__module__}.{type(value).__name__}"
-        raise UserError(f"{where} is a {kind}, but must be a plain value: convert it.")
+        raise UserError(f"{where} is a {kind}, but must be a plain value: convert it")
     if held == "_content":
         kind, metadata["element_type"] = Global("omegaconf.base", "ContainerMetadata"), _ANY
     node.state = {

@@ -59,12 +59,12 @@ class OpenFile:
             self.size = os.fstat(self._file).st_size
         except FileNotFoundError:
             raise UserError(
-                f"{self.path} does not exist: give the path of a .ckpt, .pth or .safetensors file."
+                f"{self.path} does not exist: give the path of a .ckpt, .pth or .safetensors file"
             ) from None
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be read ({error.strerror or error}): give the path of a "
-                "checkpoint file that you may read."
+                "checkpoint file that you may read"
             ) from None
 
     def read_at(self, offset: int, size: int) -> np.ndarray:
@@ -84,12 +84,12 @@ class OpenFile:
                 got = os.preadv(self._file, [view[done : done + CHUNK]], offset + done)
             except OSError as error:
                 raise UserError(
-                    f"{self.path} cannot be read ({error.strerror}): copy it to a disk that works."
+                    f"{self.path} cannot be read ({error.strerror}): copy it to a disk that works"
                 ) from None
             if got == 0:
                 raise UserError(
                     f"{self.path} ends in the middle of its data: it was truncated after it was "
-                    "opened; take a fresh copy."
+                    "opened; take a fresh copy"
                 )
             done += got
 
@@ -117,7 +117,7 @@ class OpenFile:
                 elif crc != section.crc:
                     raise UserError(
                         f"{self.path} is damaged: the bytes of its entry {section.name!r} are not "
-                        "those that were written; take a fresh copy."
+                        "those that were written; take a fresh copy"
                     )
             begun = going_on
         return digest.hexdigest()
@@ -147,5 +147,5 @@ def written_whole(path: str | os.PathLike, total: int) -> Iterator[BinaryIO]:
         reason = "the disk is full" if full else "the file cannot be written"
         raise UserError(
             f"{path} was not written: {reason} ({error.strerror}), and {max(total >> 20, 1)} MiB "
-            "are needed; free some space or choose another folder."
+            "are needed; free some space or choose another folder"
         ) from None

@@ -189,7 +189,7 @@ def loads(
         detail = "".join(c if c.isprintable() else " " for c in text)[:200] or type(error).__name__
         raise UserError(
             f"{name} cannot be read: its pickled part is damaged at byte {machine.position} "
-            f"({detail}); no code in it was run; take a fresh copy."
+            f"({detail}); no code in it was run; take a fresh copy"
         ) from None
 
 

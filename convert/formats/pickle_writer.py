@@ -29,7 +29,7 @@ def dumps(value: object, name: str, translate: Callable[[object], object] | None
         return writer.run(value)
     except RecursionError:
         raise UserError(
-            f"{name} cannot be written: its values are nested too deeply; flatten them."
+            f"{name} cannot be written: its values are nested too deeply; flatten them"
         ) from None
 
 
@@ -59,7 +59,7 @@ class _Writer:
                 raise UserError(
                     f"{self.name} cannot be written: it holds a {kind.__module__}.{kind.__name__}, "
                     "but only plain Python values, numpy arrays and values read from a checkpoint "
-                    "can be written; convert the value first."
+                    "can be written; convert the value first"
                 )
             self.save(written)
             self.remember(value)
@@ -177,7 +177,7 @@ class _Writer:
         if not all((part.isprintable() and " " not in part) for part in (value.module, value.name)):
             raise UserError(
                 f"{self.name} cannot be written: it names the class {str(value)!r}, which is not "
-                "valid in a pickle; remove that value."
+                "valid in a pickle; remove that value"
             )
         if "." in value.name:
             self.protocol = 4

@@ -46,7 +46,7 @@ class SafetensorsFile(OpenFile):
             raise UserError(
                 f"{self.path} is damaged or was changed: {json_of(self.path)} states another "
                 'sha256; take a fresh copy of both, or remove "sha256" from the json if you '
-                "changed the tensors yourself."
+                "changed the tensors yourself"
             )
         return found
 
@@ -69,20 +69,20 @@ def read(path: str | os.PathLike) -> tuple[SafetensorsFile, dict]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{file.path} is not a valid safetensors file ({error}): take a fresh copy."
+            f"{file.path} is not a valid safetensors file ({error}): take a fresh copy"
         ) from None
-    beside = json_of(path)
-    if not beside.exists():
+    description = json_of(path)
+    if not description.exists():
         raise UserError(
-            f"{file.path} lacks the file {beside.name} in its folder, which holds the policy's "
-            "architecture: copy both files that 'python -m convert to_torch' wrote."
+            f"{file.path} lacks {description.name} in its folder, which holds the policy's "
+            "architecture: copy both files that 'python -m convert to_torch' wrote"
         )
-    if beside.stat().st_size > MAX_JSON:
+    if description.stat().st_size > MAX_JSON:
         raise UserError(
-            f"{beside} has more than {MAX_JSON >> 20} MiB, so it is not a policy's json: take a "
-            "fresh copy."
+            f"{description} has more than {MAX_JSON >> 20} MiB, so it is not a policy's json: take "
+            "a fresh copy"
         )
-    _, described = parse_description(beside)
+    _, described = parse_description(description)
     file.expected = described.get("sha256")
     payload = {
         "state_dicts": {"ema_model": tensors},
@@ -121,7 +121,7 @@ def write(
             parse_description(json_of(path))
         except UserError:
             raise UserError(
-                f"{json_of(path)} exists and is not a policy's json: give {path} another name."
+                f"{json_of(path)} exists and is not a policy's json: give {path} another name"
             ) from None
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     order = sorted(
@@ -136,7 +136,7 @@ def write(
         if dtype not in safetensors.NAMES:
             raise UserError(
                 f"{path} cannot be written: safetensors has no dtype {dtype}; convert the array "
-                "first."
+                "first"
             )
         shape = list(value.shape)
         header[name] = {
@@ -157,5 +157,5 @@ def write(
                 file.write(part)
         values = dict(described) | {"sha256": digest.hexdigest()}
         text = (json.dumps(values, indent=1) + "\n").encode()
-        with written_whole(json_of(path), len(text)) as beside:
-            beside.write(text)
+        with written_whole(json_of(path), len(text)) as description:
+            description.write(text)

@@ -84,7 +84,7 @@ class Checkpoint:
             there = ", ".join(map(str, names)) or "no state dicts at all"
             raise UserError(
                 f"{self.path} has no state dict {name!r}: it holds {there}; choose one of them or "
-                "give a checkpoint that UVA's training saved."
+                "give a checkpoint that UVA's training saved"
             )
         return found
 
@@ -101,7 +101,7 @@ class Checkpoint:
                 f"{self.path} holds no configuration (cfg), so attention heads and sampling steps "
                 "are unknown: name the published policy that it equals "
                 "('python -m convert from_torch CKPT OUT --like pusht'), or give its policy.json "
-                "(--architecture FILE); 'to_torch' then writes a checkpoint with a cfg."
+                "(--architecture FILE); 'to_torch' then writes a checkpoint with a cfg"
             )
         return omegaconf_records.to_plain(cfg, str(self.path))
 
@@ -124,7 +124,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
     if "byteorder" in archive.entries and archive.read("byteorder", 64) != b"little":
         raise UserError(
             f"{archive.path} was saved on a big-endian machine: save it again on a little-endian "
-            "one."
+            "one"
         )
     storages: dict[str, Storage] = {}
 
@@ -140,7 +140,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
         if kind.module.startswith("torch") and kind.name in QUANTISED_STORAGES:
             raise UserError(
                 f"{archive.path} holds quantised tensors ({kind}), which are not supported: "
-                "dequantise them (tensor.dequantize()) and save the checkpoint again."
+                "dequantise them (tensor.dequantize()) and save the checkpoint again"
             )
         if not known:
             raise ValueError(f"the storage class {kind} is not supported")
@@ -224,7 +224,7 @@ class _Tensors:
         if dtype not in STORAGE_NAMES and dtype not in UNTYPED_NAMES:
             raise UserError(
                 f"{self.name} cannot be written: torch has no tensors of dtype {dtype}; convert "
-                "the array first."
+                "the array first"
             )
         strides, step = [], 1
         for extent in reversed(value.shape):

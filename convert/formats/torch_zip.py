@@ -49,7 +49,7 @@ class Archive(OpenFile):
         if entry.size > limit:
             raise UserError(
                 f"{self.path} holds a {name} of {entry.size} bytes, but the limit is {limit}: it "
-                "is not a checkpoint of a policy."
+                "is not a checkpoint of a policy"
             )
         return bytes(self.read_at(entry.offset, entry.size))
 
@@ -85,10 +85,10 @@ class Archive(OpenFile):
             found, way_out = "is not a PyTorch checkpoint (no zip file)", "give a .ckpt or .pth"
         else:
             return
-        raise UserError(f"{self.path} {found}: {way_out}.")
+        raise UserError(f"{self.path} {found}: {way_out}")
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path} {what}: it is truncated or damaged; take a fresh copy.")
+        return UserError(f"{self.path} {what}: it is truncated or damaged; take a fresh copy")
 
     def _list(self) -> dict[str, Entry]:
         try:
@@ -106,12 +106,12 @@ class Archive(OpenFile):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(
                 f"{self.path} holds two entries named {twice!r}, which torch.save never writes, so "
-                "it is refused: take the file from its source again."
+                "it is refused: take the file from its source again"
             )
         if len(roots) != 1 or f"{roots[0]}constants.pkl" in names:
             raise UserError(
                 f"{self.path} is a zip file, but not one that torch.save wrote (no single data.pkl,"
-                " or a TorchScript program): give a .ckpt or .pth file."
+                " or a TorchScript program): give a .ckpt or .pth file"
             )
         return {info.filename.removeprefix(roots[0]): self._place(info, roots[0]) for info in infos}
 
@@ -121,12 +121,12 @@ class Archive(OpenFile):
         if not inside or len(name) > 512:
             raise UserError(
                 f"{self.path} holds an entry named {name[:80]!r} outside its own folder: it is "
-                "refused; take the file from its source again."
+                "refused; take the file from its source again"
             )
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UserError(
                 f"{self.path} was repacked by another program (its entry {name!r} is compressed or "
-                "encrypted): load and save it with torch."
+                "encrypted): load and save it with torch"
             )
         if info.file_size != info.compress_size or info.header_offset + 30 > self.size:
             raise self._damaged(f"has no room for its entry {name!r}")

@@ -1,8 +1,9 @@
-"""Gaussian diffusion with a learned-range variance, in torch: what a diffusion head needs.
+"""Gaussian diffusion with a learned-range variance in torch, for the grafted head.
 
-Formulas as in improved DDPM (arXiv 2102.09672); the same process as `uva_jax/models/diffusion.py`.
+Formulas are those of improved DDPM (arXiv 2102.09672), as in `uva_jax/models/diffusion.py`.
 
-Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
+It is part of the exported `grafted_head.py` (`convert/standalone.py`), so it must run with Python
+3.8 and torch 2.0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 
 def kept_steps(num_steps: int, respacing: str) -> list[int]:
-    """The original timesteps of a respaced process: "" (all), "N", "N1,N2,..." or "ddimN"."""
+    """Returns the original timesteps of a respaced process; see `runtime/respacing.py`."""
     if respacing == "":
         return list(range(num_steps))
     if respacing.startswith("ddim"):
@@ -27,7 +28,7 @@ def kept_steps(num_steps: int, respacing: str) -> list[int]:
         size = num_steps // len(sections) + (i < num_steps % len(sections))
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(count):  # accumulated as in the original, so that rounding agrees
+        for _ in range(count):  # accumulated as in the original, so that rounding is equal
             kept.add(start + round(position))
             position += stride
         start += size
@@ -35,7 +36,7 @@ def kept_steps(num_steps: int, respacing: str) -> list[int]:
 
 
 class Schedule:
-    """float32 tables of a cosine process, computed in float64."""
+    """The float32 tables of a cosine process, computed in float64."""
 
     def __init__(self, num_steps: int = 1000, respacing: str = ""):
         def alpha_bar(u):
@@ -51,7 +52,7 @@ class Schedule:
         previous = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
         beta = 1.0 - bar / previous
         variance = beta * (1.0 - previous) / (1.0 - bar)
-        # The first variance is 0; the second stands in for it under the logarithm.
+        # The first variance is 0; the second replaces it under the logarithm.
         clipped = torch.cat([variance[1:2], variance[1:]]) if len(bar) > 1 else variance + 1e-20
         tables = {
             "signal": bar.sqrt(),
@@ -69,12 +70,12 @@ class Schedule:
         return len(self.timesteps)
 
     def at(self, name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Table values at t, with axes added to broadcast against `like`."""
+        """Returns table values at t, with axes added to broadcast against `like`."""
         values = self.tables[name].to(like.device)[t]
         return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
     def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x0 (..., c) at steps t (leading axes of x0)."""
+        """Diffuses x0 (..., c) to steps t (leading axes of x0)."""
         return self.at("signal", t, x0) * x0 + self.at("noise", t, x0) * noise
 
     def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,7 @@ class Schedule:
 
 
 def _binned_nll(x0, mean, log_std):
-    """See `_discretized_nll` of `uva_jax/models/diffusion.py` for why this is a product."""
+    """Computes the loss of `_discretized_nll` of `uva_jax/models/diffusion.py`."""
 
     def logit(x):
         return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
@@ -112,7 +113,7 @@ def training_losses(
     t: torch.Tensor,
     noise: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """{"mse", "vb", "loss"} per row (x0 without its last axis) of output (..., 2 c)."""
+    """Returns {"mse", "vb", "loss"} per row of output (..., 2 c), x0, x_t and noise (..., c)."""
     eps, raw = output.chunk(2, dim=-1)
     mse = ((noise - eps) ** 2).mean(-1)
     x0_predicted = schedule.predicted_x0(x_t, t, eps.detach())
@@ -142,14 +143,22 @@ def sample_loop(
     temperature: float = 1.0,
     clip: bool = True,
 ) -> torch.Tensor:
-    """Ancestral sampling from noise (K + 1, ..., c): index 0 the start, j the draw of step j.
+    """Samples x0 (..., c) by ancestral sampling.
 
-    `denoise(x, timestep)` is given original timesteps and returns eps and variance (..., 2 c).
+    Args:
+      schedule: a process of K steps.
+      denoise: (x, original timestep) -> eps and variance (..., 2 c).
+      noise: (K + 1, ..., c); index 0 is x_T, index j the noise of step j.
+      temperature: factor on the noise of each step.
+      clip: clip the predicted x0 to [-1, 1].
+
+    Raises:
+      ValueError: `noise` does not have K + 1 entries.
     """
     if len(noise) != len(schedule) + 1:
         raise ValueError(
-            f"sampling {len(schedule)} steps needs {len(schedule) + 1} noise arrays (the start and "
-            f"one a step), but {len(noise)} were given."
+            f"sampling {len(schedule)} steps needs {len(schedule) + 1} noise arrays (x_T and one "
+            f"per step), but {len(noise)} were given"
         )
     x = noise[0]
     for i in reversed(range(len(schedule))):

@@ -1,13 +1,14 @@
 """The grafted action head as a torch module with the interface of UVA's own (`DiffActLoss`).
 
-A user of the PyTorch policy runs a graft by replacing one attribute, after loading the rest of that
+A user of the PyTorch policy runs a graft by replacing one attribute, after loading the rest of the
 checkpoint:
 
     policy.model.diffactloss = GraftedActionHead.from_checkpoint("grafted.ckpt")
 
-Its parts stand one to one for those of `uva_jax/models/grafted_head.py`, and share their names.
+Its parts correspond to those of `uva_jax/models/grafted_head.py` and have the same names.
 
-Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
+It is part of the exported `grafted_head.py` (`convert/standalone.py`), so it must run with Python
+3.8 and torch 2.0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class TimestepEmbedder(nn.Module):
         self.fc1, self.fc2 = nn.Linear(256, width), nn.Linear(width, width)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """(...,) timesteps -> (..., width)."""
+        """Embeds timesteps (...): (..., width)."""
         return self.fc2(functional.silu(self.fc1(timestep_features(t))))
 
 
@@ -52,13 +53,13 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = zero_linear(width, 2 * width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x, y (b, n, width) -> (b, n, out)."""
+        """Maps x, modulated by y, both (b, n, width), to (b, n, out)."""
         shift, scale = self.adaLN_modulation(functional.silu(y)).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class Memory(nn.Module):
-    """What the cross-attentions look at, from the video tokens."""
+    """The memory of the cross-attentions, computed from the video tokens."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
@@ -74,7 +75,7 @@ class Memory(nn.Module):
             self.aggregate_proj = nn.Linear(c, width)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, t * s, z_channels) -> (b, m, memory_width)."""
+        """Maps video tokens (b, t * s, z_channels) to the memory (b, m, memory_width)."""
         config, video = self.config, z
         if config.adapter == "conv":
             frames, (rows, cols) = config.n_frames, config.pool
@@ -99,13 +100,13 @@ class GraftedBlock(nn.Module):
 
 
 class GraftedActionHead(nn.Module):
-    """The grafted head; `config` is the `action_head` of an export's architecture."""
+    """The grafted head; `config` is the `action_head` of an exported architecture."""
 
     def __init__(self, config: Mapping):
         super().__init__()
         self.config = config = SimpleNamespace(**config)
         width = config.width
-        self.in_channels = config.channels  # as the original head calls it
+        self.in_channels = config.channels  # the original head's name
         self.input_proj = nn.Linear(config.channels, width)
         self.time_embed = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, 2 * config.channels)
@@ -116,14 +117,12 @@ class GraftedActionHead(nn.Module):
         names = config.operators or [tuple(OPERATORS)] * config.depth
         self.blocks = nn.ModuleList(GraftedBlock(config, triple) for triple in names)
         self.train_schedule = Schedule(config.train_steps)
-        # Sampling is respaced from 1000 steps whatever the training length, as in the original.
+        # As in the original, 1000 steps are respaced for any number of training steps.
         self.sample_schedule = Schedule(1000, config.sampling_steps)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> GraftedActionHead:
-        """The head in a .ckpt or .safetensors file that this project exported.
-
-        Nothing that the file holds is executed.
+        """Loads the head of an exported .ckpt or .safetensors file without running code in it.
 
         Raises:
           ValueError: the file holds no grafted head.
@@ -134,7 +133,7 @@ class GraftedActionHead(nn.Module):
         return head
 
     def condition(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, t * s, c) -> the condition (b, n, width), or the memory in the "residual" form."""
+        """Computes the condition (b, n, width), or the memory, from video tokens (b, t * s, c)."""
         memory = self.memory(z)
         if self.config.cross_attention == "residual":
             return memory
@@ -144,7 +143,7 @@ class GraftedActionHead(nn.Module):
         return self.condition_shift + self.condition_scale * s
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """x (b, n, channels), t (b,), `condition(z)` -> (b, n, 2 channels)."""
+        """Predicts eps and variance (b, n, 2 channels) of x (b, n, channels) at steps t (b,)."""
         h, y = self.input_proj(x), self.time_embed(t)[:, None]
         residual = self.config.cross_attention == "residual"
         y = y.expand_as(h) if residual else y + condition
@@ -165,7 +164,7 @@ class GraftedActionHead(nn.Module):
         t: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The training loss, a scalar.
+        """Computes the training loss, a scalar.
 
         Args:
           target: (b, n_actions, channels) in [-1, 1].

@@ -1,10 +1,11 @@
-"""Reads a grafted head out of an exported file, with torch alone and nothing executed.
+"""Reads a grafted head from an exported file with torch alone, without running code in the file.
 
 A checkpoint's payload holds UVA's configuration as objects, which torch.load refuses with
-weights_only=True. So an export has a second pickle, `head.pkl`, in the same zip: the payload again,
-but with the head's tensors alone, in plain containers that share the first one's bytes.
+weights_only=True. So an export has a second pickle, `head.pkl`, in the same zip: plain containers
+with only the head's tensors, which share the bytes of the payload's.
 
-Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
+It is part of the exported `grafted_head.py` (`convert/standalone.py`), so it must run with Python
+3.8 and torch 2.0.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def read_head(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The `action_head` of the architecture, and the head's tensors by their names in the head.
+    """Reads the `action_head` of the architecture, and the head's tensors by name.
 
     Args:
-      path: a .ckpt file; or a .safetensors file, with the .json of the same name beside it.
+      path: a .ckpt file; or a .safetensors file, with the .json of the same name in its folder.
 
     Raises:
       ValueError: the file holds no grafted head that this project exported.
@@ -39,7 +40,7 @@ def read_head(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
     if config.get("kind") != "grafted":
         raise ValueError(
             f"{path} holds no grafted action head, or was not written by this version: export the "
-            "graft again with 'python -m convert to_torch'."
+            "graft again with 'python -m convert to_torch'"
         )
     own = {name[len(PREFIX) :]: v for name, v in state.items() if name.startswith(PREFIX)}
     return config, own
@@ -48,7 +49,7 @@ def read_head(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
 def _checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     try:
         payload = torch.load(_plain(path), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # objects beside tensors, as in UVA's own checkpoints
+    except pickle.UnpicklingError:  # it holds objects, as UVA's own checkpoints do
         return {}, {}
     if not isinstance(payload, dict) or "uva_jax" not in payload:
         return {}, {}
@@ -56,7 +57,7 @@ def _checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _plain(path: Path) -> Path | io.BytesIO:
-    """The checkpoint with `head.pkl` in the place of `data.pkl`; as it is if it has none."""
+    """Returns the checkpoint with `head.pkl` as its `data.pkl`, or its path if it has none."""
     if not zipfile.is_zipfile(path):
         return path
     part = io.BytesIO()
@@ -68,7 +69,7 @@ def _plain(path: Path) -> Path | io.BytesIO:
         root = pickles[0][: -len("head.pkl")]
         pickled = whole.read(pickles[0])
         copy.writestr(root + "data.pkl", pickled)
-        # A pickle names its storages, among other texts.
+        # The texts of a pickle include the names of its storages.
         texts = {value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)}
         wanted = {"version", "byteorder"} | {"data/" + text for text in texts}
         for name in names:

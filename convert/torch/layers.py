@@ -1,6 +1,7 @@
-"""Torch layers that the grafted head's twin and the reference of the original share.
+"""Torch layers that the grafted head and the reference of the original share.
 
-Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
+It is part of the exported `grafted_head.py` (`convert/standalone.py`), so it must run with Python
+3.8 and torch 2.0.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch.nn import functional
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Adaptive layer-norm modulation of DiT."""
+    """Computes the adaptive layer-norm modulation of DiT."""
     return x * (1 + scale) + shift
 
 
 def timestep_features(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
-    """Sinusoidal features of original timesteps: (...,) -> (..., dim), cosines first."""
+    """Returns sinusoidal features (..., dim), cosines first, of original timesteps (...)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[..., None].float() * torch.exp(-math.log(10000.0) * steps / half)
@@ -30,7 +31,13 @@ def timestep_features(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """q (b, n, h, d), k and v (b, m, h, d), mask (n, m) of the keys that count -> (b, n, h * d)."""
+    """Computes attention (b, n, h * d).
+
+    Args:
+      q: (b, n, h, d) queries.
+      k, v: (b, m, h, d) keys and values.
+      mask: (n, m), True for attended keys; None: all.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(out, "b h n d -> b n (h d)")
@@ -41,7 +48,7 @@ def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
 
 
 def zero_linear(width: int, out: int) -> nn.Linear:
-    """A Linear that starts at zero: a closed gate, a modulation that changes nothing."""
+    """Makes a Linear with zero weights: a gate at zero, or a modulation without effect."""
     layer = nn.Linear(width, out)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -49,12 +56,12 @@ def zero_linear(width: int, out: int) -> nn.Linear:
 
 
 def table(*shape: int) -> nn.Parameter:
-    """Learned positions or queries, small at the start."""
+    """Makes positions or queries with small initial values."""
     return nn.Parameter(0.02 * torch.randn(shape))
 
 
 class Aggregator(nn.Module):
-    """The original's four ways from video tokens to action steps, under its tensor names.
+    """The original's four aggregators of video tokens to action steps, with its tensor names.
 
     `config` has `aggregator, z_channels, n_actions, n_frames, grid`.
     """
@@ -82,10 +89,10 @@ class Aggregator(nn.Module):
         elif config.aggregator == "fc2":
             self.fc = nn.Sequential(nn.Linear(tokens, 256), nn.ReLU(), nn.Linear(256, actions))
         else:
-            raise ValueError(f"aggregator {config.aggregator!r} is unknown.")
+            raise ValueError(f"aggregator {config.aggregator!r} is unknown")
 
     def aggregate(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, tokens, c) -> (b, n_actions, c)."""
+        """Aggregates (b, tokens, c) to (b, n_actions, c)."""
         kind, frames, rows = self.config.aggregator, self.config.n_frames, self.config.grid[0]
         if kind == "conv2":
             return self.conv(z)

@@ -1,11 +1,12 @@
-"""The operators that a grafted head is built of, as torch modules, registered by name.
+"""The operators of a grafted head as torch modules, registered by name.
 
-They stand one to one for those of `uva_jax/models/operators.py` and share their names. A new one is
-a class with the same call and a line in `OPERATORS`, such as
+They correspond to those of `uva_jax/models/operators.py` and have the same names. A new one is a
+class with the same call and an entry of `OPERATORS`, such as
 
     OPERATORS["self_attn"]["package.module:Class"] = TorchClass
 
-Part of the exported `grafted_head.py`, so Python 3.8 and torch 2.0 run it: `convert/standalone.py`.
+It is part of the exported `grafted_head.py` (`convert/standalone.py`), so it must run with Python
+3.8 and torch 2.0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from convert.torch.layers import attend, layer_norm, modulate, table, zero_linea
 
 
 def memory_grid(config: SimpleNamespace) -> tuple[int, int]:
-    """Rows and columns of the memory's tokens for each frame."""
+    """Returns rows and columns of the memory's tokens for each frame."""
     return config.pool if config.adapter == "conv" else config.grid
 
 
@@ -45,7 +46,10 @@ class CrossAttention(nn.Module):
     def forward(
         self, s: torch.Tensor, memory: torch.Tensor, y: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """s (b, n, width), memory (b, m, memory_width), y like s -> residual (b, n, width)."""
+        """Returns the residual (b, n, width) of s (b, n, width) and memory (b, m, memory_width).
+
+        y (b, n, width) is the modulation in the "residual" form.
+        """
         x, gate = self.norm(s), 1.0
         if hasattr(self, "adaLN_modulation"):
             shift, scale, gate = self.adaLN_modulation(functional.silu(y)).chunk(3, dim=-1)
@@ -60,11 +64,11 @@ class CrossAttention(nn.Module):
         return gate * (attended + self.fc2(hidden))
 
     def video_tokens(self) -> int:
-        """Tokens of the video that keys are made of."""
+        """Returns the number of video tokens from which keys are computed."""
         return self.frames * self.grid[0] * self.grid[1]
 
     def pooled(self, memory: torch.Tensor) -> torch.Tensor:
-        """(b, m, memory_width) -> what keys and values are made of, (b, m', memory_width)."""
+        """Pools the memory (b, m, memory_width) for keys and values: (b, m', memory_width)."""
         return memory
 
 
@@ -107,12 +111,12 @@ class SelfAttention(nn.Module):
         return gate * self.proj(attend(q, k, v, mask=self.mask(h)))
 
     def mask(self, h: torch.Tensor) -> torch.Tensor | None:
-        """Which steps each step looks at, (n, n) booleans; None: all."""
+        """Returns the attention mask (n, n), True for attended steps; None: all."""
         return None
 
 
 class WindowedSelfAttention(SelfAttention):
-    """Self-attention in which a step looks at most `self_attn_window` steps to either side."""
+    """Self-attention of each step to at most `self_attn_window` steps on either side."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__(config)
@@ -138,11 +142,11 @@ class Mlp(nn.Module):
 
     @staticmethod
     def hidden(config: SimpleNamespace) -> int:
-        """Units of the hidden layer."""
+        """Returns the number of units of the hidden layer."""
         return config.mlp_ratio * config.width
 
     def activation(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, n, width) -> the hidden layer (b, n, hidden)."""
+        """Computes the hidden layer (b, n, hidden) of x (b, n, width)."""
         return functional.silu(self.fc1(x))
 
 
@@ -166,17 +170,17 @@ class KeptMlp(Mlp):
 
 
 class Nothing(nn.Module):
-    """Adds nothing: in the place of an attention that a block does without."""
+    """An operator with residual zero, for blocks without an attention."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
 
     def forward(self, stream: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """(b, n, width) -> zeros of that shape."""
+        """Returns zeros of the shape of `stream` (b, n, width)."""
         return torch.zeros_like(stream)
 
 
-# family -> name -> class; the families in the order in which a block lists its operators.
+# family -> name -> class; families in the order of a block's operators.
 OPERATORS = {
     "cross_attn": {
         "cross_attn": CrossAttention,
@@ -193,11 +197,15 @@ OPERATORS = {
 
 
 def make_operator(family: str, name: str, config: SimpleNamespace) -> nn.Module:
-    """The operator registered under `name`; raises ValueError if the family has none."""
+    """Makes the operator registered under `name`.
+
+    Raises:
+      ValueError: the family has no operator of that name.
+    """
     known = OPERATORS[family]
     if name not in known:
         raise ValueError(
             f"operator {name!r} is not a {family}; known are {', '.join(known)}. Set "
-            f"OPERATORS[{family!r}][{name!r}] to its torch class first."
+            f"OPERATORS[{family!r}][{name!r}] to its torch class first"
         )
     return known[name](config)

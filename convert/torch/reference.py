@@ -1,9 +1,8 @@
-"""UVA's policy in torch, under the original's tensor names: what `verify` compares with.
+"""A torch reference of UVA's policy with the original's tensor names, for `verify`.
 
-Written for this project from the published formulas and names; a checkpoint of the original loads
-with strict=True. Inference only: no dropout, no training modes. Layouts are the original's, with
-latents as (b, t, c, h, w). Every part also gives its intermediate results, by the names that the
-Flax port uses.
+It is written from the published formulas and names, and a checkpoint of the original loads with
+strict=True. It has no dropout and no training modes. Layouts are the original's, with latents as
+(b, t, c, h, w). Every part also returns its intermediate results by the names of the Flax port.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class _Net(nn.Module):
         self.final_layer = _FinalLayer(width, 2 * config.channels)
 
     def stages(self, x, t, c) -> dict[str, torch.Tensor]:
-        """x (b, n, channels), t (b,) or (b, n), c (b, n, z): every block's output, and "out"."""
+        """Returns every block's output, and "out", for x (b, n, channels), t, c (b, n, z)."""
         stages = {"time_embed": self.time_embed(t)}
         y = stages["time_embed"].reshape(len(t), -1, self.width) + self.cond_embed(c)
         x = self.input_proj(x)
@@ -109,7 +108,7 @@ class _Net(nn.Module):
 
 
 class MLPHead(Aggregator):
-    """The original's diffusion heads; without an aggregator, the video head."""
+    """The original's diffusion heads; without an aggregator it is the video head."""
 
     def __init__(self, config: MLPHeadConfig):
         if config.aggregator is None:
@@ -120,11 +119,11 @@ class MLPHead(Aggregator):
         self.net = _Net(config)
 
     def rows(self, z: torch.Tensor) -> torch.Tensor:
-        """(b, tokens, c) -> what each denoised row is conditioned on (b, rows, c)."""
+        """Maps tokens (b, tokens, c) to the conditioning of each row (b, rows, c)."""
         return z if self.config.aggregator is None else self.aggregate(z)
 
     def sample(self, z, temperature=1.0, *, noise):
-        """Rows (b, n, channels) from noise (K + 1, b, n, channels)."""
+        """Samples rows (b, n, channels) from noise (K + 1, b, n, channels)."""
         c = self.rows(z)
 
         def denoise(x, timestep):
@@ -143,7 +142,7 @@ def _head(config: HeadConfig) -> nn.Module:
 
 
 class MAR(nn.Module):
-    """Transformer and heads."""
+    """The transformer and the heads."""
 
     def __init__(self, policy: PolicyConfig):
         super().__init__()
@@ -175,9 +174,9 @@ class MAR(nn.Module):
                 setattr(self, name, _head(config))
 
     def embed(self, task_mode: str, tokens, mask, cond, streams: dict) -> torch.Tensor:
-        """The encoder's input, before its first norm.
+        """Computes the encoder's input before its first norm.
 
-        tokens, cond (b, t, s, c); mask (b, t, s); streams as in the Flax port's `MAR.embed`.
+        tokens and cond are (b, t, s, c), mask is (b, t, s), streams as for Flax's `MAR.embed`.
         """
         c, batch, total = self.config, len(cond), self.config.n_tokens
 
@@ -223,7 +222,7 @@ class MAR(nn.Module):
         return x
 
     def stages(self, task_mode: str, tokens, mask, cond, streams: dict) -> dict[str, torch.Tensor]:
-        """Every step by name: "embed", "encoder_block<i>", "encoder_out", ..., "decoder_out"."""
+        """Returns all results: "embed", "encoder_block<i>", "encoder_out", ..., "decoder_out"."""
         stages = {"embed": self.embed(task_mode, tokens, mask, cond, streams)}
         x = self.z_proj_ln(stages["embed"])
         for i, block in enumerate(self.encoder_blocks):
@@ -300,7 +299,7 @@ class _Field(nn.Module):
 
 
 class Policy(nn.Module):
-    """A whole policy, as the original's state dict has it."""
+    """A whole policy with the names of the original's state dict."""
 
     def __init__(self, config: PolicyConfig):
         super().__init__()

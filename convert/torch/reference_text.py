@@ -1,6 +1,6 @@
-"""CLIP's text transformer in torch, under transformers' tensor names, as part of the reference.
+"""A torch reference of CLIP's text transformer with transformers' tensor names, for `verify`.
 
-Written for this project from the published formulas; `uva_jax/models/text_tower.py` is its port.
+It is written from the published formulas; `uva_jax/models/text_tower.py` is its port.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Transformer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text half of CLIP."""
+    """CLIP's text tower."""
 
     def __init__(self, config: TextTowerConfig):
         super().__init__()
@@ -71,7 +71,7 @@ class TextTower(nn.Module):
         self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def stages(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Tokens and mask (b, n): "embed", "layer<i>", "text_embeds" (b, projection)."""
+        """Returns "embed", "layer<i>" and "text_embeds" (b, projection) for tokens, mask (b, n)."""
         body, n = self.text_model, tokens.shape[1]
         embeddings = body.embeddings
         seen = torch.ones(n, n, dtype=torch.bool).tril() & (mask != 0)[:, None, None]

@@ -1,4 +1,4 @@
-"""The KL-VAE of UVA in torch, under the original's tensor names (see `torch_reference.py`)."""
+"""A torch reference of UVA's KL-VAE with the original's tensor names; see `reference.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Attention(nn.Module):
         y = self.norm(x)
         q, k, v = (rearrange(f(y), "n c h w -> n (h w) c") for f in (self.q, self.k, self.v))
         y = functional.scaled_dot_product_attention(q, k, v)
-        # Contiguous: GroupNorm over channels-last maps loses a digit in torch.
+        # Contiguous, because torch's GroupNorm loses a digit on channels-last maps.
         y = rearrange(y, "n (h w) c -> n c h w", h=x.shape[2]).contiguous()
         return x + self.proj_out(y)
 
@@ -148,6 +148,6 @@ class VAE(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images in [-1, 1] -> mean and logvar, logvar in [-30, 20]."""
+        """Encodes images (n, 3, h, w) in [-1, 1] to mean and logvar in [-30, 20]."""
         mean, logvar = self.quant_conv(self.encoder.stages(images)["out"]).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)

@@ -1,6 +1,6 @@
-"""A training step of a policy in torch, as upstream takes it, to be timed beside the one in JAX.
+"""A training step of a policy in torch like upstream's, for timing it against the one in JAX.
 
-`policy_model` alone, the mode that acts: forward, backward and AdamW, one noise draw a window.
+It is forward, backward and AdamW in mode `policy_model`, with one noise draw per window.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from uva_jax.models.policy_config import PolicyConfig
 
 
 class Step(NamedTuple):
-    """`run()` takes one step, finished when it returns; `policy` is what it moves."""
+    """`run()` does one step to its end; `policy` is the trained policy."""
 
     run: Callable[[], None]
     policy: Policy
 
 
 def make_step(config: PolicyConfig, batch: Mapping[str, np.ndarray], dtype: str) -> Step:
-    """A step on one batch, on the GPU if there is one.
+    """Returns a step on one batch, on the GPU if there is one.
 
     Args:
       config: the architecture; weights are random.
@@ -38,7 +38,7 @@ def make_step(config: PolicyConfig, batch: Mapping[str, np.ndarray], dtype: str)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     policy = Policy(config).to(device)
-    for parameter in policy.parameters():  # the tables start at zero: any values do for timing
+    for parameter in policy.parameters():  # tables start at zero; any values are good for timing
         torch.nn.init.normal_(parameter, std=0.02)
     head = policy.model.diffactloss
     trained = [p for n, p in policy.model.named_parameters() if not n.startswith("diffloss")]

@@ -1,4 +1,4 @@
-"""A budget of seconds for every stage: a policy is trained from nothing, grafted and exported.
+"""A configuration of seconds per stage: a policy is trained from random weights and grafted.
 
 python -m uva_jax.main --config tests/campaign/config.py --workdir DIR --stage pretrain
 """

@@ -1,4 +1,4 @@
-"""Disks that fill: a small tmpfs where one can be mounted, else a limit on the size of files."""
+"""Full disks: a small tmpfs if one can be mounted, otherwise a limit on the size of files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.campaign import results
 from tests.campaign.kills import Reference
 from tests.campaign.runs import STAGES, Command, Place
 
-_SIZE = 512 << 20  # bytes of the tmpfs; it takes what is written
+_SIZE = 512 << 20  # bytes of the tmpfs, which uses memory only for written data
 _IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 class Tmpfs:
-    """A small file system of its own, mounted at `folder`."""
+    """A small file system, mounted at `folder`."""
 
     kind = "tmpfs"
     told = "the disk is full"
@@ -32,18 +32,18 @@ class Tmpfs:
         self.folder = folder
 
     def leave(self, share: float, reference: Path, stage: str) -> None:
-        """Fills the disk up to a share of what the stage wrote in the reference run."""
+        """Fills the disk, except for a share of what the stage wrote in the reference run."""
         left, space = int(share * results.size(reference, stage)), os.statvfs(self.folder)
         with open(self.folder / "filler", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, space.f_bavail * space.f_bsize - left))
 
     def free(self) -> None:
-        """Makes room."""
+        """Frees the disk."""
         (self.folder / "filler").unlink()
 
 
 class Limit:
-    """Files that may not grow beyond a size: what anyone can set (RLIMIT_FSIZE, `ulimit -f`)."""
+    """A limit on the size of files, which needs no privileges (RLIMIT_FSIZE, `ulimit -f`)."""
 
     kind = "RLIMIT_FSIZE"
     told = "no file may grow"
@@ -62,7 +62,7 @@ class Limit:
 
 @contextmanager
 def small_disk(folder: Path, *, mount: bool = True) -> Iterator[Tmpfs | Limit]:
-    """A disk to work on at `folder`, which is removed at the end."""
+    """Yields a disk at `folder`, which is removed at the end."""
     folder.mkdir(parents=True)
     mounted = mount and _works(["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "none", str(folder)])
     try:
@@ -74,7 +74,7 @@ def small_disk(folder: Path, *, mount: bool = True) -> Iterator[Tmpfs | Limit]:
 
 
 def enter_a_namespace() -> None:
-    """Starts this program again where it may mount, if that can be had without being root."""
+    """Restarts this program in a namespace that permits mounting, if that is possible."""
     if os.geteuid() != 0 and _works([*_IN_A_NAMESPACE, "mount", "-t", "tmpfs", "none", "/tmp"]):
         module = [sys.executable, "-m", "tests.kill_campaign", *sys.argv[1:]]
         os.execvp(_IN_A_NAMESPACE[0], [*_IN_A_NAMESPACE, *module])
@@ -89,13 +89,13 @@ def _works(command: Sequence[str]) -> bool:
 
 @dataclass
 class Fills:
-    """What full disks did, by stage.
+    """The results of runs with full disks, by stage.
 
     Attributes:
-      kind: what the disk was.
-      filled, told: runs with too little room; of these, those that ended with the one sentence,
-        status 2 and nothing half-written.
-      equal: stages that the same command then completed, with the reference's bits.
+      kind: type of the disk.
+      filled: number of runs with too little space.
+      told: of these, those that ended with one sentence, status 2 and nothing half-written.
+      equal: stages that the same command then completed with the reference's bits.
     """
 
     kind: str = ""
@@ -113,12 +113,12 @@ def fill_in_every_stage(
     *,
     times: int,
 ) -> Fills:
-    """One run, stage by stage: each meets a full disk so many times, then gets room."""
+    """Runs the stages one by one; the disk of each is full a number of times and then freed."""
     fills, workdir = Fills(disk.kind), disk.folder / "run"
     for stage in place.stages:
         command = place.command(workdir, stage)
         for number in range(times):
-            # Somewhere in its work; the second time, before the stage has begun.
+            # The first time within the stage's work, the second time before it.
             disk.leave(0.0 if number % 2 else 0.6 * rng.random(), reference.workdir, stage)
             running = Command(command, place.environment(), before=disk.before)
             status = running.wait()
@@ -146,7 +146,7 @@ def fill_in_every_stage(
 
 
 def _not_as_it_should(running: Command, status: int | None, told: str) -> list[str]:
-    """What is wrong with how a command ended that ran into a full disk."""
+    """Returns what is wrong with the end of a command on a full disk."""
     errors = [line for line in running.lines if line.startswith("error: ")]
     bad = [] if status == 2 else [f"exit status {status}"]
     if len(errors) != 1 or told not in errors[0]:

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments of every stage, and run again until they are complete."""
+"""Kills runs at random moments of every stage, and repeats them until they are complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _START_UP_SHARE = 1 / (len(ROWS) + 1)  # of the kills
 
 @dataclass
 class Reference:
-    """An undisturbed run: what it made, and seconds by stage (and of the start-up)."""
+    """An undisturbed run: its results, and seconds by stage (and of the start-up)."""
 
     workdir: Path
     digests: Mapping[str, Mapping[str, str]]
@@ -26,13 +26,13 @@ class Reference:
 
 @dataclass
 class Tally:
-    """What has happened, by stage.
+    """The results of kills, by stage.
 
     Attributes:
-      kills: SIGKILLs that landed there.
+      kills: number of SIGKILLs in the stage.
       resumed: of these, those after which the same command did not fail.
       equal: of these, those in runs whose results of the stage equal the reference's.
-      problems: one line or more each.
+      problems: descriptions of failures.
     """
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROWS, 0))
@@ -42,7 +42,7 @@ class Tally:
 
 
 def undisturbed(place: Place, name: str) -> Reference:
-    """Runs both commands with nothing in their way."""
+    """Runs both commands without disturbance."""
     workdir, seconds = place.root / name, {}
     for arguments in place.commands(workdir):
         running = Command(arguments, place.environment())
@@ -68,7 +68,7 @@ def killed_run(
     kills: int,
     per_stage: int,
 ) -> None:
-    """One run: killed up to `kills` times, up to `per_stage` times in a stage, then compared."""
+    """Kills a run up to `kills` times, up to `per_stage` times in a stage; compares its results."""
     workdir, landed = place.root / name, dict.fromkeys(ROWS, 0)
     try:
         for arguments in place.commands(workdir):
@@ -106,7 +106,7 @@ def _killed(
     per_stage: int,
     rng: random.Random,
 ) -> bool:
-    """Kills a command at a random moment of its start-up or of a stage that has had too few kills.
+    """Kills a command at a random moment of its start-up or of a stage with too few kills.
 
     Returns whether it was killed before it ended.
     """

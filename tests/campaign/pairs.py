@@ -13,17 +13,17 @@ from tests.campaign.kills import Reference
 from tests.campaign.results import all_digests, differing
 from tests.campaign.runs import Command, Failed, Place
 
-_MINUTE = 60.0  # seconds within which a process ends that has lost the other
+_MINUTE = 60.0  # seconds within which a process must end after the other has died
 
 
 @dataclass
 class Losses:
-    """What became of processes that lost the other one.
+    """The results of processes whose peer died.
 
     Attributes:
-      lost: how many did.
+      lost: number of such processes.
       told: of these, those that ended within a minute with a sentence that names the other.
-      seconds: that each took.
+      seconds: until each ended.
       equal: whether every run was completed with an undisturbed pair's bits.
     """
 
@@ -40,7 +40,7 @@ class Pair:
     def __init__(
         self, arguments: list[str], place: Place, before: Callable[[], None] | None = None
     ):
-        """`before` is called in the first process, ahead of the command."""
+        """Starts the processes; `before` is called in the first, before the command."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -64,10 +64,10 @@ class Pair:
             process.kill()
 
     def complete(self) -> None:
-        """Waits for the end of both.
+        """Waits until both end.
 
         Raises:
-          Failed: one does not end well.
+          Failed: one ends with another status than 0.
         """
         for number, process in enumerate(self.processes):
             if (status := process.wait()) != 0:
@@ -76,7 +76,7 @@ class Pair:
 
 
 def undisturbed_pair(place: Place, name: str) -> Reference:
-    """Both commands in two processes, with nothing in their way."""
+    """Runs both commands in two processes without disturbance."""
     workdir, seconds = place.root / name, {}
     for arguments in place.commands(workdir):
         pair, begun = Pair(arguments, place), {}
@@ -92,8 +92,10 @@ def undisturbed_pair(place: Place, name: str) -> Reference:
 def lose_processes(
     place: Place, disk: Tmpfs | Limit, reference: Reference, rng: random.Random, *, losses: int
 ) -> Losses:
-    """One run of two processes; in so many stages one or the other is killed, and in one of them
-    the disk is full for the first before that."""
+    """Runs two processes; in a number of stages one of them is killed.
+
+    In one of these stages the disk of the first process is full before that.
+    """
     found, workdir = Losses(), disk.folder / "pair"
     chosen = set(rng.sample(place.stages, min(losses, len(place.stages))))
     full = rng.choice(place.commands(workdir))
@@ -121,7 +123,7 @@ def lose_processes(
 def _fill(
     arguments: list[str], place: Place, disk: Tmpfs | Limit, reference: Reference, found: Losses
 ) -> None:
-    """Lets a full disk stop the first process, which the other one has to notice."""
+    """Ends the first process by a full disk, which the other must notice."""
     disk.leave(0.3, reference.workdir, "vae" if "vae" in arguments[-1] else "capture")
     pair = Pair(arguments, place, before=disk.before)
     pair.first.wait()
@@ -139,7 +141,7 @@ def _killed(
     seconds: Mapping[str, float],
     rng: random.Random,
 ) -> bool:
-    """Kills one process at a random moment of a chosen stage, which is chosen no more."""
+    """Kills one process at a random moment of a stage, which is not chosen again."""
     stage, moment = None, 0.0
     while not pair.first.ended():
         now = pair.first.stage
@@ -154,7 +156,7 @@ def _killed(
 
 
 def _see(other: Command, victim: int, found: Losses) -> None:
-    """Waits for the end of the process that was left."""
+    """Waits until the remaining process ends."""
     begun, status = time.monotonic(), other.wait(_MINUTE)
     found.lost += 1
     found.seconds.append(time.monotonic() - begun)

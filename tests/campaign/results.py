@@ -1,6 +1,6 @@
-"""What a run has made, as one digest an artifact, so that two runs can be held side by side.
+"""Digests of a run's artifacts, for comparing two runs.
 
-Times and paths differ from run to run and are left out; so are resumable states, which are means.
+Times and paths, which differ between runs, and resumable states are left out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FOLDERS = dict(zip(STAGES, STAGES, strict=True)) | {
     **{"encode": "latents", "convert": "teacher", "capture": "activations"},
     **{"distill": "operators", "assemble": "grafted", "evaluate": "eval"},
 }
-_STORES = ("latents", "activations")  # grow chunk by chunk under their own names
+_STORES = ("latents", "activations")  # written chunk by chunk under their final names
 _RECORDS = {"done.json", "started.json", "report.html"}
 _STATES = ("states", "states_decoder", "cross_attn_state", "blocks_state", "phase0")
 _OF_THE_RUN = {"seconds", "policy_seconds", "time", "source", "file"}
 
 
 def digests(workdir: Path, stage: str) -> dict[str, str]:
-    """Name of each artifact of a stage -> sha256 of its content."""
+    """Returns the SHA-256 of each artifact of a stage by name."""
     folder = workdir / FOLDERS[stage]
     found = {str(path.relative_to(workdir)): _digest(path) for path in _artifacts(folder)}
     lines = [_without(line) for line in read_metrics(workdir, stage)]
@@ -39,13 +39,15 @@ def all_digests(workdir: Path, stages: Sequence[str]) -> dict[str, dict[str, str
 
 
 def differing(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Names of artifacts that are missing, too many, or not equal."""
+    """Returns the names of artifacts that are missing, unexpected or different."""
     return sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
 
 
 def half_written(workdir: Path, stage: str, wanted: Mapping[str, str]) -> list[str]:
-    """Artifacts of an unfinished stage that stand under their names and are not what they should
-    be. Stores that grow chunk by chunk say themselves that they are unfinished."""
+    """Returns the artifacts of an unfinished stage that have their final names but are incomplete.
+
+    Stores that are written chunk by chunk record that they are unfinished.
+    """
     folder = workdir / FOLDERS[stage]
     if folder.name in _STORES:
         return []
@@ -55,13 +57,13 @@ def half_written(workdir: Path, stage: str, wanted: Mapping[str, str]) -> list[s
         try:
             if _digest(path) != wanted.get(name):
                 bad.append(name)
-        except Exception as error:  # whatever a reader makes of half a file
+        except Exception as error:  # readers raise various errors for half a file
             bad.append(f"{name} ({type(error).__name__})")
     return bad
 
 
 def size(workdir: Path, stage: str) -> int:
-    """Bytes on the disk of a stage's folder."""
+    """Returns the bytes of a stage's folder on disk."""
     paths = (workdir / FOLDERS[stage]).rglob("*")
     return sum(p.stat().st_blocks * 512 for p in paths if p.is_file())
 
@@ -93,7 +95,7 @@ def _digest(path: Path) -> str:
 
 
 def _without(value):
-    """A JSON value without what belongs to the one run."""
+    """Returns a JSON value without what differs between runs."""
     if isinstance(value, dict):
         return {k: _without(v) for k, v in sorted(value.items()) if k not in _OF_THE_RUN}
     return [_without(v) for v in value] if isinstance(value, list) else value

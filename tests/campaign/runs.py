@@ -1,4 +1,4 @@
-"""The pipeline's commands as processes that can be watched, and killed at a moment."""
+"""The pipeline's commands as processes that can be watched and killed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CONFIG = Path(__file__).with_name("config.py")
 TRAINING = ("vae", "encode", "pretrain")
 GRAFTING = ("convert", "capture", "distill", "assemble", "finetune", "evaluate", "export")
 STAGES = TRAINING + GRAFTING
-START_UP = "start-up"  # what comes before a command's first stage
+START_UP = "start-up"  # the time before a command's first stage
 _BEGINS = re.compile(r"(\w+): (starting|resuming)")
-_PATIENCE = 600  # seconds that any command may take
+_PATIENCE = 600  # limit of a command's time in seconds
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a campaign works, and on what.
+    """The folders and stages of a campaign.
 
     Attributes:
-      root: holds its runs and the compiled programs.
-      data: the rendered frames.
-      stages: what is run, in order.
+      root: folder of runs and compiled programs.
+      data: folder of rendered frames.
+      stages: the stages to run, in order.
       teacher: the checkpoint to graft; None: the one that the stages train.
     """
 
@@ -45,33 +45,33 @@ class Place:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is the compiler's
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "PYTHONPATH": str(REPO),
             "PYTHONUNBUFFERED": "1",
         }
 
     def command(self, workdir: Path, *stages: str) -> list[str]:
-        """The command for stages that all train or all graft."""
+        """Returns the command for stages that all train or all graft."""
         teacher = self.teacher or workdir / "pretrain" / "policy.ckpt"
         found = [sys.executable, "-m", "uva_jax.main", "--config", CONFIG, "--workdir", workdir]
         found += [f"--config.data.cache={self.data}", "--stage", ",".join(stages)]
-        # Not for training, which comes before the teacher is there.
+        # Training comes before there is a teacher.
         found += [] if stages[0] in TRAINING else [f"--config.teacher.checkpoint={teacher}"]
         return [*map(str, found)]
 
     def commands(self, workdir: Path) -> list[list[str]]:
-        """Two commands, one after the other: train a policy; graft it."""
+        """Returns the two commands that train a policy and graft it."""
         parts = ([s for s in self.stages if (s in TRAINING) == trains] for trains in (True, False))
         return [self.command(workdir, *part) for part in parts if part]
 
 
 class Command:
-    """A command in a process group of its own, its output read line by line as it comes.
+    """A command in a separate process group, whose output is read line by line.
 
     Attributes:
-      stage: the stage it is in, by its lines; "start-up" before the first.
-      lines: what it has printed, both streams.
+      stage: the current stage, by its output; "start-up" before the first.
+      lines: of its stdout and stderr.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Command:
         environment: dict[str, str],
         before: Callable[[], None] | None = None,
     ):
-        """`before` is called in the new process, ahead of the command."""
+        """Starts the command; `before` is called in the new process before it."""
         self.begun = time.monotonic()
         self.stage, self.stage_begun, self.lines = START_UP, self.begun, []
         self._process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Command:
         return self._process.poll() is not None
 
     def wait(self, seconds: float = _PATIENCE) -> int | None:
-        """The exit status, or None where it is still at work after so many seconds."""
+        """Returns the exit status, or None if the command still runs after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
             self._reader.join(10)  # a worker that outlives the run may hold the pipe
@@ -115,7 +115,7 @@ class Command:
         return None
 
     def kill(self) -> None:
-        """SIGKILL to the whole group."""
+        """Sends SIGKILL to the whole group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -126,4 +126,4 @@ class Command:
 
 
 class Failed(Exception):
-    """Something that a campaign looks for, and found."""
+    """A failure that a campaign looks for."""

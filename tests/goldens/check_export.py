@@ -1,13 +1,13 @@
-"""Runs exported grafts in the original's own code and compares what they sample with Flax.
+"""Runs exported grafts in the original's own code and compares their samples with Flax.
 
     python tests/goldens/check_export.py UPSTREAM [--python PYTHON] [--tasks TASK ...]
 
 UPSTREAM is a checkout of github.com/ShuangLI59/unified_video_action, PYTHON the interpreter of an
-environment that runs it (by default this one; `original_uva.py` says what it imports). For each
-task the original makes a random policy of reduced size and saves it; here it is converted, grafted
-with random values, exported, and sampled; the original loads the export with its own workspace, its
-action head replaced by `grafted_head.py`, and samples with the same noise. Prints the errors
-relative to the largest value; the exit status is 1 if one is above 5e-4, as for sampling elsewhere.
+environment that runs it (by default this one; `original_uva.py` lists its imports). For each task
+the original makes a random policy of reduced size and saves it; this script converts it, grafts it
+with random values, exports it and samples; the original loads the export with its own workspace and
+`grafted_head.py` as action head, and samples with the same noise. The script prints the errors
+relative to the largest value; the exit status is 1 if one exceeds 5e-4, the bound for sampling.
 """
 
 import argparse
@@ -43,8 +43,10 @@ STATES = {  # in the order in which the original joins them
 
 
 def graft(checkpoint: Path, folder: Path):
-    """The checkpoint's policy with a grafted head, every value of which is a little off its start;
-    exported as folder/grafted.ckpt."""
+    """Grafts the checkpoint's policy and exports it as folder/grafted.ckpt.
+
+    Every value of the grafted head is changed slightly, so that all of them matter.
+    """
     from_torch(checkpoint, folder / "teacher")
     teacher = policy_folder.load_policy(folder / "teacher")
     config = grafted_config(teacher, HeadOptions())
@@ -60,7 +62,7 @@ def graft(checkpoint: Path, folder: Path):
 
 
 def inputs(policy) -> tuple[dict, dict, dict[str, list]]:
-    """What the original is given, Flax's streams of the same, and each mode's loops of noise."""
+    """Returns the original's inputs, the same for Flax, and the noise of each mode's loops."""
     c, random = policy.config.mar, np.random.default_rng(2)
 
     def normal(*shape):
@@ -105,7 +107,7 @@ def nhwc(maps):
 
 
 def sample(policy, given, streams, loops) -> dict[str, np.ndarray]:
-    """What Flax samples, by mode and name, in the original's layout."""
+    """Returns the samples of Flax, by mode and name, in the original's layout."""
     found = {}
     for mode, rounds in MODES.items():
 

@@ -3,10 +3,10 @@
     python original_uva.py UPSTREAM make TASK CKPT       a random policy of UVA, saved by UVA
     python original_uva.py UPSTREAM sample TASK FOLDER   an export loaded by UVA, and sampled
 
-Workspace, policy, MAR, VAE, configuration, saving and loading are the original's. Reduced are the
-widths and depths (a model size `mar_reduced` is added to the original's own) and CLIP, which is
-made at random, because its weights would have to be downloaded. timm's fused attention is off: in
-UVA's timm (0.9.7) it drops out while sampling too, which no two runs do alike.
+Workspace, policy, MAR, VAE, configuration, saving and loading are the original's. Only widths and
+depths are reduced (by a further model size `mar_reduced`), and CLIP has random weights, because its
+own would have to be downloaded. timm's fused attention is off, because in UVA's timm (0.9.7) it
+applies dropout in sampling too.
 """
 
 import importlib
@@ -24,7 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 BATCH, WIDTH, HEADS = 2, 64, 4
-# What the README of the original and its published checkpoints set for a task.
+# Settings of a task in the original's README and published checkpoints.
 SETTINGS = {
     "pusht": [],
     "libero10": [],
@@ -53,7 +53,7 @@ REDUCED = {
     "act_diff_testing_steps": "'20'",
 }
 _PACKAGE = "unified_video_action"
-# Modules that only training uses; left out where what they import is not installed.
+# Modules that only training uses; left out if their imports are not installed.
 _TRAINING_ALONE = (
     "dataset.base_dataset",
     "dataset.umi_multi_dataset",
@@ -64,7 +64,7 @@ _TRAINING_ALONE = (
 
 
 def prepare(upstream):
-    """Makes the original importable and puts the reduced sizes into it."""
+    """Makes the original importable and adds the reduced sizes."""
     os.environ["TIMM_FUSED_ATTN"] = "0"
     sys.path.insert(0, str(upstream))
     torch.Tensor.cuda = lambda self, *_, **__: self  # the original asks for it by name
@@ -95,7 +95,7 @@ def prepare(upstream):
 
 
 def configuration(upstream, task):
-    """The original's own configuration of a task, with the reduced sizes."""
+    """Returns the original's own configuration of a task with the reduced sizes."""
     model = "model.policy"
     overrides = [s if s.startswith("task") else f"{model}.{s}" for s in SETTINGS[task]]
     overrides += [f"{model}.autoregressive_model_params.{k}={v}" for k, v in REDUCED.items()]
@@ -112,7 +112,7 @@ def configuration(upstream, task):
 
 
 def make(upstream, task, out):
-    """A workspace whose policy has random weights, everywhere, and saves itself."""
+    """Makes a workspace with a random policy and saves it."""
     from unified_video_action.model.common.normalizer import LinearNormalizer
 
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def make(upstream, task, out):
 
 
 def load(folder, task):
-    """The exported policy, as the original's `eval_sim.py` loads one; the head replaced before."""
+    """Loads the exported policy like the original's `eval_sim.py`, after replacing the head."""
     checkpoint = folder / "grafted.ckpt"
     spec = importlib.util.spec_from_file_location("grafted_head", str(folder / "grafted_head.py"))
     grafted_head = importlib.util.module_from_spec(spec)
@@ -153,7 +153,7 @@ def load(folder, task):
 
 
 class Draws:
-    """Gives the noise of each sampling loop, in order, in the place of torch's own draws."""
+    """Replaces torch's random draws by the noise of each sampling loop, in order."""
 
     def __init__(self, loops):
         self.loops, self.later = iter(loops), iter(())
@@ -170,7 +170,7 @@ class Draws:
 
 
 def sample(policy, given, mode, rounds, temperature):
-    """`sample_tokens` with the given noise; video and wrist camera from where they are laid out."""
+    """Calls `sample_tokens` with the given noise; returns actions, video and wrist camera."""
     model, laid_out = policy.model, []
     unpatchify = model.unpatchify
     loops = [given[f"noise/{mode}/{i}"] for i in range(int(given["loops/" + mode]))]

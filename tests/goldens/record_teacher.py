@@ -1,11 +1,11 @@
-"""Records `teacher_reference.npz` anew: the original's own modules on the shipped checkpoint.
+"""Records `teacher_reference.npz`: outputs of the original's modules on the embedded checkpoint.
 
     python tests/goldens/record_teacher.py UPSTREAM [OUT]
 
 UPSTREAM is a checkout of github.com/ShuangLI59/unified_video_action; its modules need torch, timm
-with torchvision, scipy, tqdm and einops, reading the checkpoint ml_dtypes. Frames and noise are
-those of the file that is there already. float32, one thread; the three numbers that upstream wires
-for 256 px are set for 64. Only this script runs the original; the tests read its record.
+with torchvision, scipy, tqdm and einops, and reading the checkpoint needs ml_dtypes. Frames and
+noise are those of the existing file. It runs in float32 with one thread; three constants of
+upstream for 256 px are set for 64. The tests only read the record.
 """
 
 import sys
@@ -25,7 +25,7 @@ SIDE, WIDTH, LATENT_SCALE, TEMPERATURE = 64, 128, 0.2325, 0.95
 
 
 def build(state: dict[str, torch.Tensor]):
-    """Upstream's MAR and the VAE's parts, with these weights."""
+    """Makes upstream's MAR and the VAE's parts with these weights."""
     from unified_video_action.model.autoregressive.mar_con_unified import MAR
     from unified_video_action.vae import vaekl
 
@@ -55,7 +55,7 @@ def build(state: dict[str, torch.Tensor]):
         shape_meta={"action": {"shape": [2]}},
         language_emb_model=None,
     )
-    # For 64 px: 16 tokens a frame, so that an action spans 4 tokens and conv_fc sees a 4x4 grid.
+    # For 64 px: 16 tokens per frame, so that an action spans 4 tokens and conv_fc has a 4x4 grid.
     mar.buffer_size_action = mar.diffactloss.w = mar.diffactloss.h = 4
     sizes = {"ch": 32, "ch_mult": (1, 1, 1, 1, 2), "z_channels": 16}
     vae = torch.nn.Module()
@@ -70,7 +70,7 @@ def build(state: dict[str, torch.Tensor]):
 
 
 def sample(net, noise: torch.Tensor, steps: int, clip: bool, condition: torch.Tensor):
-    """Upstream's sampling loop with given noise (steps + 1, rows, channels)."""
+    """Runs upstream's sampling loop with given noise (steps + 1, rows, channels)."""
     from unified_video_action.model.autoregressive import diffusion
 
     process = diffusion.create_diffusion(timestep_respacing=str(steps), noise_schedule="cosine")
@@ -89,7 +89,7 @@ def sample(net, noise: torch.Tensor, steps: int, clip: bool, condition: torch.Te
 
 
 def record(state: dict[str, torch.Tensor], given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All arrays of the reference file."""
+    """Returns all arrays of the reference file."""
     mar, vae = build(state)
     head, noises = mar.diffactloss, {k: torch.from_numpy(given[k]).float() for k in GIVEN[1:]}
     frames = rearrange(torch.from_numpy(given[GIVEN[0]])[:, 3::4], "b t h w c -> (b t) c h w")

@@ -1,4 +1,4 @@
-"""Measures the speed of conversion and of a training step beside alternatives."""
+"""Measures the speed of conversion and of training steps, and compares it with alternatives."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     if step is None:
         steps = np.linspace(0, last, count + 2)[1:-1].astype(int)
     else:
-        steps = step + reader.spec.n_actions * reader.pace * np.arange(count)
+        steps = step + reader.spec.n_actions * reader.downsample * np.arange(count)
     if steps[0] < 0 or steps[-1] > last:
         raise UserError(
             f"windows of episode {episode} can begin at steps 0 to {last}, but {count} from --step "

@@ -68,8 +68,8 @@ def distill_operator(args: argparse.Namespace) -> None:
     given = Path(args.operators or args.out)
     config = _config(args, {k: v.format(layer=layer) for k, v in _DISTILL.items()})
     config.distill.operators = (layer,)
-    beside = FAMILIES if args.operators else FAMILIES[: FAMILIES.index(layer)]
-    found = _operators(given, [family for family in beside if family != layer])
+    used = FAMILIES if args.operators else FAMILIES[: FAMILIES.index(layer)]
+    found = _operators(given, [family for family in used if family != layer])
     config.head.init_paths.update(found)
     form = config.head.cross_attention
     if form == "condition" and layer != "cross_attn" and "cross_attn" not in found:

@@ -20,11 +20,11 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
 
 _CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
-_LOOKED_AT = 8  # frames that tell the range of pixels which are not uint8
+_LOOKED_AT = 8  # frames from which the range of pixels is computed, if they are not uint8
 
 
 class _Frames(NamedTuple):
-    """How an array stores frames.
+    """The form in which an array stores frames.
 
     Attributes:
       axis: the channels' axis in a frame; None: gray without such an axis.
@@ -38,9 +38,10 @@ class _Frames(NamedTuple):
 
     @classmethod
     def of(cls, item: tuple[int, ...]) -> _Frames | None:
-        """Finds the form of frames of a shape; None: no frame has that shape.
+        """Returns the form of frames of a shape, or None if it is not a frame's.
 
-        Where the first and the last axis could both be channels, the larger frame decides.
+        If the first and the last axis could both be channels, the form with the larger frame is
+        taken.
         """
         if len(item) == 2:
             return cls(None, 1, item) if min(item) else None
@@ -54,7 +55,7 @@ class _Frames(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How the frames are read, in words; "" for (h, w, 3)."""
+        """The form in words; "" for (h, w, 3)."""
         said = ["with its channels first"] if self.axis == 0 else []
         said += ["without its fourth channel, alpha"] if self.channels == 4 else []
         said += ["as gray, repeated for red, green and blue"] if self.channels == 1 else []
@@ -75,7 +76,7 @@ class BufferView:
     """A replay buffer with the interface of `ReplayBuffer`, in the form that policies take.
 
     Arrays added with `add_frames` are read as (n, h, w, 3) uint8, those added with `add_numbers` as
-    (n, k); all others as they are stored.
+    (n, k), and all others as they are stored.
 
     Attributes:
       notes: a sentence for each array that is stored in another form.
@@ -94,8 +95,7 @@ class BufferView:
         """Adds an array of frames.
 
         Raises:
-          UserError: the array is missing, holds no frames, or a sample of its frames holds pixels
-            that are out of range.
+          UserError: the array is missing or holds no frames, or sampled pixels are out of range.
         """
         shape, dtype = self._buffer.shape(key), self._buffer.dtype(key)
         frames = _Frames.of(shape[1:])
@@ -115,7 +115,7 @@ class BufferView:
             to_uint8(found, f"{self.path}: data/{key}")  # refuses a range of 0..1
 
     def add_numbers(self, key: str, width: int | None = None) -> None:
-        """Adds an array of numbers, `width` a step (None: any); their values are not read.
+        """Adds an array of numbers, `width` per step (None: any), without reading its values.
 
         Raises:
           UserError: the array is missing, or has another width, shape or dtype.
@@ -123,15 +123,15 @@ class BufferView:
         shape, dtype = self._buffer.shape(key), self._buffer.dtype(key)
         if len(shape) not in (1, 2) or not all(shape) or dtype.kind not in "biuf":
             raise UserError(
-                f"{self.path}: data/{key} is {dtype} of shape {shape}, where a row of numbers for "
-                "each step is expected, (n, k)"
+                f"{self.path}: data/{key} is {dtype} of shape {shape}, but must hold a row of "
+                "numbers for each step, (n, k)"
             )
         if key not in self._numbers:
             self._numbers.append(key)
         if width is not None and self.shape(key)[1] != width:
             raise UserError(
-                f"{self.path}: data/{key} is {self.shape(key)[1]} numbers wide, where {width} are "
-                "expected"
+                f"{self.path}: data/{key} is {self.shape(key)[1]} numbers wide, but must be "
+                f"{width} wide"
             )
 
     def check_finite(self, key: str) -> None:
@@ -149,7 +149,7 @@ class BufferView:
             )
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The whole array's shape, steps first."""
+        """The shape of an array, (n_steps, *item)."""
         shape = self._buffer.shape(key)
         if key in self._frames:
             return (shape[0], *self._frames[key].size, 3)
@@ -159,7 +159,7 @@ class BufferView:
         return np.dtype(np.uint8) if key in self._frames else self._buffer.dtype(key)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Steps [start, stop) of one array.
+        """Reads steps [start, stop) of one array.
 
         Raises:
           UserError: a frame's pixels are out of range or not finite.
@@ -168,7 +168,7 @@ class BufferView:
         return self._given(key, values, np.arange(start, start + len(values)))
 
     def read_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `ReplayBuffer.read_rows`; errors as in `read`."""
+        """Reads as `ReplayBuffer.read_rows`; errors as in `read`."""
         found = self._buffer.read_rows(rows)
         return {key: self._given(key, found[key], np.asarray(rows[key])) for key in rows}
 
@@ -181,18 +181,18 @@ class BufferView:
         return values
 
     def _pixels(self, key: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Converts stored pixels to uint8. A single frame may be all dark."""
+        """Converts stored pixels to uint8; a single frame may be dark."""
         if values.dtype == np.uint8:
             return values
         flat = values.reshape(rows.size, -1)
-        bad = ~((flat.min(axis=1) >= 0) & (flat.max(axis=1) <= 255))  # NaN is bad too
+        bad = ~((flat.min(axis=1) >= 0) & (flat.max(axis=1) <= 255))  # also true for NaN
         if bad.any():
             row = int(bad.argmax())
             low, high = flat[row].min(), flat[row].max()
             raise UserError(
                 f"{self._place(key, rows.reshape(-1)[row])}, is a frame whose pixels range from "
-                f"{low:g} to {high:g}, where 0..255 is expected: correct the recording, or leave "
-                "that episode out"
+                f"{low:g} to {high:g}, but must be in 0..255: correct the recording, or leave that "
+                "episode out"
             )
         return np.rint(values).astype(np.uint8)
 
@@ -203,12 +203,12 @@ class BufferView:
 
 
 def check_widths(spec: WindowSpec, widths: Mapping[str, tuple[str, int]], path: str) -> None:
-    """Compares the widths of actions and states with the policy's, as far as it fixes them.
+    """Checks the widths of actions and states against the policy's, if it fixes them.
 
     Args:
       spec: the policy's windows.
-      widths: (name of the array, numbers a step) of "action" and of every state.
-      path: the recording, named in errors.
+      widths: (name of the array, numbers per step) of "action" and of every state.
+      path: of the recording, for error messages.
 
     Raises:
       UserError: the widths differ, or a state is missing.
@@ -219,20 +219,20 @@ def check_widths(spec: WindowSpec, widths: Mapping[str, tuple[str, int]], path: 
         raise UserError(
             f"{path}: {array} is {width} numbers wide, but this policy's actions are "
             f"{spec.action_dim}: {own}, or name another array with config.data.action_key "
-            "(python -m uva_jax import turns actions of Libero and robomimic into the 10 numbers "
-            "that UVA learns)"
+            "(python -m uva_jax import converts actions of Libero and robomimic to UVA's 10 "
+            "numbers)"
         )
     if missing := [name for name in spec.states if name not in widths]:
         raise UserError(
-            f"this policy reads {', '.join(missing)}, which {path} does not give as it is laid out "
-            f"(config.data.layout); it gives {', '.join(widths)}"
+            f"this policy reads {', '.join(missing)}, which {path} does not hold with "
+            f"config.data.layout as it is set; it holds {', '.join(widths)}"
         )
     for name, wanted in spec.state_dims:
         array, width = widths[name]
         if width != wanted:
             raise UserError(
                 f"{path}: {array} is {width} numbers wide, but this policy's {name} is {wanted} "
-                f"(its normaliser has so many): {own}"
+                f"(by its normaliser): {own}"
             )
     total = sum(widths[name][1] for name in spec.states)
     if spec.state_dim not in (None, total):
@@ -244,7 +244,7 @@ def check_widths(spec: WindowSpec, widths: Mapping[str, tuple[str, int]], path: 
 
 
 def check_mirror(buffer: BufferView, options: DataOptions) -> None:
-    """Raises UserError where `config.data.mirror` cannot mirror the frames or the actions."""
+    """Raises UserError if `config.data.mirror` cannot mirror the frames or the actions."""
     if options.mirror != "pusht":
         return
     frame, width = buffer.shape(options.image_key)[1:3], buffer.shape(options.action_key)[1]
@@ -252,7 +252,7 @@ def check_mirror(buffer: BufferView, options: DataOptions) -> None:
         raise UserError(
             f"config.data.mirror={options.mirror!r} mirrors square frames and actions that are "
             f"points, but data/{options.image_key} has frames of {frame[0]} x {frame[1]} and "
-            f"data/{options.action_key} {width} numbers a step: set it to ''"
+            f"data/{options.action_key} {width} numbers per step: set it to ''"
         )
 
 
@@ -261,16 +261,16 @@ def check_split(buffer: ReplayBuffer | BufferView, options: DataOptions, way_out
 
     Args:
       buffer: the recording.
-      options: how episodes are held out.
+      options: of the split.
       way_out: a further remedy, appended to the error.
 
     Raises:
-      UserError: training or held-out episodes hold none.
+      UserError: there are no training windows or no held-out windows.
     """
     lengths = np.diff(buffer.episode_ends, prepend=0)
     long = last_current_steps(lengths, options) >= 0
     if not long.any():
-        return  # `plan_strips` says so
+        return  # `plan_strips` raises the error
     held_out = validation_mask(buffer.n_episodes, options.val_ratio, options.split_seed)
     said = f"(config.data.val_ratio={options.val_ratio:g}, split_seed={options.split_seed})"
     need = f"the {steps_of_a_window(options)} steps of a window"

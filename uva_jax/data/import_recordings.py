@@ -1,7 +1,7 @@
-"""Recordings of Libero, robomimic and UMI as replay buffers, in the form that the policies see.
+"""Converts recordings of Libero, robomimic and UMI to replay buffers in the form of the policies.
 
 Arrays keep the names of upstream's `shape_meta`; `action` becomes position, rotation_6d and
-gripper. Files are read a piece at a time.
+gripper. Files are read in parts.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from uva_jax.data.zarr_container import not_hdf5
 from uva_jax.runtime.errors import UserError
 
 _LIBERO_FILE = "_demo.hdf5"
-# Absolute targets lie beside the hand; relative ones are small numbers, wherever the hand is. The
-# distance to the hand over the distance to 0 is about 0.1 for Libero's and robomimic's, else 1.
+# Absolute targets are close to the hand; relative ones are small numbers anywhere. The distance to
+# the hand over the distance to 0 is about 0.1 for absolute targets of Libero and robomimic, else 1.
 _NEAR = 0.5
-_ACTIONS = ("actions_abs", "actions")  # robomimic 0.5 keeps absolute ones beside relative ones
+_ACTIONS = ("actions_abs", "actions")  # robomimic 0.5 stores absolute and relative ones
 _BLOCK = 128  # steps that are read at once
 
 
 class Recording(Protocol):
-    """Episodes that are read piece by piece.
+    """Episodes that are read in parts.
 
     Attributes:
-      name: where they come from, part of the description of what is written.
+      name: of the source; the written buffer records it.
       tasks: the sentence of each episode's task, or ().
       lengths: (episodes,) steps.
       arrays: key -> (shape of one step, dtype).
@@ -44,16 +44,18 @@ class Recording(Protocol):
     arrays: dict[str, tuple[tuple[int, ...], str]]
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Steps [start, stop) of the episodes laid end to end."""
+        """Reads steps [start, stop) of the concatenated episodes, (stop - start, *item)."""
 
 
 class _Layout(NamedTuple):
-    """Where a kind of HDF5 file keeps what a policy needs, below data/demo_<i>/obs."""
+    """The names of a policy's inputs below data/demo_<i>/obs of a type of HDF5 file."""
 
     frames: tuple[str, ...]
     states: tuple[str, ...]
-    positions: tuple[str, ...]  # what may begin with the hand's, in the frame of absolute actions
-    upside_down: bool  # MuJoCo's images, as Libero stores them, have their first row at the bottom
+    positions: tuple[
+        str, ...
+    ]  # arrays that begin with the hand's position, in the frame of absolute actions
+    upside_down: bool  # Libero stores MuJoCo's images, whose first row is at the bottom
 
 
 LAYOUTS = {
@@ -68,18 +70,24 @@ LAYOUTS = {
 
 
 class Hdf5Recording:
-    """The demonstrations of one HDF5 file of Libero or robomimic (a `Recording`).
+    """The demonstrations of an HDF5 file of Libero or robomimic, as a `Recording`.
 
     Attributes:
-      notes: what has to be said of them, a sentence each.
+      notes: sentences for the user.
     """
 
     def __init__(self, path: Path, layout: _Layout, task: str | None, limit: int | None):
-        """Opens the file and looks at every demonstration's shapes.
+        """Opens the file and checks every demonstration.
+
+        Args:
+          path: the file.
+          layout: names of its arrays.
+          task: sentence of its task, or None.
+          limit: number of demonstrations, from the first; None: all.
 
         Raises:
-          UserError: no HDF5 file, no demonstrations, something is missing, does not fit or is not
-            finite, or the actions are not absolute.
+          UserError: the file is not HDF5 or has no demonstrations; an array is missing, has another
+            shape or is not finite; or the actions are not absolute.
         """
         self.path, self.name = path, f"{path.name} {path.stat().st_size}"
         self._layout = layout
@@ -110,7 +118,7 @@ class Hdf5Recording:
         self._starts = np.append(0, np.cumsum(self.lengths))
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        """See `Recording.read`; images uint8, everything else float32."""
+        """Reads as `Recording.read`; images are uint8, other arrays float32."""
         parts = []
         episodes = zip(self._demos, self._starts[:-1], self._starts[1:], strict=True)
         for demo, begin, end in episodes:
@@ -131,7 +139,7 @@ class Hdf5Recording:
             raise UserError(f"{self.path}: {values.name} is damaged: {error}") from error
 
     def _length(self, demo) -> int:
-        """The steps of a demonstration that has all that is needed."""
+        """Checks a demonstration and returns its number of steps."""
         frames, states = self._layout.frames, self._layout.states
         actions = self._actions
         wanted = [actions, *(f"obs/{key}" for key in (*frames, *states))]
@@ -148,22 +156,26 @@ class Hdf5Recording:
                     f"steps of {first[key].shape[1:]} are expected"
                 )
             if key.removeprefix("obs/") not in frames and demo[key].dtype.kind not in "iuf":
-                raise UserError(f"{self.path}: {demo.name}/{key} holds {demo[key].dtype}, no reals")
+                raise UserError(
+                    f"{self.path}: {demo.name}/{key} holds {demo[key].dtype}, not real numbers"
+                )
         if demo[actions].shape[1:] != (7,):
             raise UserError(
                 f"{self.path}: {demo.name}/{actions} has shape {demo[actions].shape}, but 7 "
-                "numbers a step are expected: position, axis-angle and gripper of one arm"
+                "numbers per step are expected: position, axis-angle and gripper of one arm"
             )
         if bad := [key for key in frames if demo[f"obs/{key}"].dtype != np.uint8]:
-            raise UserError(f"{self.path}: {demo.name}/obs/{bad[0]} does not hold uint8 pixels")
+            raise UserError(
+                f"{self.path}: {demo.name}/obs/{bad[0]} does not hold uint8 pixels: convert it"
+            )
         return steps
 
     def _check_numbers(self) -> None:
         """Checks the values of all actions and states, and notes what could not be checked.
 
         Raises:
-          UserError: values are not finite, or the actions are relative ones, which a policy of
-            absolute ones cannot learn.
+          UserError: values are not finite, or the actions are relative, while UVA learns absolute
+            ones.
         """
         unknown = 0
         for demo in self._demos:
@@ -179,7 +191,7 @@ class Hdf5Recording:
             if hand is not None:
                 self._check_absolute(demo, hand)
         if self._actions == _ACTIONS[0]:
-            self.notes.append(f"{self.path}: actions_abs is read in the place of actions")
+            self.notes.append(f"{self.path}: actions_abs is read in place of actions")
         if unknown:
             wanted = " or ".join(f"obs/{name}" for name in self._layout.positions)
             self.notes.append(
@@ -198,14 +210,14 @@ class Hdf5Recording:
         held = sum(_ACTIONS[0] in demo for demo in self._demos)
         raise UserError(
             f"{self.path}: the actions of {demo.name} are {away:.2g} m away from the hand and "
-            f"{long:.2g} m from 0, so they are relative ones, which UVA does not use: give the "
+            f"{long:.2g} m from 0, so they are relative, which UVA does not use: give the "
             "file of absolute actions (robomimic: image_abs.hdf5, or a file with actions_abs, "
             f"which {held} of {len(self._demos)} demonstrations here hold; Libero: upstream's "
             "converted .zarr.zip with --kind zarr)"
         )
 
     def _hand(self, demo) -> np.ndarray | None:
-        """Reads the hand's positions (steps, 3); None where the demonstration holds none."""
+        """Reads the hand's positions (steps, 3) in metres, or returns None if there are none."""
         for name in self._layout.positions:
             place = demo.get(f"obs/{name}")
             shape = getattr(place, "shape", ())
@@ -216,10 +228,15 @@ class Hdf5Recording:
 
 
 def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf5Recording]:
-    """The recordings of files or folders of files, in the order of their names.
+    """Opens files, or folders of files, in the order of their names.
+
+    Args:
+      kind: "libero" or "robomimic".
+      sources: files or folders.
+      limit: number of demonstrations of every file; None: all.
 
     Raises:
-      UserError: there is nothing, or something does not fit.
+      UserError: there are no files, or a file does not fit.
     """
     files: list[Path] = []
     for source in sources:
@@ -237,8 +254,8 @@ def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf
         for number, file in enumerate(files):
             if not file.name.endswith(_LIBERO_FILE):
                 raise UserError(
-                    f"{file} is not named <task>{_LIBERO_FILE}, and Libero's files carry their "
-                    "task's sentence in their name"
+                    f"{file} is not named <task>{_LIBERO_FILE}, but the name of Libero's files is "
+                    "the sentence of their task: rename it"
                 )
             tasks[number] = file.name.removesuffix(_LIBERO_FILE).replace("_", " ")
     layout = LAYOUTS[kind]
@@ -251,28 +268,28 @@ def write_recordings(
     *,
     progress: Progress | None = None,
 ) -> ReplayBuffer:
-    """Writes recordings end to end as one replay buffer, or goes on with a half-written one.
+    """Writes recordings as one replay buffer, or resumes an unfinished one.
 
     Args:
       out: the folder.
-      recordings: of the same arrays; their tasks become the buffer's.
-      progress: called with (steps done, steps in all).
+      recordings: with equal arrays; their tasks become the buffer's.
+      progress: called with (steps done, total steps).
 
     Raises:
-      UserError: the recordings' arrays differ, only some name a task, or something else is at
-        `out`.
+      UserError: the recordings' arrays differ, only some name a task, or `out` holds something
+        else.
     """
     first = recordings[0]
     for other in recordings[1:]:
         if other.arrays != first.arrays:
             raise UserError(
-                f"{other.name} and {first.name} do not fit into one buffer: they hold "
-                f"{other.arrays} and {first.arrays}"
+                f"{other.name} and {first.name} do not fit into one buffer, they hold "
+                f"{other.arrays} and {first.arrays}: import them separately"
             )
     lengths = np.concatenate([r.lengths for r in recordings])
     shown = [task for r in recordings for task in r.tasks]
     if shown and len(shown) != len(lengths):
-        raise UserError("either all or none of the recordings must come with sentences of tasks")
+        raise UserError("either all or none of the recordings must have sentences of tasks")
     tasks = list(dict.fromkeys(shown))
     writer = ReplayBufferWriter.create(
         out,
@@ -297,7 +314,7 @@ def write_recordings(
                         key, step - begin, until - begin
                     )
         writer.write_unit(unit, values)
-        del values  # before the next unit takes as much memory again
+        del values  # frees memory before the next unit is read
         if progress is not None:
             progress(stop, writer.n_steps)
     return writer.finish()

@@ -1,7 +1,7 @@
-"""Upstream's own replay buffers, whose images are stored by codecs that tensorstore cannot decode.
+"""Reads upstream's own replay buffers, whose image codecs tensorstore does not support.
 
 UMI's published recordings hold JPEG XL images, the caches of the Libero and robomimic loaders JPEG
-2000, one image a chunk. Here they are read as `Recording`s, to be copied once into a plain buffer.
+2000, one image per chunk. They are read as `Recording`s and copied once into a plain buffer.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import numpy as np
 from uva_jax.data.replay_buffer import OWN_ATTRIBUTES, ReplayBuffer, read_json, to_uint8
 from uva_jax.runtime.errors import UserError
 
-_UPSIDE_DOWN = ("agentview_rgb",)  # Libero's images, which upstream turns when it reads them
+_UPSIDE_DOWN = ("agentview_rgb",)  # Libero's images, which upstream rotates when it reads them
 _TOKENS = "language"  # the Libero cache's sentences, as CLIP's token numbers at every step
 
 
 class EncodedBuffer(ReplayBuffer):
-    """A replay buffer that also reads images stored one a chunk by an image codec."""
+    """A replay buffer that also reads encoded images, one per chunk."""
 
     reads_images = True
 
 
 class ZarrRecording:
-    """One of upstream's buffers, or its first episodes (a `Recording`)."""
+    """One of upstream's buffers, or its first episodes, as a `Recording`."""
 
     def __init__(self, path: Path, *, task: str | None, vocabulary: Path | None, limit: int | None):
         """Opens the buffer.
 
         Args:
           path: a folder or zip.
-          task: the sentence for all its episodes.
+          task: sentence for all its episodes.
           vocabulary: a folder with CLIP's vocab.json, or that file, for the Libero cache.
-          limit: take that many episodes.
+          limit: number of episodes, from the first; None: all.
 
         Raises:
-          UserError: it cannot be opened, needs no import, or its sentences cannot be read.
+          UserError: the buffer cannot be opened, needs no import, or its sentences cannot be read.
         """
         self.buffer = EncodedBuffer.open(path)
         if OWN_ATTRIBUTES in self.buffer.attributes:
@@ -61,7 +61,7 @@ class ZarrRecording:
         return np.uint8 if self.buffer.is_frame(key) else self.buffer.dtype(key)
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        """See `Recording.read`; images uint8, everything else in its own dtype."""
+        """Reads as `Recording.read`; images are uint8, other arrays keep their dtype."""
         values = self.buffer.read(key, start, stop)
         if self.buffer.is_frame(key):
             values = to_uint8(values, f"{self.buffer.path}: data/{key}")
@@ -74,7 +74,7 @@ def open_zarr(
     vocabulary: Path | None,
     limit: int | None,
 ) -> list[ZarrRecording]:
-    """The recordings of several buffers; `tasks` holds one sentence for each.
+    """Opens several buffers; `tasks` holds one sentence for each.
 
     Raises:
       UserError: counts differ, or a buffer cannot be used.
@@ -91,21 +91,23 @@ def open_zarr(
 
 
 def _words(vocabulary: Path | None, path: Path) -> dict[int, str]:
-    """CLIP's vocabulary by number."""
+    """Returns CLIP's vocabulary by number."""
     if vocabulary is None:
         raise UserError(
-            f"{path} holds its tasks as CLIP's token numbers: name the folder that holds CLIP's "
-            "vocab.json with --vocabulary, or the one task of this file with --task"
+            f"{path} holds its tasks as CLIP's token numbers: give the folder of CLIP's vocab.json "
+            "with --vocabulary, or the task of this file with --task"
         )
     file = vocabulary / "vocab.json" if vocabulary.is_dir() else vocabulary
     if not file.is_file():
-        raise UserError(f"there is no vocabulary {file}: name the folder of CLIP's vocab.json")
+        raise UserError(f"there is no vocabulary {file}: give the folder of CLIP's vocab.json")
     return {number: word for word, number in read_json(file).items()}
 
 
 def _sentence(tokens: np.ndarray, words: Mapping[int, str], path: Path) -> str:
-    """The sentence of token numbers and their mask (2, length), in CLIP's lower case."""
+    """Returns the sentence of token numbers and their mask (2, length), in lower case."""
     numbers = tokens[0][tokens[1] > 0].tolist()[1:-1]  # without start and end
     if unknown := [number for number in numbers if number not in words]:
-        raise UserError(f"{path}: the vocabulary has no word number {unknown[0]}: is it CLIP's?")
+        raise UserError(
+            f"{path}: the vocabulary has no word number {unknown[0]}: give CLIP's vocabulary"
+        )
     return "".join(words[number] for number in numbers).replace("</w>", " ").strip()

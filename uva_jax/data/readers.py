@@ -1,4 +1,4 @@
-"""Opens data as a policy reads it: which reader for which layout, and what has to be there."""
+"""Opens data for a policy with the reader of its layout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def open_reader(
     """Opens the data of `config.data`, rendering the embedded demonstrations on first use.
 
     Args:
-      options: which data, and how it is laid out.
+      options: of the data.
       policy: whose windows are read.
-      spec: what a window holds; None: what the policy's `predict_action` reads.
-      progress: called with (frames done, frames in all) while rendering.
+      spec: the content of a window; None: the inputs of the policy's `predict_action`.
+      progress: called with (frames done, total frames) while rendering.
 
     Raises:
-      UserError: the layout is unknown, or the data is missing, damaged or lacks what is read.
+      UserError: the layout is unknown, or the data are missing, damaged or incomplete.
     """
     if options.layout not in READERS:
         known = ", ".join(map(repr, READERS))

@@ -1,9 +1,8 @@
-"""Diffusion-policy replay buffers: zarr with `data/<key>` and `meta/episode_ends`.
+"""Reads diffusion-policy replay buffers: zarr with `data/<key>` and `meta/episode_ends`.
 
-A buffer is opened lazily with tensorstore, from a `.zarr` folder of version 2 or 3 or from the zip
-in which such folders are published. `replay_writer` makes the same layout. Buffers of several tasks
-also say which episode shows which: `meta/episode_task` numbers the sentences of the attribute
-`tasks` of `meta`.
+A buffer is read lazily with tensorstore, from a `.zarr` folder of version 2 or 3 or from a zip of
+one. `replay_writer` writes the same layout. In a buffer of several tasks, `meta/episode_task` holds
+for each episode the index of its sentence in the attribute `tasks` of `meta`.
 """
 
 import hashlib
@@ -22,25 +21,25 @@ from uva_jax.runtime.errors import UserError
 
 FRAME_BYTES = 1024  # a step of at least this size is an image
 OWN_ATTRIBUTES = "uva_jax"  # the writer's block among the root attributes
-_MISSING = 0.25  # of an image array's chunks; a single one may always be missing
+_MISSING = 0.25  # allowed share of missing chunks of images; one may always be missing
 
-Progress = Callable[[int, int], None]  # (done, total), called as work advances
+Progress = Callable[[int, int], None]  # called with (units done, total units)
 
 
 class ReplayBuffer:
-    """Episodes stored end to end, one array a key, read without loading the whole.
+    """Concatenated episodes, one array per key, which are read in parts.
 
-    An array is looked at when it is first needed: one that nobody reads may be anything.
+    An array is checked when it is first used; arrays that are not used may be invalid.
 
     Attributes:
-      path: where it was opened.
-      episode_ends: int64 (n_episodes,), the cumulative lengths.
+      path: of the buffer.
+      episode_ends: int64 (n_episodes,), cumulative lengths.
       attributes: the root's zarr attributes.
-      tasks: the sentences of the tasks shown; empty if the buffer names none.
-      episode_task: int64 (n_episodes,), each episode's place in `tasks`; zeros if it names none.
+      tasks: sentences of the tasks; empty if the buffer has none.
+      episode_task: int64 (n_episodes,), index of each episode's task; zeros if there are none.
     """
 
-    reads_images = False  # stored by an image codec, one a chunk
+    reads_images = False  # whether arrays of encoded images, one per chunk, can be read
 
     def __init__(self, container: Container):
         self.path = container.path
@@ -51,8 +50,8 @@ class ReplayBuffer:
         own = self.attributes.get(OWN_ATTRIBUTES)
         if isinstance(own, dict) and own.get("complete") is False:
             raise UserError(
-                f"{self.path} was never finished: run the command that writes it again (it "
-                "resumes), or delete it"
+                f"{self.path} is unfinished: run the command that writes it again to resume, or "
+                "delete it"
             )
         self.episode_ends = check_episode_ends(self._read_meta("episode_ends"), str(self.path))
         tasks = container.attributes("meta").get("tasks", [])
@@ -61,8 +60,8 @@ class ReplayBuffer:
             episode_task = self._read_meta("episode_task")
         elif len(tasks) > 1:
             raise UserError(
-                f"{self.path} names {len(tasks)} tasks, but lacks meta/episode_task, which says "
-                "which episode shows which: the copy is incomplete"
+                f"{self.path} names {len(tasks)} tasks, but lacks meta/episode_task, the task of "
+                "each episode: the copy is incomplete"
             )
         check_tasks(tasks, episode_task, self.n_episodes, str(self.path))
         self.tasks, self.episode_task = tuple(tasks), episode_task.astype(np.int64)
@@ -75,11 +74,11 @@ class ReplayBuffer:
 
         Args:
           path: of a zarr of version 2 or 3.
-          required: the arrays that will be read, and that alone are looked at; None: all there are.
+          required: the arrays that will be read; only these are checked. None: all.
 
         Raises:
-          UserError: nothing is there, it is not such a buffer, an array is missing, too much of it
-            is, it is stored in a way that cannot be read, or lengths disagree.
+          UserError: there is no such buffer, an array is missing, incomplete or not readable, or
+            lengths disagree.
         """
         buffer = cls(open_container(Path(path)))
         wanted = buffer.keys if required is None else required
@@ -109,18 +108,23 @@ class ReplayBuffer:
         return int(self.episode_ends[-1])
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The whole array's shape, steps first."""
+        """The shape of an array, (n_steps, *item)."""
         return self._array(key).shape
 
     def dtype(self, key: str) -> np.dtype:
         return self._array(key).dtype
 
     def is_frame(self, key: str) -> bool:
-        """Whether a step of this array is an image, judged by its size."""
+        """Whether a step of an array is an image, by its size."""
         return is_frame(self.shape(key)[1:], self.dtype(key))
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Steps [start, stop) of one array, in its stored dtype."""
+        """Reads steps [start, stop) of one array, (stop - start, *item), in its stored dtype.
+
+        Raises:
+          UserError: the array is missing or damaged.
+          ValueError: the steps are out of range.
+        """
         stop = self.n_steps if stop is None else stop
         if not 0 <= start <= stop <= self.n_steps:
             raise ValueError(
@@ -131,13 +135,17 @@ class ReplayBuffer:
         return self._finish(f"data/{key}", self._store(f"data/{key}")[start:stop].read())
 
     def read_rows(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Gathers steps of several arrays at once; every chunk involved is decoded only once.
+        """Gathers steps of several arrays; each chunk is decoded once.
 
         Args:
           rows: for each key an integer array of any shape (...), steps in 0..n_steps-1.
 
         Returns:
           for each key an array (..., *item) in the stored dtype.
+
+        Raises:
+          UserError: an array is missing or damaged.
+          ValueError: a step is out of range.
         """
         pending = {}
         for key, wanted in rows.items():
@@ -156,13 +164,13 @@ class ReplayBuffer:
         }
 
     def fingerprint(self, keys: Sequence[str] | None = None) -> str:
-        """A sha256 of the lengths, the small arrays and each image array's first and last frame.
+        """Returns a SHA-256 of lengths, small arrays and the first and last frame of image arrays.
+
+        Buffers with the same fingerprint hold the same recording in the same dtypes. It identifies
+        the input of what is computed from a buffer.
 
         Args:
-          keys: the arrays that count; None: all.
-
-        Two buffers with the same fingerprint hold the same recording in the same dtypes; it is
-        meant as the "hash of the inputs" of whatever is computed from a buffer.
+          keys: the arrays to include; None: all.
         """
         digest = hashlib.sha256(self.episode_ends.tobytes())
         if self.tasks:
@@ -188,7 +196,7 @@ class ReplayBuffer:
         return UserError(f"{self.path} lacks {names}; it holds {found}")
 
     def _array(self, key: str) -> ArrayInfo:
-        """What an array of data is, checked when it is first asked for."""
+        """Returns the metadata of an array, checked at its first use."""
         name = f"data/{key}"
         if name in self._infos:
             return self._infos[name]
@@ -210,7 +218,7 @@ class ReplayBuffer:
         return self._infos.setdefault(name, info)
 
     def _store(self, name: str) -> ts.TensorStore:
-        """The array, opened when it is first read."""
+        """Returns the array's store, opened at its first use."""
         if name not in self._stores:
             group, key = name.split("/")
             info = self._array(key) if group == "data" else read_info(self._container, name)
@@ -225,16 +233,16 @@ class ReplayBuffer:
         return self._stores[name]
 
     def _check_missing(self, info: ArrayInfo) -> None:
-        """Raises UserError where so many chunks of images are missing that they were lost.
+        """Raises UserError if more chunks of images are missing than a writer leaves out.
 
-        A black frame, or a few at an episode's start, make up a chunk that a writer leaves out
-        because it is all fill value. A copy that broke off lacks any share of them.
+        Writers leave out chunks of only the fill value, such as a few black frames at an episode's
+        start. An interrupted copy can lack any share of the chunks.
         """
         missing, total = info.missing_chunks(self._container)
         if 2 * missing >= total or missing > max(_MISSING * total, 1):
             raise UserError(
                 f"{self.path}: {info.name} lacks {missing} of its {total} chunks of images: copy "
-                "it again, or, if so many images are all of one value, store them (zarr: "
+                "it again or, if these images hold only the fill value, store them (zarr: "
                 "write_empty_chunks=True)"
             )
 
@@ -258,7 +266,11 @@ def is_frame(item: Sequence[int], dtype) -> bool:
 
 
 def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
-    """Frames of any numeric dtype with values in 0..255 as uint8, rounded."""
+    """Converts frames of any numeric dtype with values in 0..255 to uint8, rounded.
+
+    Raises:
+      UserError: values are out of range.
+    """
     if frames.dtype == np.uint8 or frames.size == 0:
         return frames.astype(np.uint8, copy=False)
     low, high = float(frames.min()), float(frames.max())

@@ -1,6 +1,6 @@
-"""Where windows come from: the embedded demonstrations or a user's zarr, as policies read them.
+"""Reads windows for policies from the embedded demonstrations or a user's zarr.
 
-Which steps a window holds is said in `windows.py`.
+`windows.py` has the rule that gives the steps of a window.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uva_jax.runtime.sections import DataOptions
 
 
 def cache_folder(options: DataOptions) -> Path:
-    """Where rendered frames are kept: the option, $UVA_JAX_CACHE, or the user's cache folder."""
+    """Returns the folder of rendered frames: the option, $UVA_JAX_CACHE, or the user's cache."""
     chosen = options.cache or os.environ.get("UVA_JAX_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -36,9 +36,9 @@ def open_buffer(options: DataOptions, required: Sequence[str], progress=None) ->
     """Opens the data, rendering the embedded demonstrations on first use.
 
     Args:
-      options: which data.
-      required: the arrays that must be there.
-      progress: called with (frames done, frames in all) while rendering.
+      options: of the data.
+      required: the arrays that will be read.
+      progress: called with (frames done, total frames) while rendering.
 
     Raises:
       UserError: the buffer is missing, damaged, or lacks an array.
@@ -56,43 +56,43 @@ def open_buffer(options: DataOptions, required: Sequence[str], progress=None) ->
 
 
 def split(buffer: ReplayBuffer, options: DataOptions) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) episode masks, upstream's split."""
+    """Returns masks (episodes,) of training and held-out episodes, by upstream's split."""
     held_out = validation_mask(buffer.n_episodes, options.val_ratio, options.split_seed)
     return ~held_out, held_out
 
 
 class WindowReader:
-    """Reads strips of windows as a policy takes them, from arrays that hold just that.
+    """Reads strips of windows from arrays that hold the policy's inputs.
 
     Attributes:
       buffer: the recording, in the form that policies take.
-      spec: what a window holds.
-      stride: steps of the recording between neighbouring frames, and windows of a strip.
+      spec: the content of a window.
+      stride: steps of the recording between neighbouring frames, and between windows of a strip.
     """
 
-    pace = 1  # steps of the recording a step of a window
+    downsample = 1  # steps of the recording per step of a window
 
     @classmethod
     def arrays(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
-        """The replay buffer's arrays that are read; errors as in `frames`."""
+        """Returns the names of the arrays that are read; errors as in `frames`."""
         return (*cls.frames(spec, options), *cls.numbers(spec, options))
 
     @classmethod
     def frames(cls, spec: WindowSpec, options: DataOptions) -> tuple[str, ...]:
-        """Those of them that hold images.
+        """Returns the names of the arrays of images.
 
         Raises:
           UserError: the policy has a wrist camera and `config.data.wrist_key` is empty.
         """
         if spec.wrist and not options.wrist_key:
             raise UserError(
-                "this policy sees a wrist camera: name its array with config.data.wrist_key"
+                "this policy observes a wrist camera: name its array with config.data.wrist_key"
             )
         return (options.image_key, options.wrist_key) if spec.wrist else (options.image_key,)
 
     @classmethod
     def numbers(cls, spec: WindowSpec, options: DataOptions) -> dict[str, int | None]:
-        """The others of them, and how wide each has to be (None: see `widths`)."""
+        """Returns the names of the other arrays and their required widths (None: see `widths`)."""
         return dict.fromkeys((options.action_key, *spec.states))
 
     def __init__(
@@ -102,21 +102,21 @@ class WindowReader:
         policy: Policy,
         spec: WindowSpec | None = None,
     ):
-        """Looks up the language vector of every episode, if the policy takes one.
+        """Checks the arrays and computes the language latents, if the policy takes them.
 
         Args:
           buffer: holds `arrays`.
-          options: how it is read.
-          policy: gives the language vectors.
-          spec: what a window holds; None: what the policy's `predict_action` reads.
+          options: of the data.
+          policy: gives the language latents.
+          spec: the content of a window; None: the inputs of the policy's `predict_action`.
 
         Raises:
-          UserError: the data lacks what the policy reads, has it in a form or width that does not
-            fit, holds numbers that are not finite, or cannot be mirrored.
+          UserError: the data lack an input of the policy, have it in a wrong form or width, hold
+            numbers that are not finite, or cannot be mirrored.
         """
         self.buffer, self.options = check.BufferView(buffer), options
         self.spec = spec = spec or WindowSpec.of(policy.config)
-        self.stride = spec.stride * self.pace
+        self.stride = spec.stride * self.downsample
         if options.mirror and spec.more_than_images:
             raise UserError(
                 f"config.data.mirror={options.mirror!r} mirrors images and actions, but this "
@@ -135,8 +135,8 @@ class WindowReader:
         if self.spec.text:
             if not buffer.tasks:
                 raise UserError(
-                    f"{options.path} says of no episode which task it shows, and this policy is "
-                    "told its task in language: import the data anew (see the README)"
+                    f"{options.path} does not say the task of its episodes, but this policy is "
+                    "conditioned on language: import the data again (see the README)"
                 )
             latents = task_latents(
                 buffer.tasks, policy=policy, path=options.language, vocabulary=options.vocabulary
@@ -144,14 +144,17 @@ class WindowReader:
             self.text = latents[buffer.episode_task]
 
     def read(self, strips: Strips, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Reads the strips of those rows.
+        """Reads strips.
+
+        Args:
+          strips: the planned strips.
+          rows: (b,) indices of the strips to read.
 
         Returns:
-          "image" (b, strip + n_frames - 1, h, w, 3) uint8, where window k of a strip looks at
-          frames k ... k + n_frames - 1, and "action" (b, strip, n_actions, a) float32, in raw
-          units; as the policy takes them "wrist_image" like "image", every state
-          (b, strip, state_steps, k), "past_action" (b, strip, n_actions, a), and "text_latents"
-          (b, strip, text_dim).
+          "image" (b, strip + n_frames - 1, h, w, 3) uint8, of which window k of a strip has frames
+          k..k + n_frames - 1, and "action" (b, strip, n_actions, a) float32 in raw units; if the
+          policy takes them "wrist_image" like "image", every state (b, strip, state_steps, k),
+          "past_action" (b, strip, n_actions, a), and "text_latents" (b, strip, text_dim).
         """
         spec, options, episode = self.spec, self.options, strips.episode[rows]
         starts = np.append(0, self.buffer.episode_ends[:-1])[episode]
@@ -159,21 +162,23 @@ class WindowReader:
         current = strips.current[rows]
 
         def steps(relative: np.ndarray) -> np.ndarray:
-            """Buffer rows of steps of the episodes."""
+            """Returns the buffer's rows of steps relative to the episodes' starts."""
             axes = (slice(None), *[None] * (relative.ndim - 1))
             return buffer_rows(starts[axes], ends[axes] - 1, relative, 0)
 
         offsets = spec.offsets()
-        # Window k of a strip sees frames k ... k + n_frames - 1.
-        early = current[:, :1] + self.pace * offsets.frames[:-1]
-        frames = steps(np.concatenate([early, current + self.pace * offsets.frames[-1]], axis=1))
+        # Window k of a strip has frames k..k + n_frames - 1.
+        early = current[:, :1] + self.downsample * offsets.frames[:-1]
+        frames = steps(
+            np.concatenate([early, current + self.downsample * offsets.frames[-1]], axis=1)
+        )
         wanted = {options.image_key: frames}
         if spec.wrist:
             wanted[options.wrist_key] = frames
         parts = (offsets.actions, offsets.past_actions, offsets.states)
-        # All steps between, because a layout may relate them to the current one.
+        # All steps in between are read, because a layout may relate them to the current one.
         span = np.arange(min(0, *map(np.min, filter(len, parts))), offsets.actions[-1] + 1)
-        taken = steps(current[..., None] + self.pace * span)
+        taken = steps(current[..., None] + self.downsample * span)
         names = self.numbers(spec, options)
         read = self.buffer.read_rows(wanted | dict.fromkeys(names, taken))
         found = {"image": read[options.image_key]}
@@ -192,18 +197,18 @@ class WindowReader:
         return found
 
     def widths(self) -> dict[str, tuple[str, int]]:
-        """What `values` gives: for "action" and every state, whence it comes, and its width."""
+        """Returns for "action" and every state of `values` its array and its width."""
         arrays = {"action": self.options.action_key} | {name: name for name in self.spec.states}
         return {k: (f"data/{name}", self.buffer.shape(name)[1]) for k, name in arrays.items()}
 
     def values(
         self, read: Mapping[str, np.ndarray], current: int
     ) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-        """Actions and states, float32, of windows of arrays (b, strip, t, k) as they are stored.
+        """Converts windows of stored arrays to actions and states, float32.
 
         Args:
-          read: the arrays of `numbers` by name.
-          current: the place of the current step in a window.
+          read: the arrays of `numbers` by name, (b, strip, t, k).
+          current: index of the current step in a window.
 
         Returns:
           actions (b, strip, t, a) and the states by name, (b, strip, t, k).
@@ -213,6 +218,6 @@ class WindowReader:
 
 
 def single_windows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Strips of one window without the axis for it: an observation, and "action" (b, n, a)."""
-    # Images have no such axis: a strip of one window is its n_frames frames.
+    """Removes the strip axis from strips of one window: an observation, and "action" (b, n, a)."""
+    # Images have no such axis: a strip of one window has n_frames frames.
     return {k: v if k in ("image", "wrist_image") else v[:, 0] for k, v in batch.items()}

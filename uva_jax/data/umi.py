@@ -17,7 +17,7 @@ from uva_jax.data.windows import WindowSpec
 
 STRIDE = 3  # steps of the recording (59.94 Hz) per step of a window
 _POSE = {"robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 3, "robot0_gripper_width": 1}
-# Widths of a window's arrays, in which a rotation is six numbers.
+# Widths of a window's actions and states; a rotation is six numbers.
 _GIVEN = {
     **{"action": 10, "robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 6},
     **{"robot0_gripper_width": 1, "robot0_eef_rot_axis_angle_wrt_start": 6},
@@ -26,9 +26,9 @@ START_NOISE = 0.05  # radians; upstream perturbs the start's rotation against me
 
 
 class UmiReader(WindowReader):
-    """Reads UMI's recordings (`config.data.layout="umi"`), whose poses are absolute."""
+    """Reads UMI's recordings (`config.data.layout="umi"`), which hold absolute poses."""
 
-    pace = STRIDE
+    downsample = STRIDE
 
     @classmethod
     def numbers(cls, spec: WindowSpec, options: DataOptions) -> dict[str, int | None]:

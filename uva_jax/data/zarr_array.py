@@ -1,8 +1,8 @@
-"""One array of a zarr of version 2 or 3: its metadata, and a tensorstore that reads it.
+"""Reads one array of a zarr of version 2 or 3: its metadata and a tensorstore.
 
-Metadata is parsed here and not by tensorstore, which refuses members that other writers add
-(numcodecs' `checksum` of Zstd, a level of -1) and that no decoder needs. Chunks of codecs that
-tensorstore lacks are decoded by `zarr_codecs`. A chunk that is missing holds the fill value.
+Metadata is parsed here, because tensorstore refuses members that other writers add and no decoder
+needs (numcodecs' `checksum` of Zstd, a level of -1). `zarr_codecs` decodes chunks of codecs that
+tensorstore lacks. A missing chunk holds the fill value.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from uva_jax.data.zarr_codecs import IMAGE_CODECS, Config, decoder
 from uva_jax.data.zarr_container import Container
 from uva_jax.runtime.errors import UserError
 
-# What tensorstore decodes. The settings of these say how to encode; a decoder needs none.
+# Codecs that tensorstore decodes. Their settings matter only to an encoder.
 _V2_CODECS = ("blosc", "bz2", "gzip", "zlib", "zstd")
 _V3_CODECS = ("blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd")
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What the metadata of an array says.
+    """The metadata of an array.
 
     Attributes:
-      name: its place in the zarr, "data/img".
+      name: its path in the zarr, such as "data/img".
       shape, chunks: as in zarr; rank at least 1.
-      dtype: of numbers, in the machine's byte order; `stored`: in that of the chunks.
-      fill: the value of missing chunks; None: it has none.
+      dtype: of numbers, in the machine's byte order.
+      stored: the same in the byte order of the chunks.
+      fill: value of missing chunks, or None.
       keys: text before a chunk's indices, and between them.
-      spec: what tensorstore is told of it; None where it lacks a codec.
-      codecs: in the order in which they were applied.
+      spec: tensorstore's specification; None if it lacks a codec.
+      codecs: in the order of encoding.
       order: "C" or "F", of the values in a chunk.
     """
 
@@ -55,7 +56,7 @@ class ArrayInfo:
 
     @property
     def image_codec(self) -> str | None:
-        """The codec of images, one a chunk, that it is stored with."""
+        """The codec of images, one per chunk, or None."""
         found = [codec["id"] for codec in self.codecs if codec["id"] in IMAGE_CODECS]
         return found[0] if found else None
 
@@ -64,7 +65,7 @@ class ArrayInfo:
         return prefix + separator.join(map(str, index))
 
     def missing_chunks(self, container: Container) -> tuple[int, int]:
-        """How many chunks are missing, and how many there are in all."""
+        """Returns the number of missing chunks and the number of all chunks."""
         grid = [
             math.ceil(size / chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)
         ]
@@ -77,7 +78,7 @@ def read_info(container: Container, name: str) -> ArrayInfo:
     """Parses an array's metadata.
 
     Raises:
-      UserError: it is damaged, or describes no array of numbers.
+      UserError: it is damaged, or the array does not hold numbers.
     """
     where = f"{container.path}: {name}"
     version, metadata = container.metadata(name)
@@ -87,18 +88,18 @@ def read_info(container: Container, name: str) -> ArrayInfo:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(
-            f"{where} has metadata that makes no sense ({type(error).__name__}: {error}): the "
-            "copy is damaged"
+            f"{where} has impossible metadata ({type(error).__name__}: {error}): the copy is "
+            "damaged"
         ) from error
 
 
 def open_store(container: Container, info: ArrayInfo) -> ts.TensorStore:
-    """A tensorstore that reads the array, and gives its fill value for missing chunks.
+    """Returns a tensorstore of the array, which gives the fill value for missing chunks.
 
-    Where there is no fill value, reading a missing chunk is an error.
+    Without a fill value, reading a missing chunk is an error.
 
     Raises:
-      UserError: a codec cannot be undone here.
+      UserError: a codec is not supported.
       ValueError: tensorstore refuses the array.
     """
     if info.spec is None:
@@ -139,7 +140,7 @@ def _of_v2(container: Container, name: str, metadata: dict) -> ArrayInfo:
 
 
 def _separator(container: Container, name: str) -> str:
-    """Between a chunk's indices. zarr before 2.8 did not note that it used folders."""
+    """Returns the text between a chunk's indices; zarr before 2.8 does not record "/"."""
     return "/" if any(key[0].isdigit() and "/" in key for key in container.below(name)) else "."
 
 
@@ -161,8 +162,8 @@ def _of_v3(container: Container, name: str, metadata: dict) -> ArrayInfo:
     elif around := [c["name"] for c in codecs if c["name"] in ("sharding_indexed", "transpose")]:
         unknown = next(c["name"] for c in _flat(codecs) if c["name"] not in _V3_CODECS)
         raise UserError(
-            f"{where} is stored with the codec {unknown} beside {around[0]}, which cannot be read "
-            "here: write the array anew with a codec of zarr's own, such as blosc or zstd"
+            f"{where} is stored with the codecs {unknown} and {around[0]}, which are not supported "
+            "together: write the array again with a codec of zarr itself, such as blosc or zstd"
         )
     applied = [
         {"id": codec["name"].removeprefix("numcodecs."), **codec.get("configuration", {})}
@@ -175,11 +176,11 @@ def _of_v3(container: Container, name: str, metadata: dict) -> ArrayInfo:
 
 
 def _v3_codec(codec: dict) -> dict:
-    """A codec by the name that tensorstore has for it, without settings that no decoder needs."""
+    """Returns a codec by tensorstore's name, without settings that a decoder does not need."""
     name, settings = codec["name"], codec.get("configuration") or {}
     short = name.removeprefix("numcodecs.")
     if short in ("blosc", "gzip", "zstd"):
-        name, settings = short, {}  # the same bytes, whoever wrote them
+        name, settings = short, {}  # the encoded bytes do not depend on the writer
     elif name == "sharding_indexed":
         lists = {k: [_v3_codec(c) for c in settings.get(k, ())] for k in ("codecs", "index_codecs")}
         settings = {**settings, **lists}
@@ -187,19 +188,19 @@ def _v3_codec(codec: dict) -> dict:
 
 
 def _flat(codecs: Sequence[dict]) -> list[dict]:
-    """Codecs and, after a sharding one, those inside its shards."""
+    """Returns codecs, each sharding codec followed by those inside its shards."""
     inner = [c.get("configuration", {}).get("codecs", ()) for c in codecs]
     return [*codecs, *(found for each in inner for found in _flat(each))]
 
 
 def _decoded(container: Container, info: ArrayInfo) -> ts.TensorStore:
-    """The array as a virtual one, whose chunks are decoded when they are read."""
+    """Returns a virtual tensorstore whose chunks `zarr_codecs` decodes when they are read."""
     where = f"{container.path}: {info.name}"
     images = info.image_codec is not None
     if images and (info.chunks != (1, *info.shape[1:]) or len(info.codecs) > 1):
         raise UserError(
-            f"{where} has chunks of shape {list(info.chunks)}, where one whole image of "
-            f"{info.shape[1:]} a chunk is expected"
+            f"{where} has chunks of shape {list(info.chunks)}, but each must hold one whole image "
+            f"of {info.shape[1:]}: write the array again"
         )
     steps = [decoder(codec, info.stored, where) for codec in reversed(info.codecs)]
 
@@ -223,7 +224,7 @@ def _decoded(container: Container, info: ArrayInfo) -> ts.TensorStore:
             if not images:
                 data = np.frombuffer(data, info.stored)
             values = np.asarray(data).reshape(info.chunks, order=info.order)
-        except Exception as error:  # every decoder has its own
+        except Exception as error:  # every decoder raises its own exceptions
             raise UserError(f"{container.path}: {said} is damaged: {error}") from error
         inside = (slice(low % size, None) for low, size in zip(begin, info.chunks, strict=True))
         out[...] = values[tuple(inside)][tuple(map(slice, out.shape))]
@@ -257,7 +258,7 @@ def _dtype(name: Any, where: str) -> np.dtype:
 
 
 def _fill(value: Any, dtype: np.dtype):
-    """A fill value in the array's dtype; writers note 0 as 0.0, false or "0" too."""
+    """Converts a fill value to the array's dtype; writers also store 0 as 0.0, false or "0"."""
     if value is None:
         return None
     if isinstance(value, str) and value.startswith("0x"):

@@ -1,7 +1,7 @@
-"""Codecs of zarr chunks that tensorstore does not decode, by their names in numcodecs.
+"""Decoders of zarr's codecs that tensorstore lacks, by their names in numcodecs.
 
-What the standard library, NumPy and `imagecodecs` (an extra) can undo is undone here, in the few
-lines that each takes; whatever else numcodecs knows is left to numcodecs, where it is installed.
+Codecs that need only the standard library, NumPy or `imagecodecs` (optional) are decoded here;
+others are left to numcodecs, if it is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from uva_jax.runtime.errors import UserError
 
-# Of images, one a chunk; the name in imagecodecs follows the first underscore.
+# Codecs of images, one per chunk; the name in imagecodecs follows the first underscore.
 IMAGE_CODECS = tuple(
     f"imagecodecs_{name}"
     for name in ("avif", "jpeg", "jpeg2k", "jpegls", "jpegxl", "jpegxr", "png", "qoi", "webp")
@@ -28,15 +28,15 @@ Decoder = Callable[[Any], Any]  # bytes or an array -> bytes or an array
 
 
 def decoder(config: Config, dtype: np.dtype, name: str) -> Decoder:
-    """What undoes one codec.
+    """Returns the decoder of a codec.
 
     Args:
-      config: the codec as the array's metadata has it.
-      dtype: of the array; that of a filter which names none.
-      name: the array, for errors.
+      config: the codec in the array's metadata.
+      dtype: of the array, for filters that name none.
+      name: of the array, for error messages.
 
     Raises:
-      UserError: the codec needs a package that is missing, or nothing here can undo it.
+      UserError: the codec needs a package that is missing, or is not supported.
     """
     kind = str(config.get("id"))
     if kind in IMAGE_CODECS:
@@ -53,7 +53,7 @@ def _imagecodecs(kind: str, name: str):
         import imagecodecs
     except ImportError as error:
         raise UserError(
-            f"{name} is stored with the codec {kind}, which imagecodecs reads: install it with "
+            f"{name} is stored with the codec {kind}, which needs imagecodecs: install it with "
             "pip install 'uva_jax[codecs]'"
         ) from error
     return imagecodecs
@@ -69,10 +69,10 @@ def _by_numcodecs(config: Config, name: str) -> Decoder:
         ) from error
     try:
         return numcodecs.get_codec(dict(config)).decode
-    except Exception as error:  # of many kinds: a codec unknown, settings wrong, a package missing
+    except Exception as error:  # many types: an unknown codec, wrong settings, a missing package
         raise UserError(
-            f"{said}, which the installed numcodecs cannot undo ({error}): write the array anew "
-            "with a codec of zarr's own, such as blosc or zstd"
+            f"{said}, which the installed numcodecs cannot decode ({error}): write the array again "
+            "with a codec of zarr itself, such as blosc or zstd"
         ) from error
 
 
@@ -121,7 +121,7 @@ def _checked(checksum: Callable[[bytes], int]) -> Callable:
         at_end = config.get("location", "start") == "end"
         stored, content = (data[-4:], data[:-4]) if at_end else (data[:4], data[4:])
         if checksum(content) != int.from_bytes(stored, "little"):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         return content
 
     return decode

@@ -1,4 +1,4 @@
-"""Where a zarr lies: a folder or a zip, of version 2 or 3; and what is not one, by its name."""
+"""Finds and reads the files of a zarr, in a folder or a zip, and recognises other formats."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from uva_jax.runtime.errors import UserError
 GROUPS = ("data", "meta")
 _ENDS = "meta/episode_ends"
 _METADATA = {2: ".zarray", 3: "zarr.json"}  # of an array, by version
-_LOOK_DEPTH, _LOOK_FOLDERS = 3, 2000  # how far below a folder one looks for a zarr
+_LOOK_DEPTH, _LOOK_FOLDERS = 3, 2000  # limits of the search for a zarr below a folder
 
 _BY_HAND = (
     "read it with its own library and write the episodes with write_replay_buffer of "
     "uva_jax.data.replay_writer"
 )
-_FOREIGN = (  # names of files -> what they are, and what to do
+_FOREIGN = (  # pattern of file names, format, and what to do
     (r"(^|/)meta/info\.json$|\.parquet$", "a LeRobot data set (parquet)", _BY_HAND),
     (
         r"\.(hdf5|h5)$",
@@ -34,7 +34,7 @@ _FOREIGN = (  # names of files -> what they are, and what to do
     (r"(^|/)data\.pkl$", "a PyTorch checkpoint", "give the recording that it was trained on"),
     (r"\.(tar|tgz|gz|bz2|xz|zst|7z|rar)$", "a packed archive", "unpack it and give what it holds"),
 )
-_MAGIC = {  # how files begin -> a name that `_FOREIGN` knows
+_MAGIC = {  # first bytes of a file -> a name that `_FOREIGN` matches
     b"\x89HDF": "a.hdf5",
     b"PAR1": "a.parquet",
     b"\x93NUMPY": "a.npy",
@@ -49,32 +49,32 @@ class Container:
     """The files of a zarr, by names relative to its root.
 
     Attributes:
-      path: where it was opened.
-      arrays: names of arrays, "data/img", with the version of each. Their metadata is not read.
+      path: of the folder or zip.
+      arrays: names of arrays, such as "data/img", with the zarr version of each.
     """
 
     path: Path
     arrays: dict[str, int]
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None: there is none."""
+        """Reads a file; returns None if there is none."""
         raise NotImplementedError
 
     def below(self, folder: str) -> Iterator[str]:
-        """Names of all files below a folder, relative to it."""
+        """Yields the names of all files below a folder, relative to it."""
         raise NotImplementedError
 
     def kvstore(self, folder: str) -> dict:
-        """What tensorstore calls a folder."""
+        """Returns tensorstore's specification of a folder."""
         raise NotImplementedError
 
     def metadata(self, array: str) -> tuple[int, dict]:
-        """The version and the metadata of an array."""
+        """Reads the version and the metadata of an array."""
         version = self.arrays[array]
         return version, self._json(f"{array}/{_METADATA[version]}")
 
     def attributes(self, group: str = "") -> dict:
-        """The attributes of a group; "": the root."""
+        """Reads the attributes of a group; "": the root."""
         prefix = f"{group}/" if group else ""
         found = self._json(f"{prefix}zarr.json").get("attributes") or {}
         return {**found, **self._json(f"{prefix}.zattrs")}
@@ -125,7 +125,7 @@ class _Zip(Container):
 
     @cached_property
     def _files(self) -> dict[str, list[str]]:
-        """Names of files by array; all under ""."""
+        """Names of files by array; under "" all names."""
         found, start = defaultdict(list), len(self._root)
         for name in self._archive.namelist():
             if name.startswith(self._root) and not name.endswith("/"):
@@ -150,10 +150,10 @@ class _Zip(Container):
 
 
 def open_container(path: Path) -> Container:
-    """The zarr at `path`: a folder, or a zip in which it may lie in a folder.
+    """Opens a zarr: a folder, or a zip that may hold it in a folder.
 
     Raises:
-      UserError: nothing is there, or something else, which is named.
+      UserError: there is none; the message names what is there.
     """
     if not path.exists():
         raise UserError(f"there is no replay buffer at {path}: check the path")
@@ -161,10 +161,10 @@ def open_container(path: Path) -> Container:
 
 
 def parse_json(content: bytes, name: str) -> dict:
-    """An object in JSON.
+    """Parses a JSON object.
 
     Raises:
-      UserError: it is not.
+      UserError: it is damaged or not an object.
     """
     try:
         found = json.loads(content)
@@ -176,7 +176,7 @@ def parse_json(content: bytes, name: str) -> dict:
 
 
 def foreign(path: Path) -> str | None:
-    """What a file or folder holds that is no zarr, and what to do with it; None: not known."""
+    """Returns the other format of a file or folder and what to do with it, or None if unknown."""
     if path.is_dir():
         return _foreign(_look(path)[1])
     with open(path, "rb") as file:
@@ -187,7 +187,7 @@ def foreign(path: Path) -> str | None:
 
 
 def not_hdf5(folder: Path) -> str:
-    """A sentence about a folder in which HDF5 files were expected, and are not."""
+    """Returns a sentence about a folder that should hold HDF5 files, but does not."""
     if _is_buffer(folder):
         return f"{folder} is a zarr: use it as it is, or import it with --kind zarr"
     said = foreign(folder)
@@ -207,7 +207,7 @@ def _is_buffer(folder: Path) -> bool:
 
 
 def _look(path: Path) -> tuple[list[Path], list[str]]:
-    """Replay buffers in a folder, not too far below, and names of other files."""
+    """Returns the replay buffers in a folder, up to a limited depth, and names of other files."""
     buffers, names = [], []
     for count, (where, folders, files) in enumerate(os.walk(path)):
         inner = os.path.relpath(where, path)

@@ -68,10 +68,10 @@ def judge_condition(
     errors = jax.jit(lambda s, b: stream_errors(nnx.merge(graph, s), b, 1.0))
     plain = errors(state, batch | {"condition": condition})
     other = {k: jnp.roll(v, len(v) // 2, axis=0) for k, v in batch.items()}
-    twin = errors(state, other | {"condition": condition})
+    shuffled = errors(state, other | {"condition": condition})
     return [
         _row("cross_attn", i, kind, e, s, condition, scale)
-        for i, (e, s) in enumerate(zip(plain, twin, strict=True))
+        for i, (e, s) in enumerate(zip(plain, shuffled, strict=True))
         if learns_in_stage1(head.blocks[i].cross_attn)
     ]
 
@@ -107,10 +107,10 @@ def judge_blocks(
 
     graph, state = nnx.split(head)
     rows = []
-    for i, (plain, twin, residual) in enumerate(run(state, dict(data), predicted)):
+    for i, (plain, shuffled, residual) in enumerate(run(state, dict(data), predicted)):
         scale = np.maximum(np.std(np.asarray(residual), axis=(0, 1)), 1e-6)
         rows += [
-            _row(name, i, options.loss[name], plain[name], twin[name], residual, scale)
+            _row(name, i, options.loss[name], plain[name], shuffled[name], residual, scale)
             for name in trained_families(head.blocks[i], form, options)
         ]
     return rows

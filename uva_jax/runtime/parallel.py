@@ -98,8 +98,8 @@ def _environment_has_others(environment: Mapping[str, str]) -> bool:
     """Whether a launcher that jax supports has started other processes."""
     counts = (environment.get(k, "1") for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    told = "JAX_COORDINATOR_ADDRESS" in environment
-    return told or pod or any(count.isdecimal() and int(count) > 1 for count in counts)
+    given = "JAX_COORDINATOR_ADDRESS" in environment
+    return given or pod or any(count.isdecimal() and int(count) > 1 for count in counts)
 
 
 # ---- the mesh ----

@@ -73,7 +73,7 @@ def exit_together(coordinator: str = "") -> Iterator[None]:
 
 
 class _Peers:
-    """The heartbeat thread of this process, and what it tells the others."""
+    """The heartbeat thread of this process, and the values it shares with the others."""
 
     def __init__(self, coordinator: str):
         self._client = multihost.get_jax_distributed_client()

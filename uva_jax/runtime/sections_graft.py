@@ -63,7 +63,7 @@ class HeadOptions(Section):
         (),
         "operators of each block as 'cross,self,mlp', or one entry for all blocks; (): "
         "'cross_attn,self_attn,mlp'. There are also pooled_cross_attn, windowed_self_attn, swiglu, "
-        "none in the place of an attention, 'package.module:Class' for your own, and the entry "
+        "none in place of an attention, 'package.module:Class' for your own, and the entry "
         "'keep' for a block that stays the teacher's",
     )
     init_paths: Mapping[str, str] = setting(

@@ -76,8 +76,8 @@ class ModelOptions(Section):
             )
         if self.wrist and not self.states:
             raise UserError(
-                f"{self.key('wrist')} needs states beside it ({self.key('states')}): the original "
-                "reads a wrist camera together with the robot's state"
+                f"{self.key('wrist')} needs {self.key('states')}, because the original reads a "
+                "wrist camera only together with the robot's state: set both"
             )
 
 
