@@ -6,6 +6,7 @@ import pytest
 
 from configs import pretrain_tiny
 from uva_jax.pipeline.inputs import graft_data, recording
+from uva_jax.runtime.errors import UserError
 from uva_jax.storage.atomic import read_json, write_json
 from uva_jax.storage.identity import Part, external_hash
 
@@ -79,3 +80,7 @@ def test_a_recording_counts_by_the_arrays_that_are_read(tmp_path):
     assert recording(config)["data"].members == ("action", "img", "pose", "state", "wrist")
     config.teacher.checkpoint = str(tmp_path / "no.ckpt")
     assert graft_data(config)["data"] == config.data.path  # all of it: the stage will tell
+    (tmp_path / "a.zarr/meta").mkdir(parents=True)
+    (tmp_path / "a.zarr/meta/info.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a LeRobot data set"):
+        graft_data(config)

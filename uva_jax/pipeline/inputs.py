@@ -17,6 +17,7 @@ from uva_jax import assets
 from uva_jax.data import source
 from uva_jax.data.readers import READERS, open_reader
 from uva_jax.data.windows import WindowSpec
+from uva_jax.data.zarr_container import check_kind
 from uva_jax.models import policy_folder
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context
@@ -101,10 +102,16 @@ def graft_data(config) -> dict:
 
 
 def _recording(config, spec: Callable[[], WindowSpec], *more: str) -> dict:
-    """Returns the part of a recording that is read by windows of `spec`, and `more` arrays of it."""
+    """Returns the part of a recording that is read by windows of `spec`, and `more` arrays.
+
+    Raises:
+      UserError: what is there is no recording.
+    """
     data = section(config.data, DataOptions)
     if data.embedded:
         return {}
+    if Path(data.path).exists():
+        check_kind(Path(data.path))
     try:
         arrays = READERS[data.layout].arrays(spec(), data)
     except (KeyError, UserError):  # for the stage to tell
