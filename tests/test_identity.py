@@ -4,8 +4,11 @@ import os
 
 import pytest
 
+from configs import pretrain_tiny
+from uva_jax.pipeline.inputs import graft_data, recording
+from uva_jax.runtime.errors import UserError
 from uva_jax.storage.atomic import read_json, write_json
-from uva_jax.storage.identity import external_hash
+from uva_jax.storage.identity import Part, external_hash
 
 
 def test_external_hash_reads_an_unchanged_file_once(tmp_path, monkeypatch):
@@ -42,6 +45,23 @@ def test_external_hash_of_a_folder_depends_on_names_and_contents(tmp_path):
     assert len(hashes) == 3
 
 
+def test_of_a_part_only_what_counts_is_opened(tmp_path):
+    folder = tmp_path / "data.zarr"
+    for name in ("data/img/0", "data/depth/0", "meta/ends/0"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"a")
+    part = Part(folder, "data", ("img",))
+    first = external_hash(part, tmp_path)
+    (folder / "data/depth/0").write_bytes(b"b")
+    os.mkfifo(folder / "data/depth/1")
+    assert external_hash(part, tmp_path) == first
+    for name in ("data/img/0", "meta/ends/0"):
+        (folder / name).write_bytes(b"b")
+        assert external_hash(part, tmp_path) != first
+        first = external_hash(part, tmp_path)
+    assert str(part) == str(folder)
+
+
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
@@ -49,3 +69,18 @@ def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_recording_counts_by_the_arrays_that_are_read(tmp_path):
+    config = pretrain_tiny.get_config()
+    config.data.path = str(tmp_path / "a.zarr")
+    config.pretrain.model.update(wrist=True, states=("pose",))
+    config.data.wrist_key = "wrist"
+    assert graft_data(config)["data"].members == ("action", "img")
+    assert recording(config)["data"].members == ("action", "img", "pose", "state", "wrist")
+    config.teacher.checkpoint = str(tmp_path / "no.ckpt")
+    assert graft_data(config)["data"] == config.data.path  # all of it: the stage will tell
+    (tmp_path / "a.zarr/meta").mkdir(parents=True)
+    (tmp_path / "a.zarr/meta/info.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a LeRobot data set"):
+        graft_data(config)

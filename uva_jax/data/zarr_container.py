@@ -160,6 +160,18 @@ def open_container(path: Path) -> Container:
     return _open_zip(path) if path.is_file() else _open_folder(path)
 
 
+def check_kind(path: Path) -> None:
+    """A quick look at what is given as a zarr, before long work on other things.
+
+    Raises:
+      UserError: it is something else, which is named.
+    """
+    if path.is_dir():
+        _open_folder(path)
+    elif said := foreign(path):
+        raise UserError(f"{path} holds {said}")
+
+
 def parse_json(content: bytes, name: str) -> dict:
     """Parses a JSON object.
 

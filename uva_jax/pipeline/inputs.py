@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from convert.architecture import infer_policy
+from convert.formats import torch_file
+from convert.state_dicts import state_tensors
 from uva_jax import assets
 from uva_jax.data import source
-from uva_jax.data.readers import open_reader
+from uva_jax.data.readers import READERS, open_reader
 from uva_jax.data.windows import WindowSpec
+from uva_jax.data.zarr_container import check_kind
 from uva_jax.models import policy_folder
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context
@@ -19,6 +25,7 @@ from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import EMBEDDED, DataOptions
 from uva_jax.runtime.settings import section
+from uva_jax.storage.identity import Part
 
 
 def compute_dtype(config, platform: str | None = None):
@@ -86,12 +93,52 @@ def open_data(
     return reader
 
 
+def _language(config) -> dict:
+    return {"language": config.data.language} if config.data.language else {}
+
+
 def recording(config) -> dict:
-    """Returns the path of the recording by label; empty for the embedded one."""
+    """Returns the part of a recording that policy training reads, by label."""
+    model = config.pretrain.model
+    more = (config.pretrain.readout,) if config.pretrain.readout else ()
+    spec = WindowSpec(1, 1, 1, states=tuple(model.states), wrist=model.wrist)
+    return _recording(config, lambda: spec, *more)
+
+
+def training_data(config) -> dict:
+    """Returns all data that policy training reads, by label."""
+    return recording(config) | _language(config)
+
+
+def graft_data(config) -> dict:
+    """Returns all data that a graft reads, by label: what its teacher reads."""
+    return _recording(config, lambda: _teacher_windows(config)) | _language(config)
+
+
+def _recording(config, spec: Callable[[], WindowSpec], *more: str) -> dict:
+    """Returns the part of a recording that is read by windows of `spec`, and `more` arrays.
+
+    Raises:
+      UserError: what is there is no recording.
+    """
     data = section(config.data, DataOptions)
-    return {} if data.embedded else {"data": data.path}
+    if data.embedded:
+        return {}
+    if Path(data.path).exists():
+        check_kind(Path(data.path))
+    try:
+        arrays = READERS[data.layout].arrays(spec(), data)
+    except (KeyError, UserError):  # for the stage to tell
+        return {"data": data.path}
+    return {"data": Part(data.path, "data", tuple(sorted({*arrays, *more})))}
 
 
-def data_files(config) -> dict:
-    """Returns the paths of the recording and of the language latents by label."""
-    return recording(config) | ({"language": config.data.language} if config.data.language else {})
+def _teacher_windows(config) -> WindowSpec:
+    path = teacher_checkpoint(config)
+    return _windows_of(path, config.teacher.weights, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # several stages ask, and a large file takes a second
+def _windows_of(path: Path, weights: str, changed: int) -> WindowSpec:
+    checkpoint = torch_file.read(path)
+    return WindowSpec.of(infer_policy(checkpoint, state_tensors(checkpoint, weights)))

@@ -23,7 +23,7 @@ from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context, Stage
-from uva_jax.pipeline.inputs import data_files, load_policy, mesh_of, open_data, teacher_checkpoint
+from uva_jax.pipeline.inputs import graft_data, load_policy, mesh_of, open_data, teacher_checkpoint
 from uva_jax.pipeline.training_stages import TRAINING_STAGES
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
@@ -225,7 +225,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "capture"),
         folder="activations",
         describe="stores the teacher's activations",
-        fingerprint=data_files,
+        fingerprint=graft_data,
     ),
     Stage(
         "distill",
@@ -268,7 +268,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "capture", "head", "finetune"),
         folder="finetune",
         describe="fine-tunes the whole policy",
-        fingerprint=lambda config: data_files(config) | _init_paths(config),
+        fingerprint=lambda config: graft_data(config) | _init_paths(config),
     ),
     Stage(
         "evaluate",
@@ -278,7 +278,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
         describe="compares teacher and graft, writes the report",
-        fingerprint=data_files,
+        fingerprint=graft_data,
     ),
     Stage(
         "export",

@@ -7,7 +7,7 @@ import functools
 from uva_jax.eval import training
 from uva_jax.models import policy_folder
 from uva_jax.pipeline.engine import Context, Stage
-from uva_jax.pipeline.inputs import compute_dtype, data_files, mesh_of, open_data, recording
+from uva_jax.pipeline.inputs import compute_dtype, mesh_of, open_data, recording, training_data
 from uva_jax.pretrain import stages
 from uva_jax.runtime.settings import section
 
@@ -104,7 +104,7 @@ TRAINING_STAGES = (
         config_keys=("seed", "precision", "data", "pretrain"),
         folder="pretrain",
         describe="trains a policy on the latents",
-        fingerprint=lambda config: data_files(config) | stages.starts(config.pretrain),
+        fingerprint=lambda config: training_data(config) | stages.starts(config.pretrain),
         on_request=True,
     ),
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,26 @@ from uva_jax.storage.atomic import plain, read_json, write_json
 
 _REST_SECONDS = 2.0  # a file changed more recently may change again with the same mtime
 _SHOWN_CHANGES = 8
+
+
+@dataclass(frozen=True)
+class Part(os.PathLike):
+    """A path to a folder of which not all counts.
+
+    Attributes:
+      path: of the whole.
+      group: a folder in it.
+      members: the folders in the group that count; others are not looked into.
+    """
+
+    path: str | os.PathLike
+    group: str
+    members: tuple[str, ...]
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    __str__ = __fspath__
 
 
 @dataclass(frozen=True)
@@ -97,17 +117,25 @@ def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, 
 def external_hash(path: str | os.PathLike, workdir: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's content, or of the names and contents of a folder's files.
 
-    `workdir/.hashes.json` caches hashes by size and modification time, so that large checkpoints
-    are not read again on every run.
+    Of a `Part` that is a folder, only the parts that count are opened. `workdir/.hashes.json` caches
+    hashes by size and modification time, so that large files are not read again on every run.
     """
-    path, cache_path = Path(path), Path(workdir) / ".hashes.json"
+    root, cache_path = Path(path), Path(workdir) / ".hashes.json"
     cache = read_json(cache_path) or {}
     known = len(cache)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    hashes = {str(p.relative_to(path)): _file_hash(p, cache) for p in files}
+    part = path if isinstance(path, Part) else None
+    files = sorted(_files(root, part)) if root.is_dir() else [root]
+    hashes = {str(p.relative_to(root)): _file_hash(p, cache) for p in files}
     if len(cache) != known:
         write_json(cache_path, cache)
-    return _hash_json(hashes) if path.is_dir() else hashes["."]
+    return _hash_json(hashes) if root.is_dir() else hashes["."]
+
+
+def _files(root: Path, part: Part | None) -> Iterator[Path]:
+    for where, folders, names in os.walk(root):
+        if part and Path(where) == root / part.group:
+            folders[:] = [folder for folder in folders if folder in part.members]
+        yield from (file for name in names if (file := Path(where, name)).is_file())
 
 
 def _file_hash(path: Path, cache: dict[str, str]) -> str:
