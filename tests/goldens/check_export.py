@@ -31,6 +31,12 @@ from uva_jax.models import diffusion, mar, policy_folder, surgery  # noqa: E402
 from uva_jax.models.token_sampler import masked_counts, sample_tokens  # noqa: E402
 
 TASKS = ("pusht", "libero10", "umi_multi", "toolhang")
+# One block of the default operators, one of their alternatives, one that stays the teacher's.
+OPERATORS = (
+    "cross_attn,self_attn,mlp",
+    "pooled_cross_attn,windowed_self_attn,swiglu",
+    "keep",
+)
 BATCH, MODES = 2, {"policy_model": 1, "full_dynamic_model": 2}  # mode -> rounds
 STATES = {  # in the order in which the original joins them
     "robot0_eef_pos": 3,
@@ -49,8 +55,8 @@ def graft(checkpoint: Path, folder: Path):
     """
     from_torch(checkpoint, folder / "teacher")
     teacher = policy_folder.load_policy(folder / "teacher")
-    config = grafted_config(teacher, HeadOptions())
-    head, random = start_head(teacher.action_head, config, "teacher", 0), np.random.default_rng(1)
+    config = grafted_config(teacher, HeadOptions(operators=OPERATORS))
+    head, random = start_head(teacher.action_head, config, "preserve", 0), np.random.default_rng(1)
     arrays = {
         path: x + 0.03 * random.standard_normal(x.shape, dtype=np.float32)
         for path, x in surgery.flatten(head).items()

@@ -47,7 +47,7 @@ REDUCED = {
     "pretrained_model_path": "null",
     "diffloss_d": 2,
     "diffloss_w": WIDTH,
-    "diffloss_act_d": 2,
+    "diffloss_act_d": 3,
     "diffloss_act_w": WIDTH,
     "num_sampling_steps": "'20'",
     "act_diff_testing_steps": "'20'",
