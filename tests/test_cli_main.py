@@ -293,7 +293,7 @@ def test_a_replay_buffer_without_images_is_refused(zarr_config, tmp_path):
 def test_a_replay_buffer_shorter_than_a_window_is_refused(zarr_config, tmp_path):
     frames = np.zeros((8, 96, 96, 3), np.uint8)
     config = zarr_config({"img": frames, "action": np.zeros((8, 2), np.float32)}, [4, 8])
-    refuses_to_capture(config, tmp_path / "run", "10 steps", "longest has 4")
+    refuses_to_capture(config, tmp_path / "run", "10 steps", "chosen has 4")
 
 
 def test_a_folder_that_is_no_replay_buffer_is_refused(make_config, tmp_path):

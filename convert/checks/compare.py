@@ -20,6 +20,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within the bound."""
         return self.ratio <= 1.0
 
 
@@ -65,6 +66,7 @@ class Checks:
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that have failed."""
         return [check for check in self.results if not check.ok]
 
     def summary(self) -> str:

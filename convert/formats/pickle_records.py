@@ -56,10 +56,12 @@ class Record:
 
     @property
     def module(self) -> str:
+        """The module of the called function."""
         return self.function.module
 
     @property
     def name(self) -> str:
+        """The name of the called function."""
         return self.function.name
 
     def __repr__(self) -> str:

@@ -133,10 +133,12 @@ class LazyTensor:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return self.size * self.dtype.itemsize
 
     @property
@@ -146,6 +148,7 @@ class LazyTensor:
 
     @property
     def contiguous(self) -> bool:
+        """Whether the elements are in C order without gaps."""
         expected = 1
         for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if extent != 1 and stride != expected:

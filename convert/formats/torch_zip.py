@@ -22,6 +22,8 @@ _ZIP64_LIMIT_MARGIN = 1.05  # zipfile's rule for the 64-bit header of an entry
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """The place of an entry's data in the file."""
+
     offset: int
     size: int
     crc: int

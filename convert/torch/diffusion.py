@@ -79,12 +79,15 @@ class Schedule:
         return self.at("signal", t, x0) * x0 + self.at("noise", t, x0) * noise
 
     def posterior_mean(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of x_{t-1} given x0 and x_t, all (..., c)."""
         return self.at("mean_x0", t, x_t) * x0 + self.at("mean_xt", t, x_t) * x_t
 
     def predicted_x0(self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """Returns the x0 that x_t and eps imply, all (..., c)."""
         return self.at("inverse_signal", t, x_t) * x_t - self.at("inverse_noise", t, x_t) * eps
 
     def log_variance(self, raw: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the log-variance (..., c) of a step from the network's raw output."""
         fraction = (raw + 1) / 2
         low, high = self.at("log_low", t, raw), self.at("log_high", t, raw)
         return fraction * high + (1 - fraction) * low

@@ -36,6 +36,8 @@ from convert.torch.operators import OPERATORS, make_operator
 
 
 class TimestepEmbedder(nn.Module):
+    """Embeds timesteps: sinusoids, Linear, SiLU, Linear."""
+
     def __init__(self, width: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(256, width), nn.Linear(width, width)
@@ -46,6 +48,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """DiT's output layer: norm, modulation, Linear to eps and variance."""
+
     def __init__(self, width: int, out: int):
         super().__init__()
         self.norm_final = layer_norm(width, affine=False)

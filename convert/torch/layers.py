@@ -44,6 +44,7 @@ def attend(
 
 
 def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
+    """Makes a LayerNorm with the original's eps."""
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
 
 

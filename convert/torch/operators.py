@@ -27,6 +27,8 @@ def memory_grid(config: SimpleNamespace) -> tuple[int, int]:
 
 
 class CrossAttention(nn.Module):
+    """Attention from action steps to the memory, followed by a feed-forward layer."""
+
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, hidden = config.width, config.cross_mlp_ratio * config.width
@@ -94,6 +96,8 @@ class PooledCrossAttention(CrossAttention):
 
 
 class SelfAttention(nn.Module):
+    """Attention among the action steps with adaptive layer norm."""
+
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         width = config.width
@@ -128,6 +132,8 @@ class WindowedSelfAttention(SelfAttention):
 
 
 class Mlp(nn.Module):
+    """The teacher's block MLP with a wider hidden layer."""
+
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         width, hidden = config.width, self.hidden(config)

@@ -140,6 +140,7 @@ class Bench:
         return (time.perf_counter() - start) / _TIMED
 
     def windows(self, mask: np.ndarray, *, mirror: bool, views: int, key: str) -> Windows:
+        """Returns the windows of the episodes in `mask` for one variant."""
         return Windows(
             self.buffer,
             mask,

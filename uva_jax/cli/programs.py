@@ -116,7 +116,10 @@ def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     options = section(config.distill, distill.DistillOptions)
     head = _grafted(config, surgery.abstract_policy(teacher)).action_head
     if head.config.cross_attention != "condition":
-        raise UserError("the condition fit needs config.head.cross_attention='condition'")
+        raise UserError(
+            "the condition fit needs config.head.cross_attention='condition': set it, or leave the "
+            "fit out of --only"
+        )
     samples = config.capture.num_samples
     z = jax.ShapeDtypeStruct((samples, teacher.mar.n_tokens, head.config.z_channels), jnp.float32)
     features = nnx.eval_shape(lambda head, z: head.memory.features(z), head, z)

@@ -130,7 +130,9 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     length = int(np.diff(buffer.episode_ends, prepend=0)[episode])
     last = length - (options.horizon // 2 + 1 - options.pad_after)
     if last < 0:
-        raise UserError(f"episode {episode} has {length} steps, too few for a window")
+        raise UserError(
+            f"episode {episode} has {length} steps, too few for a window: choose another --episode"
+        )
     if step is None:
         steps = np.linspace(0, last, count + 2)[1:-1].astype(int)
     else:

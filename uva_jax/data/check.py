@@ -156,6 +156,7 @@ class BufferView:
         return (*shape, 1) if key in self._numbers and len(shape) == 1 else shape
 
     def dtype(self, key: str) -> np.dtype:
+        """The dtype of an array as it is read."""
         return np.dtype(np.uint8) if key in self._frames else self._buffer.dtype(key)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -96,15 +96,18 @@ class ReplayBuffer:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """Names of the arrays in data/."""
         names = self._container.arrays
         return tuple(sorted(n.removeprefix("data/") for n in names if n.startswith("data/")))
 
     @property
     def n_episodes(self) -> int:
+        """Number of episodes."""
         return len(self.episode_ends)
 
     @property
     def n_steps(self) -> int:
+        """Number of steps of all episodes."""
         return int(self.episode_ends[-1])
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -112,6 +115,7 @@ class ReplayBuffer:
         return self._array(key).shape
 
     def dtype(self, key: str) -> np.dtype:
+        """The stored dtype of an array."""
         return self._array(key).dtype
 
     def is_frame(self, key: str) -> bool:
@@ -262,6 +266,7 @@ class ReplayBuffer:
 
 
 def is_frame(item: Sequence[int], dtype) -> bool:
+    """Whether a step of this shape and dtype is an image, by its size."""
     return math.prod(item) * np.dtype(dtype).itemsize >= FRAME_BYTES
 
 
@@ -300,6 +305,7 @@ def check_episode_ends(ends: np.ndarray, name: str) -> np.ndarray:
 
 
 def check_tasks(tasks: Sequence, episode_task: np.ndarray, n_episodes: int, name: str) -> None:
+    """Raises UserError if `episode_task` does not index `tasks` for every episode."""
     if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
         raise UserError(f"{name}: the attribute tasks of meta must be a list of sentences")
     if episode_task.shape != (n_episodes,) or episode_task.dtype.kind not in "iu":
@@ -316,4 +322,5 @@ def check_tasks(tasks: Sequence, episode_task: np.ndarray, n_episodes: int, name
 
 
 def read_json(path: Path) -> dict:
+    """Reads a JSON object; raises UserError if it is damaged."""
     return parse_json(path.read_bytes(), str(path)) if path.is_file() else {}

@@ -118,6 +118,7 @@ class ReplayBufferWriter:
 
     @property
     def complete(self) -> bool:
+        """Whether the buffer is marked as complete."""
         return bool((own_attributes(self.path) or {}).get("complete"))
 
     def unit_range(self, unit: int) -> tuple[int, int]:

@@ -52,6 +52,7 @@ class ArrayInfo:
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype in the machine's byte order."""
         return self.stored.newbyteorder("=")
 
     @property
@@ -61,6 +62,7 @@ class ArrayInfo:
         return found[0] if found else None
 
     def chunk_key(self, index: Sequence[int]) -> str:
+        """Returns the name of a chunk's file by its indices."""
         prefix, separator = self.keys
         return prefix + separator.join(map(str, index))
 

@@ -74,6 +74,7 @@ class RolloutPool:
         self.close()
 
     def close(self) -> None:
+        """Ends the processes."""
         for worker in self._workers:
             worker.close()
         self._workers = []

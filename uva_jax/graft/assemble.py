@@ -39,7 +39,9 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
     head = teacher.config.action_head
     if head is None or head.kind != "mlp":
         found = "none" if head is None else "a grafted one"
-        raise UserError(f"a graft replaces an MLP action head, but the teacher has {found}")
+        raise UserError(
+            f"a graft replaces an MLP action head, but the teacher has {found}: give another one"
+        )
     if options.depth and options.depth != head.depth:
         raise UserError(
             f"config.head.depth is {options.depth}, but the teacher's head has {head.depth} "
@@ -203,7 +205,7 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
     if made_for.depth != head.config.depth:
         raise UserError(
             f"config.head.init_paths.{family}: {folder} holds operators for a head of "
-            f"{made_for.depth} blocks, but this head has {head.config.depth}"
+            f"{made_for.depth} blocks, but this head has {head.config.depth}: distil them again"
         )
     wanted = family_arrays(head, family)
     target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}
@@ -213,8 +215,8 @@ def load_operator(folder: str | os.PathLike, head: GraftedHead, family: str) -> 
     )
     if problems := surgery.mismatches(target, stored):
         raise UserError(
-            f"config.head.init_paths.{family}: {folder} was made for another head: "
-            f"{'; '.join(problems[:4])}"
+            f"config.head.init_paths.{family}: {folder} was made for another head, distil it "
+            f"again: {'; '.join(problems[:4])}"
         )
     target = {
         k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()

@@ -69,6 +69,7 @@ def memory_features(head: GraftedHead, z: np.ndarray, *, batch: int = 256) -> tu
 
 
 def learnt_by_cross_attention(path: str) -> bool:
+    """Whether the condition fit trains the array at a path of the head."""
     copied = ("memory/conv/", "memory/aggregator/", "condition_s")
     return family_of(path) == "cross_attn" and not path.startswith(copied)
 

@@ -66,6 +66,7 @@ class MARConfig:
 
     @property
     def tokens_per_frame(self) -> int:
+        """Video tokens of a frame."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -171,6 +172,7 @@ class PolicyConfig:
 
     @property
     def action_dim(self) -> int:
+        """Width of an action."""
         return self.mar.action_dim
 
 

@@ -53,6 +53,7 @@ class Copies:
 
     @property
     def count(self) -> int:
+        """Number of copies, with the plain one."""
         return (1 + self.views) * (1 + self.mirror)
 
     def number(self, view, mirrored):

@@ -52,14 +52,17 @@ class Identity:
 
     @cached_property
     def config_hash(self) -> str:
+        """SHA-256 of the settings."""
         return _hash_json(self.config)
 
     @cached_property
     def inputs_hash(self) -> str:
+        """SHA-256 of the inputs' hashes."""
         return _hash_json(self.inputs)
 
     @property
     def hash(self) -> str:
+        """SHA-256 of both hashes."""
         return _hash_json([self.config_hash, self.inputs_hash])
 
     def record(self) -> dict[str, Any]:

@@ -134,7 +134,10 @@ class SampleStore:
         index = read_json(folder / INDEX)
         if index is None or index.get("format") != _FORMAT:
             found = "is damaged" if (folder / INDEX).exists() else "does not exist"
-            raise UserError(f"there is no activation cache at {folder}: {INDEX} {found}")
+            raise UserError(
+                f"there is no activation cache at {folder} ({INDEX} {found}): run the command that "
+                "makes it"
+            )
         cache = cls(folder, index)
         missing = cache.missing_chunks()
         if not index["finished"]:
@@ -152,6 +155,7 @@ class SampleStore:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the arrays."""
         return tuple(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -159,6 +163,7 @@ class SampleStore:
         return (self.num_samples, *self._array(name)[0])
 
     def dtype(self, name: str) -> np.dtype:
+        """The dtype of an array as it is read."""
         return self._array(name)[1]
 
     def nbytes(self, names: Sequence[str] | None = None) -> int:

@@ -128,7 +128,11 @@ def make_optimizer(options: OptimOptions, *, stacked_axes: int = 0) -> optax.Gra
 
 
 def loop_optimizer(options: LoopOptions) -> optax.GradientTransformation:
-    """Returns the optimiser of a training loop."""
+    """Returns the optimiser of a training loop.
+
+    Raises:
+      UserError: the options contradict each other.
+    """
     return make_optimizer(
         OptimOptions(
             lr=options.lr,
