@@ -120,8 +120,8 @@ def shaping_values(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, 
 def external_hash(path: str | os.PathLike, workdir: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's content, or of the names and contents of a folder's files.
 
-    Of a `Part` that is a folder, only what counts is opened. `workdir/.hashes.json` caches hashes by
-    size and modification time, so that large files are not read again on every run.
+    Of a `Part` that is a folder, only what counts is opened. `workdir/.hashes.json` caches hashes
+    by size and modification time, so that large files are not read again on every run.
     """
     root, cache_path = Path(path), Path(workdir) / ".hashes.json"
     cache = read_json(cache_path) or {}
