@@ -105,6 +105,8 @@ class Hdf5Recording:
             raise UserError(f"{path} holds no demonstrations data/demo_<number>; it holds {found}")
         with_absolute = sum(_ACTIONS[0] in demo for demo in self._demos)
         self._actions = _ACTIONS[with_absolute < len(self._demos)]
+        # An import that began with the other actions must not go on with these.
+        self.name += f" {_ACTIONS[0]}" * (self._actions == _ACTIONS[0])
         self.tasks = () if task is None else (task,) * len(self._demos)
         self.lengths = np.array([self._length(demo) for demo in self._demos])
         first = self._demos[0]
