@@ -289,7 +289,7 @@ def test_images_that_miss_in_bulk_are_lost_ones(buffer, count):
         np.testing.assert_array_equal(found[5 * count :], IMAGES[5 * count :])
 
 
-def test_what_nobody_reads_may_be_anything(buffer):
+def test_arrays_that_nobody_reads_are_not_touched(buffer):
     clean = ReplayBuffer.open(buffer).fingerprint(("state",))
     for file in (buffer / "data/img").glob("*.0"):
         file.unlink()

@@ -27,7 +27,7 @@ _FOREIGN = (  # pattern of file names, format, and what to do
     (
         r"\.(hdf5|h5)$",
         "HDF5 files",
-        "import it with python -m uva_jax import --kind libero or --kind robomimic",
+        "import them with python -m uva_jax import --kind libero or --kind robomimic",
     ),
     (r"\.tfrecord", "an RLDS data set (TFRecord)", _BY_HAND),
     (r"\.np[yz]$", "NumPy's files", _BY_HAND),
