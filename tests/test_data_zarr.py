@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 import zlib
+from pathlib import Path
 
 import h5py
 import imagecodecs
@@ -395,6 +396,7 @@ def test_an_importer_of_hdf5_says_what_it_was_given(tmp_path):
     for path, message in (
         (le_robot(tmp_path / "robot"), "holds a LeRobot data set"),
         (tmp_path / "own.zarr", "is a zarr: .*--kind zarr"),
+        (Path(zip_up(tmp_path / "own.zarr")), "is a zarr: .*--kind zarr"),
     ):
         with pytest.raises(UserError, match=message):
             open_hdf5("robomimic", [path], None)
