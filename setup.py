@@ -40,7 +40,7 @@ setup(
         "torch": ["torch>=2.4"],  # `convert verify` and the torch twin of the head
         "language": ["tokenizers>=0.15"],  # task sentences for a policy's own language tower
         "hdf5": ["h5py>=3.10"],  # import recordings of Libero and robomimic
-        "codecs": ["imagecodecs>=2024.1.1"],  # import UMI's recordings and upstream's caches
+        "codecs": ["imagecodecs>=2024.1.1"],  # JPEG XL, JPEG 2000, lz4 and the like in zarr
         "dev": [
             "h5py>=3.10",
             "imagecodecs>=2024.1.1",

@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 import zlib
+from pathlib import Path
 
 import h5py
 import imagecodecs
@@ -289,7 +290,7 @@ def test_images_that_miss_in_bulk_are_lost_ones(buffer, count):
         np.testing.assert_array_equal(found[5 * count :], IMAGES[5 * count :])
 
 
-def test_what_nobody_reads_may_be_anything(buffer):
+def test_arrays_that_nobody_reads_are_not_touched(buffer):
     clean = ReplayBuffer.open(buffer).fingerprint(("state",))
     for file in (buffer / "data/img").glob("*.0"):
         file.unlink()
@@ -395,6 +396,7 @@ def test_an_importer_of_hdf5_says_what_it_was_given(tmp_path):
     for path, message in (
         (le_robot(tmp_path / "robot"), "holds a LeRobot data set"),
         (tmp_path / "own.zarr", "is a zarr: .*--kind zarr"),
+        (Path(zip_up(tmp_path / "own.zarr")), "is a zarr: .*--kind zarr"),
     ):
         with pytest.raises(UserError, match=message):
             open_hdf5("robomimic", [path], None)

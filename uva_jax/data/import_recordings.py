@@ -95,7 +95,8 @@ class Hdf5Recording:
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:
-            raise UserError(f"{path} is not a readable HDF5 file: {error}") from error
+            said = f"{path} is not a readable HDF5 file: {error}"
+            raise UserError(not_hdf5(path) or said) from error
         group = self._file.get("data")
         group = group if isinstance(group, h5py.Group) else {}
         numbers = sorted(int(m[1]) for m in (re.fullmatch(r"demo_(\d+)", k) for k in group) if m)
@@ -243,9 +244,9 @@ def open_hdf5(kind: str, sources: Sequence[Path], limit: int | None) -> list[Hdf
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            found = sorted(source.glob("*.hdf5"))
+            found = sorted([*source.glob("*.hdf5"), *source.glob("*.h5")])
             if not found:
-                raise UserError(not_hdf5(source))
+                raise UserError(not_hdf5(source) or f"{source} holds no .hdf5 files")
             files += found
         elif source.exists():
             files.append(source)

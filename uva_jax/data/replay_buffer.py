@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -259,7 +260,7 @@ class ReplayBuffer:
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: ValueError) -> UserError:
-        reason = str(error).split(" [")[0]
+        reason = re.sub("^[A-Z_]+: ", "", str(error).split(" [")[0])  # without the status
         return UserError(
             f"{self.path}: {name} cannot be read ({reason}): the copy is incomplete or damaged"
         )

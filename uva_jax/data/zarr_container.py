@@ -18,6 +18,7 @@ _ENDS = "meta/episode_ends"
 _METADATA = {2: ".zarray", 3: "zarr.json"}  # of an array, by version
 _LOOK_DEPTH, _LOOK_FOLDERS = 3, 2000  # limits of the search for a zarr below a folder
 
+_HDF5 = "HDF5 files"
 _BY_HAND = (
     "read it with its own library and write the episodes with write_replay_buffer of "
     "uva_jax.data.replay_writer"
@@ -26,8 +27,8 @@ _FOREIGN = (  # pattern of file names, format, and what to do
     (r"(^|/)meta/info\.json$|\.parquet$", "a LeRobot data set (parquet)", _BY_HAND),
     (
         r"\.(hdf5|h5)$",
-        "HDF5 files",
-        "import it with python -m uva_jax import --kind libero or --kind robomimic",
+        _HDF5,
+        "import them with python -m uva_jax import --kind libero or --kind robomimic",
     ),
     (r"\.tfrecord", "an RLDS data set (TFRecord)", _BY_HAND),
     (r"\.np[yz]$", "NumPy's files", _BY_HAND),
@@ -198,12 +199,12 @@ def foreign(path: Path) -> str | None:
     )
 
 
-def not_hdf5(folder: Path) -> str:
-    """Returns a sentence about a folder that should hold HDF5 files, but does not."""
-    if _is_buffer(folder):
-        return f"{folder} is a zarr: use it as it is, or import it with --kind zarr"
-    said = foreign(folder)
-    return f"{folder} holds {said}" if said else f"{folder} holds no .hdf5 files"
+def not_hdf5(path: Path) -> str | None:
+    """Returns a sentence about a file or folder given as HDF5, if it is known to be another."""
+    if _is_buffer(path) or path.name.endswith(".zarr.zip"):
+        return f"{path} is a zarr: use it as it is, or import it with --kind zarr"
+    said = foreign(path)
+    return f"{path} holds {said}" if said and not said.startswith(_HDF5) else None
 
 
 def _foreign(names: Iterable[str]) -> str | None:
