@@ -15,7 +15,7 @@ from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft import assemble, distill, judge
 from uva_jax.graft.capture import capture_strips, head_activations
-from uva_jax.models import surgery
+from uva_jax.models import diffusion, mlp_head, surgery
 from uva_jax.models.operators import aligned_positions, memory_tokens
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
@@ -113,6 +113,35 @@ def test_every_form_of_the_head_samples_and_learns(teacher, activations, form, m
     # With gates at zero nothing changes at first; only the condition form has a stream.
     silent = ("self_attn", "adaLN", "condition_s") + (("queries",) if form == "residual" else ())
     assert not [k for k in still if not any(name in k for name in silent)]
+
+
+@pytest.mark.parametrize("form", ["mlp", "condition", "residual"])
+@pytest.mark.parametrize("rows", [1, 200, 10_000])  # a step at a time, two, all six
+def test_modulations_computed_for_many_steps_give_what_each_step_gives(
+    teacher, activations, monkeypatch, form, rows
+):
+    head = teacher.action_head
+    if form != "mlp":
+        head = grafted(teacher, cross_attention=form, start="random")
+        # Fresh modulations are zero; these differ with timestep and condition.
+        fresh = iter(jax.random.split(jax.random.key(7), 100))
+        arrays = surgery.flatten(head)
+        head = surgery.replace(
+            head,
+            {
+                k: 0.1 * jax.random.normal(next(fresh), v.shape) if "adaLN" in k else v
+                for k, v in arrays.items()
+            },
+        )
+    z, noise = activations["z"], jax.random.normal(jax.random.key(0), (7, 6, 16, 2))
+    schedule, condition = diffusion.make_schedule("6", 1000), head.condition(z)
+
+    def denoise(x, t):
+        return head.denoise(x, jnp.full(6, t), condition)
+
+    wanted = diffusion.sample_loop(schedule, denoise, noise)
+    monkeypatch.setattr(mlp_head, "_ROWS_AT_ONCE", rows)
+    np.testing.assert_allclose(head.sample(z, noise=noise, sampling_steps="6"), wanted, atol=2e-5)
 
 
 def test_the_condition_form_looks_at_the_video_once_per_observation(teacher, activations):

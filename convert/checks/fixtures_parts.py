@@ -81,7 +81,8 @@ def _make_head(config, rngs):
 
 def _guidance(golden: Golden, checks: Checks, head: MLPHead) -> None:
     x, c, t = (jnp.asarray(golden[f"cfg/{name}"]) for name in ("x", "c", "t"))
-    got = head.guided(x[:, None], t.astype(jnp.int32), head.net.cond_embed(c[:, None]), 3.0)
+    modulations = head.modulations(t.astype(jnp.int32), head.net.cond_embed(c[:, None]))
+    got = head.guided(x[:, None], modulations, None, 3.0)
     key = "cfg/out_scale3"
     checks.compare(key, got[:, 0], golden[key], golden.bound(key))
 

@@ -12,14 +12,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from uva_jax.runtime.respacing import space_timesteps
-
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,9 +201,11 @@ def training_losses(
 
 def sample_loop(
     schedule: Schedule,
-    denoise: Denoise,
+    denoise: Callable[[jax.Array, Any], jax.Array],
     noise: jax.Array,
     *,
+    prepare: Callable[[jax.Array], Any] = lambda t: t,
+    at_once: int = 1,
     temperature: float = 1.0,
     clip: bool = True,
     eta: float | None = None,
@@ -214,9 +215,13 @@ def sample_loop(
 
     Args:
       schedule: the sampling process of K steps.
-      denoise: called with x (..., c) and the original timestep (a scalar int32).
+      denoise: called with x (..., c) and the part of `prepare`'s result for the step.
       noise: (K + 1, ..., c); index 0 is the initial x_T, index j the noise of step j. The last one
         is not used.
+      prepare: called with the original timesteps (k,) int32 of several steps; returns a tree of
+        arrays with a leading axis k. Default: the timesteps themselves.
+      at_once: for how many steps `prepare` is called at most; K has to be a multiple, so the
+        largest divisor of K is used.
       temperature: factor on the noise of each step, but not on x_T.
       clip: clip the predicted x0 to [-1, 1] (actions; video latents are not clipped).
       eta: None for ancestral sampling with the learned variance; a number for DDIM
@@ -238,8 +243,8 @@ def sample_loop(
     timestep_map = jnp.asarray(schedule.timestep_map, jnp.int32)
 
     def step(x, inputs):
-        i, step_noise = inputs
-        output = denoise(x, timestep_map[i]).astype(jnp.float32)
+        i, step_noise, prepared = inputs
+        output = denoise(x, prepared).astype(jnp.float32)
         eps, fraction = jnp.split(output, 2, axis=-1)
         x0 = predict_x0(schedule, x, i, eps)
         if clip:
@@ -261,6 +266,15 @@ def sample_loop(
         x = mean + jnp.where(i > 0, std, 0.0) * step_noise
         return x, (x, x0) if return_steps else None
 
+    def group(x, inputs):
+        i, noises = inputs
+        return jax.lax.scan(step, x, (i, noises, prepare(timestep_map[i])))
+
+    size = max(k for k in range(1, steps + 1) if steps % k == 0 and k <= max(1, at_once))
     order = jnp.arange(steps - 1, -1, -1)
-    x, trace = jax.lax.scan(step, noise[0].astype(jnp.float32), (order, noise[1:]))
-    return (x, {"x": trace[0], "pred_x0": trace[1]}) if return_steps else x
+    inputs = [v.reshape(steps // size, size, *v.shape[1:]) for v in (order, noise[1:])]
+    x, trace = jax.lax.scan(group, noise[0].astype(jnp.float32), inputs)
+    if not return_steps:
+        return x
+    trace = [v.reshape(steps, *v.shape[2:]) for v in trace]
+    return x, {"x": trace[0], "pred_x0": trace[1]}

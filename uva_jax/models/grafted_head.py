@@ -9,14 +9,22 @@ form they add to the noisy action tokens, at every diffusion step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
 from uva_jax.models.layers import conv, layer_norm, linear
-from uva_jax.models.mlp_head import DiffusionHead, FinalLayer, TimestepEmbedder, make_aggregator
-from uva_jax.models.operators import make_operator
+from uva_jax.models.mlp_head import (
+    DiffusionHead,
+    FinalLayer,
+    TimestepEmbedder,
+    along,
+    make_aggregator,
+)
+from uva_jax.models.operators import make_operator, works_modulated
 from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.sections_graft import FAMILIES
 
@@ -89,6 +97,30 @@ class GraftedBlock(nnx.Module):
             for family, name in zip(FAMILIES, names, strict=True)
         )
 
+    def modulations(self, y: jax.Array, families: Sequence[str]) -> dict[str, jax.Array]:
+        """Returns by family the modulation of its operator by y (..., width).
+
+        For an operator whose modulation cannot be computed in advance it is y itself.
+        """
+        operators = {family: getattr(self, family) for family in families}
+        return {f: o.modulation(y) if works_modulated(o) else y for f, o in operators.items()}
+
+    def context(self, memory: jax.Array):
+        """Returns the cross-attention's keys and values of the memory, or the memory itself."""
+        attention = self.cross_attn
+        return attention.keys_and_values(memory) if works_modulated(attention) else memory
+
+    def step(self, h: jax.Array, modulations: Mapping[str, jax.Array], context=None) -> jax.Array:
+        """Adds to h (b, n, width) the residuals of the families that have a modulation."""
+        for family in (f for f in FAMILIES if f in modulations):
+            operator, modulation = getattr(self, family), modulations[family]
+            memory = () if family != "cross_attn" else (context,)
+            if works_modulated(operator):
+                h = h + operator.modulated(h, modulation, *memory)
+            else:
+                h = h + operator(h, *memory, jnp.broadcast_to(modulation, h.shape))
+        return h
+
 
 class GraftedHead(DiffusionHead):
     """Blocks of cross-attention, self-attention and MLP; a sample has one diffusion timestep."""
@@ -134,17 +166,31 @@ class GraftedHead(DiffusionHead):
             return memory
         return self.stream(memory)[-1]
 
-    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Predicts eps and variance (b, n, 2 channels) of x (b, n, channels) at steps t (b,)."""
-        h, y = self.input_proj(x), self.time_embed(t)[:, None]
-        residual = self.config.cross_attention == "residual"
-        if residual:
-            y = jnp.broadcast_to(y, h.shape)
-        else:
-            y = y + condition
-        for block in self.blocks:
-            if residual:
-                h = h + block.cross_attn(h, condition, y)
-            h = h + block.self_attn(h, y)
-            h = h + block.mlp(h, y)
-        return self.final_layer(h, y)
+    def context(self, condition: jax.Array) -> list | None:
+        """Returns, in the "residual" form, every block's `context` of the memory."""
+        if self.config.cross_attention == "residual":
+            return [block.context(condition) for block in self.blocks]
+        return None
+
+    def modulations(self, t: jax.Array, condition: jax.Array) -> dict:
+        """Computes the modulations of every block's operators and of the final layer.
+
+        In the "residual" form they are equal for all rows, and their row axis has length 1.
+
+        Args:
+          t: original timesteps on leading axes of the condition.
+          condition: (..., n, width), or the memory (..., m, memory_width).
+        """
+        y, families = along(self.time_embed(t), condition), FAMILIES
+        if self.config.cross_attention == "condition":
+            y, families = y + condition, FAMILIES[1:]
+        blocks = [block.modulations(y, families) for block in self.blocks]
+        return {"blocks": blocks, "final_layer": self.final_layer.modulation(y)}
+
+    def step(self, x: jax.Array, modulations: dict, context: list | None) -> jax.Array:
+        """Predicts eps and variance (b, n, 2 channels) of x (b, n, channels)."""
+        h = self.input_proj(x)
+        contexts = context or [None] * len(self.blocks)
+        for block, given, memory in zip(self.blocks, modulations["blocks"], contexts, strict=True):
+            h = block.step(h, given, memory)
+        return self.final_layer.modulated(h, modulations["final_layer"])

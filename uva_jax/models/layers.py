@@ -144,6 +144,22 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
+class Modulated(nnx.Module):
+    """A module with DiT's adaptive norm, modulated by y, which is made of timestep and condition.
+
+    The modulation does not depend on x, so a sampler computes it for many steps in one product. A
+    subclass has the layer `adaLN_modulation` and the method `modulated(x, modulation)`.
+    """
+
+    def modulation(self, y: jax.Array) -> jax.Array:
+        """Computes shift, scale and, for some, gate (..., k * width) of y (..., width)."""
+        return self.adaLN_modulation(jax.nn.silu(y))
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the module's result for x, modulated by y, both (..., width)."""
+        return self.modulated(x, self.modulation(y))
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Applies inverted dropout; the identity without a key (inference) or at rate 0."""
     if key is None or rate == 0.0:

@@ -15,12 +15,22 @@ from einops import rearrange, reduce
 from flax import nnx
 
 from uva_jax.models import diffusion
-from uva_jax.models.layers import conv, conv3x3_as_matrix, layer_norm, linear, modulate
+from uva_jax.models.layers import (
+    Modulated,
+    conv,
+    conv3x3_as_matrix,
+    layer_norm,
+    linear,
+    modulate,
+)
 from uva_jax.models.policy_config import MLPHeadConfig
 from uva_jax.runtime.errors import UserError
 
 _SMALL = nnx.initializers.normal(0.02)
 _ZERO = nnx.initializers.zeros
+# Modulations are computed for as many steps at once as have so many rows: enough for a product at
+# full speed, and few enough that a batch of observations takes no more memory than one.
+_ROWS_AT_ONCE = 1024
 
 
 def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
@@ -43,8 +53,13 @@ class TimestepEmbedder(nnx.Module):
         return self.fc2(jax.nn.silu(self.fc1(timestep_features(t))))
 
 
-class ResBlock(nnx.Module):
-    """A gated residual MLP, modulated by y."""
+def along(e_t: jax.Array, rows: jax.Array) -> jax.Array:
+    """Reshapes time embeddings (..., width) to broadcast with rows (..., n, width)."""
+    return e_t.reshape(e_t.shape[:-1] + (1,) * (rows.ndim - e_t.ndim) + e_t.shape[-1:])
+
+
+class ResBlock(Modulated):
+    """A gated residual MLP, modulated by y; it returns the residual (..., width)."""
 
     def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.in_ln = layer_norm(width, rngs=rngs)
@@ -52,24 +67,27 @@ class ResBlock(nnx.Module):
         self.fc2 = linear(width, width, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
-    def residual(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Computes the residual (..., width) of x, modulated by y, both (..., width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Computes the residual (..., width) of x (..., width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         h = modulate(self.in_ln(x), shift, scale)
         return gate * self.fc2(jax.nn.silu(self.fc1(h)))
 
 
-class FinalLayer(nnx.Module):
-    """DiT's output layer: norm without affine, modulation, Linear to eps and variance."""
+class FinalLayer(Modulated):
+    """DiT's output layer: norm without affine, modulation, Linear to eps and variance.
+
+    Gives (..., out_features).
+    """
 
     def __init__(self, width: int, out_features: int, *, dtype=None, rngs: nnx.Rngs):
         self.norm_final = layer_norm(width, affine=False, rngs=rngs)
         self.linear = linear(width, out_features, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
         self.adaLN_modulation = linear(width, 2 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Maps x, modulated by y, both (..., width), to (..., out_features)."""
-        shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 2, axis=-1)
+    def modulated(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Maps x (..., width) to (..., out_features)."""
+        shift, scale = jnp.split(modulation, 2, axis=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -99,17 +117,26 @@ class SimpleMLPAdaLN(nnx.Module):
           "residuals" [depth, ..., width] and "out" (..., 2 channels).
         """
         e_t = self.time_embed(t)
-        y = e_t.reshape(e_t.shape[:-1] + (1,) * (e_c.ndim - e_t.ndim) + e_t.shape[-1:]) + e_c
+        return {"time_embed": e_t} | self.modulated(x, self.modulations(e_t, e_c))
+
+    def modulations(self, e_t: jax.Array, e_c: jax.Array) -> list[jax.Array]:
+        """Returns the modulations of every block and of the final layer.
+
+        Args:
+          e_t: (..., width) time embeddings on leading axes of e_c.
+          e_c: (..., n, width) embedded condition.
+        """
+        y = along(e_t, e_c) + e_c
+        return [part.modulation(y) for part in (*self.res_blocks, self.final_layer)]
+
+    def modulated(self, x: jax.Array, modulations: list[jax.Array]) -> dict:
+        """Computes `activations` without the time embedding, given the modulations."""
         hidden, residuals = [self.input_proj(x)], []
-        for block in self.res_blocks:
-            residuals.append(block.residual(hidden[-1], y))
+        for block, modulation in zip(self.res_blocks, modulations[:-1], strict=True):
+            residuals.append(block.modulated(hidden[-1], modulation))
             hidden.append(hidden[-1] + residuals[-1])
-        return {
-            "time_embed": e_t,
-            "h": hidden,
-            "residuals": residuals,
-            "out": self.final_layer(hidden[-1], y),
-        }
+        out = self.final_layer.modulated(hidden[-1], modulations[-1])
+        return {"h": hidden, "residuals": residuals, "out": out}
 
     def __call__(self, x: jax.Array, t: jax.Array, c: jax.Array) -> jax.Array:
         """Predicts eps and variance (..., 2 channels).
@@ -214,11 +241,26 @@ def make_aggregator(kind: str, config, *, dtype=None, rngs: nnx.Rngs) -> nnx.Mod
 class DiffusionHead(nnx.Module):
     """The base class of diffusion heads: training loss and sampling, given a network.
 
-    A subclass has `condition(z)`, called once per observation, and `denoise(x, t, condition)`.
+    A subclass has `condition(z)`, called once per observation; `modulations(t, condition)`, called
+    for many steps at once; and `step(x, modulations, context)`.
     `config` has `channels, train_steps, sampling_steps, clip`.
     """
 
     shared_timestep = False  # one timestep for all rows of a sample, or one per row
+
+    def context(self, condition: jax.Array):
+        """Returns what every step reads of the condition beside the modulations."""
+        del condition
+
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Predicts eps and variance (b, rows, 2 channels).
+
+        Args:
+          x: (b, rows, channels) noisy rows.
+          t: (b,) or, unless `shared_timestep`, (b, rows) original timesteps.
+          condition: the result of `condition`.
+        """
+        return self.step(x, self.modulations(t, condition), self.context(condition))
 
     def loss(
         self,
@@ -268,13 +310,13 @@ class DiffusionHead(nnx.Module):
             found["distance"] = jnp.mean((output - expected) ** 2, axis=-1)
         return found
 
-    def guided(self, x: jax.Array, t: jax.Array, condition, cfg: float | jax.Array) -> jax.Array:
-        """Denoises with guidance; x is taken from the first, conditional half of the batch.
+    def guided(self, x: jax.Array, modulations, context, cfg: float | jax.Array) -> jax.Array:
+        """Does a `step` with guidance; x is taken from the first, conditional half of the batch.
 
         As in the original, eps is guided in both halves, and each half keeps its variance.
         """
         x = jnp.concatenate([x[: x.shape[0] // 2]] * 2, axis=0)
-        eps, rest = jnp.split(self.denoise(x, t, condition), 2, axis=-1)
+        eps, rest = jnp.split(self.step(x, modulations, context), 2, axis=-1)
         cond_eps, free_eps = jnp.split(eps, 2, axis=0)
         half = free_eps + cfg * (cond_eps - free_eps)
         return jnp.concatenate([jnp.concatenate([half, half], axis=0), rest], axis=-1)
@@ -311,22 +353,27 @@ class DiffusionHead(nnx.Module):
         # As in the original, 1000 steps are respaced for any number of training steps.
         schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps, 1000)
         condition = self.condition(z)
+        context = self.context(condition)
         if noise is None:
             rows = (z.shape[0] // (2 if guided else 1), self.rows(z), self.config.channels)
             noise = jax.random.normal(key, (len(schedule) + 1, *rows))
         if guided:
             noise = jnp.concatenate([noise, noise], axis=1)
 
-        def denoise(x, t):
-            t = jnp.full(x.shape[:1], t)
+        def prepare(t):
+            return self.modulations(t[:, None, None], condition[None])
+
+        def denoise(x, modulations):
             if guided:
-                return self.guided(x, t, condition, cfg)
-            return self.denoise(x, t, condition)
+                return self.guided(x, modulations, context, cfg)
+            return self.step(x, modulations, context)
 
         return diffusion.sample_loop(
             schedule,
             denoise,
             noise,
+            prepare=prepare,
+            at_once=_ROWS_AT_ONCE // (noise.shape[1] * noise.shape[2]),
             temperature=temperature,
             clip=self.config.clip,
             eta=eta,
@@ -358,12 +405,15 @@ class MLPHead(DiffusionHead):
         """Computes the condition activation e_c (b, rows, width) of tokens (b, tokens, c)."""
         return self.net.cond_embed(self.aggregate(z))
 
-    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Predicts eps and variance (b, rows, 2 channels).
+    def modulations(self, t: jax.Array, condition: jax.Array) -> list[jax.Array]:
+        """Computes the modulations of every block and of the final layer.
 
         Args:
-          x: (b, rows, channels) noisy rows.
-          t: (b,) or (b, rows) original timesteps.
-          condition: (b, rows, width) e_c.
+          t: original timesteps on leading axes of the condition.
+          condition: (..., rows, width) e_c.
         """
-        return self.net.activations(x, t, condition)["out"]
+        return self.net.modulations(self.net.time_embed(t), condition)
+
+    def step(self, x: jax.Array, modulations: list[jax.Array], context=None) -> jax.Array:
+        """Predicts eps and variance (b, rows, 2 channels) of x (b, rows, channels)."""
+        return self.net.modulated(x, modulations)["out"]

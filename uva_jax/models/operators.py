@@ -4,7 +4,8 @@ Every operator returns a residual, which its block adds to its input. A new oper
 the constructor and the call of its family and one `register` call; a configuration can also name it
 as "package.module:Class" without a call. If its layers are `linear` and `layer_norm` (in attributes
 that begin with "norm") and its other arrays `nnx.Param`, its weights convert to torch by name
-(`convert/rules.py`).
+(`convert/rules.py`). The modulations of a `Modulated` operator are computed for many sampling steps
+at once, those of another in every step.
 
 An MLP operator may have a method `from_teacher(block)`, which returns arrays by path with which it
 computes the function of the teacher's block (`head.start="preserve"`).
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
-from uva_jax.models.layers import attend, gelu, layer_norm, linear, modulate
+from uva_jax.models.layers import Modulated, attend, gelu, layer_norm, linear, modulate
 from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
 
@@ -31,7 +32,7 @@ _WEAK = nnx.initializers.variance_scaling(
 _ALIGNMENT = 6.0  # initial logit between an action step and its aggregate token
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(Modulated):
     """Attention from action steps to the memory, followed by a feed-forward layer.
 
     The feed-forward layer (as in Perceiver, arXiv 2103.03206) replaces the hidden layers of the
@@ -70,13 +71,19 @@ class CrossAttention(nnx.Module):
         Returns:
           (b, n, width).
         """
+        modulation = None if self.adaLN_modulation is None else self.modulation(y)
+        return self.modulated(s, modulation, self.keys_and_values(memory))
+
+    def modulated(
+        self, s: jax.Array, modulation: jax.Array | None, memory: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        """Returns the residual (b, n, width) of s, given the memory's keys and values."""
         x, gate = self.norm(s), 1.0
-        if self.adaLN_modulation is not None:
-            shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+        if modulation is not None:
+            shift, scale, gate = jnp.split(modulation, 3, axis=-1)
             x, gate = modulate(x, shift, scale), 1.0 + gate
         q = self.q(x) + self.query_position[...]
-        k, v = self.keys_and_values(memory)
-        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, k, v))
+        q, k, v = (rearrange(a, "b n (h d) -> b n h d", h=self.num_heads) for a in (q, *memory))
         attended = self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
         return gate * (attended + self.fc2(gelu(self.fc1(self.norm_ff(s + attended)))))
 
@@ -162,7 +169,7 @@ def aligned_positions(
     return query.reshape(1, -1, width), key.reshape(1, -1, width)
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Modulated):
     """Attention among the action steps with adaptive layer norm; its gate starts at zero."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -175,9 +182,9 @@ class SelfAttention(nnx.Module):
         self.proj = linear(width, width, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Returns the residual (b, n, width) of h (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         x = modulate(self.norm(h), shift, scale) + self.position[...]
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.num_heads
@@ -202,7 +209,7 @@ class WindowedSelfAttention(SelfAttention):
         return jnp.abs(position[:, None] - position) <= self.window
 
 
-class Mlp(nnx.Module):
+class Mlp(Modulated):
     """The teacher's block MLP with a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
@@ -217,9 +224,9 @@ class Mlp(nnx.Module):
         """Returns the number of units of the hidden layer."""
         return config.mlp_ratio * width
 
-    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns the residual (b, n, width) of h with modulation y, both (b, n, width)."""
-        shift, scale, gate = jnp.split(self.adaLN_modulation(jax.nn.silu(y)), 3, axis=-1)
+    def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Returns the residual (b, n, width) of h (b, n, width)."""
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
     def activation(self, x: jax.Array) -> jax.Array:
@@ -302,6 +309,12 @@ _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
 def register(family: str, name: str, cls: type[nnx.Module]) -> None:
     """Adds an operator to a family, so that `head.operators` can name it."""
     _REGISTRY[family][name] = cls
+
+
+def works_modulated(operator: nnx.Module) -> bool:
+    """Returns whether `modulated` equals a call: the operator's class does not redefine it."""
+    calls = (Modulated.__call__, CrossAttention.__call__)
+    return isinstance(operator, Modulated) and type(operator).__call__ in calls
 
 
 def learns_in_stage1(operator: nnx.Module) -> bool:
