@@ -215,13 +215,14 @@ def sample_loop(
 
     Args:
       schedule: the sampling process of K steps.
-      denoise: called with x (..., c) and one step's share of what `prepare` gave.
-      noise: (K + 1, ..., c); index 0 is the starting point x_T, index j the draw of step j. The
-        last draw is not used.
-      prepare: what `denoise` takes of several steps, given their original timesteps (k,) int32:
-        arrays with a leading axis k, in any tree. Without it, the timesteps themselves.
-      at_once: how many steps it is asked for at most; the largest divisor of K is taken.
-      temperature: factor on the noise of each step, not on the starting point.
+      denoise: called with x (..., c) and the part of `prepare`'s result for the step.
+      noise: (K + 1, ..., c); index 0 is the initial x_T, index j the noise of step j. The last one
+        is not used.
+      prepare: called with the original timesteps (k,) int32 of several steps; returns a tree of
+        arrays with a leading axis k. Default: the timesteps themselves.
+      at_once: for how many steps `prepare` is called at most; K has to be a multiple, so the
+        largest divisor of K is used.
+      temperature: factor on the noise of each step, but not on x_T.
       clip: clip the predicted x0 to [-1, 1] (actions; video latents are not clipped).
       eta: None for ancestral sampling with the learned variance; a number for DDIM
         (arXiv 2010.02502, equation 16; 0 is deterministic).

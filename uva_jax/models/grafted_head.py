@@ -98,17 +98,20 @@ class GraftedBlock(nnx.Module):
         )
 
     def modulations(self, y: jax.Array, families: Sequence[str]) -> dict[str, jax.Array]:
-        """By family what its operator takes of y (..., width): the modulation, or y itself."""
+        """Returns by family the modulation of its operator by y (..., width).
+
+        For an operator whose modulation cannot be computed in advance it is y itself.
+        """
         operators = {family: getattr(self, family) for family in families}
         return {f: o.modulation(y) if works_modulated(o) else y for f, o in operators.items()}
 
     def context(self, memory: jax.Array):
-        """What the cross-attention takes of the memory: its keys and values, or the memory."""
+        """Returns the cross-attention's keys and values of the memory, or the memory itself."""
         attention = self.cross_attn
         return attention.keys_and_values(memory) if works_modulated(attention) else memory
 
     def step(self, h: jax.Array, modulations: Mapping[str, jax.Array], context=None) -> jax.Array:
-        """(b, n, width) -> likewise; every family that has a modulation adds its residual."""
+        """Adds to h (b, n, width) the residuals of the families that have a modulation."""
         for family in (f for f in FAMILIES if f in modulations):
             operator, modulation = getattr(self, family), modulations[family]
             memory = () if family != "cross_attn" else (context,)
@@ -164,15 +167,19 @@ class GraftedHead(DiffusionHead):
         return self.stream(memory)[-1]
 
     def context(self, condition: jax.Array) -> list | None:
-        """In the "residual" form what every block's cross-attention takes of the memory."""
+        """Returns, in the "residual" form, every block's `context` of the memory."""
         if self.config.cross_attention == "residual":
             return [block.context(condition) for block in self.blocks]
         return None
 
     def modulations(self, t: jax.Array, condition: jax.Array) -> dict:
-        """Of every block's operators and the final layer; t on leading axes of the condition.
+        """Computes the modulations of every block's operators and of the final layer.
 
-        In the "residual" form they are the same for all rows, and have one in the place of n.
+        In the "residual" form they are equal for all rows, and their row axis has length 1.
+
+        Args:
+          t: original timesteps on leading axes of the condition.
+          condition: (..., n, width), or the memory (..., m, memory_width).
         """
         y, families = along(self.time_embed(t), condition), FAMILIES
         if self.config.cross_attention == "condition":
@@ -181,7 +188,7 @@ class GraftedHead(DiffusionHead):
         return {"blocks": blocks, "final_layer": self.final_layer.modulation(y)}
 
     def step(self, x: jax.Array, modulations: dict, context: list | None) -> jax.Array:
-        """x (b, n, channels) -> (b, n, 2 channels)."""
+        """Predicts eps and variance (b, n, 2 channels) of x (b, n, channels)."""
         h = self.input_proj(x)
         contexts = context or [None] * len(self.blocks)
         for block, given, memory in zip(self.blocks, modulations["blocks"], contexts, strict=True):

@@ -145,18 +145,18 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class Modulated(nnx.Module):
-    """A part with DiT's adaptive norm: y, made of timestep and condition, modulates what it does.
+    """A module with DiT's adaptive norm, modulated by y, which is made of timestep and condition.
 
-    The modulation does not depend on x, so that a sampler computes those of many steps in one
-    product. A subclass has the layer `adaLN_modulation` and says in `modulated` what the part does.
+    The modulation does not depend on x, so a sampler computes it for many steps in one product. A
+    subclass has the layer `adaLN_modulation` and the method `modulated(x, modulation)`.
     """
 
     def modulation(self, y: jax.Array) -> jax.Array:
-        """y (..., width) -> shift, scale and whatever else y decides, in one (..., k * width)."""
+        """Computes shift, scale and, for some, gate (..., k * width) of y (..., width)."""
         return self.adaLN_modulation(jax.nn.silu(y))
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """x, y (..., width) -> what the part gives for x."""
+        """Returns the module's result for x, modulated by y, both (..., width)."""
         return self.modulated(x, self.modulation(y))
 
 

@@ -54,12 +54,12 @@ class TimestepEmbedder(nnx.Module):
 
 
 def along(e_t: jax.Array, rows: jax.Array) -> jax.Array:
-    """Time embeddings (..., width) on leading axes of rows (..., n, width), to broadcast there."""
+    """Reshapes time embeddings (..., width) to broadcast with rows (..., n, width)."""
     return e_t.reshape(e_t.shape[:-1] + (1,) * (rows.ndim - e_t.ndim) + e_t.shape[-1:])
 
 
 class ResBlock(Modulated):
-    """Gated residual MLP; gives what it adds to x."""
+    """A gated residual MLP, modulated by y; it returns the residual (..., width)."""
 
     def __init__(self, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.in_ln = layer_norm(width, rngs=rngs)
@@ -68,6 +68,7 @@ class ResBlock(Modulated):
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def modulated(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Computes the residual (..., width) of x (..., width)."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         h = modulate(self.in_ln(x), shift, scale)
         return gate * self.fc2(jax.nn.silu(self.fc1(h)))
@@ -85,6 +86,7 @@ class FinalLayer(Modulated):
         self.adaLN_modulation = linear(width, 2 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def modulated(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
+        """Maps x (..., width) to (..., out_features)."""
         shift, scale = jnp.split(modulation, 2, axis=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -118,12 +120,17 @@ class SimpleMLPAdaLN(nnx.Module):
         return {"time_embed": e_t} | self.modulated(x, self.modulations(e_t, e_c))
 
     def modulations(self, e_t: jax.Array, e_c: jax.Array) -> list[jax.Array]:
-        """Those of every block, then the final layer's; e_t on leading axes of e_c, or of more."""
+        """Returns the modulations of every block and of the final layer.
+
+        Args:
+          e_t: (..., width) time embeddings on leading axes of e_c.
+          e_c: (..., n, width) embedded condition.
+        """
         y = along(e_t, e_c) + e_c
         return [part.modulation(y) for part in (*self.res_blocks, self.final_layer)]
 
     def modulated(self, x: jax.Array, modulations: list[jax.Array]) -> dict:
-        """`activations` but the time embedding, given the modulations."""
+        """Computes `activations` without the time embedding, given the modulations."""
         hidden, residuals = [self.input_proj(x)], []
         for block, modulation in zip(self.res_blocks, modulations[:-1], strict=True):
             residuals.append(block.modulated(hidden[-1], modulation))
@@ -234,19 +241,25 @@ def make_aggregator(kind: str, config, *, dtype=None, rngs: nnx.Rngs) -> nnx.Mod
 class DiffusionHead(nnx.Module):
     """The base class of diffusion heads: training loss and sampling, given a network.
 
-    A subclass gives `condition(z)` (once per observation), `modulations(t, condition)` (all that a
-    step takes of its timestep, for many steps at once) and `step(x, modulations, context)`.
+    A subclass has `condition(z)`, called once per observation; `modulations(t, condition)`, called
+    for many steps at once; and `step(x, modulations, context)`.
     `config` has `channels, train_steps, sampling_steps, clip`.
     """
 
     shared_timestep = False  # one timestep for all rows of a sample, or one per row
 
     def context(self, condition: jax.Array):
-        """What every step takes of the condition beside the modulations."""
+        """Returns what every step reads of the condition beside the modulations."""
         del condition
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """x (b, rows, channels), t (b,) or (b, rows), `condition(z)` -> (b, rows, 2 channels)."""
+        """Predicts eps and variance (b, rows, 2 channels).
+
+        Args:
+          x: (b, rows, channels) noisy rows.
+          t: (b,) or, unless `shared_timestep`, (b, rows) original timesteps.
+          condition: the result of `condition`.
+        """
         return self.step(x, self.modulations(t, condition), self.context(condition))
 
     def loss(
@@ -298,7 +311,7 @@ class DiffusionHead(nnx.Module):
         return found
 
     def guided(self, x: jax.Array, modulations, context, cfg: float | jax.Array) -> jax.Array:
-        """`step` with guidance: the first half of the batch is conditional, and its x counts.
+        """Does a `step` with guidance; x is taken from the first, conditional half of the batch.
 
         As in the original, eps is guided in both halves, and each half keeps its variance.
         """
@@ -393,9 +406,14 @@ class MLPHead(DiffusionHead):
         return self.net.cond_embed(self.aggregate(z))
 
     def modulations(self, t: jax.Array, condition: jax.Array) -> list[jax.Array]:
-        """Of every block and the final layer; t on leading axes of e_c (..., rows, width)."""
+        """Computes the modulations of every block and of the final layer.
+
+        Args:
+          t: original timesteps on leading axes of the condition.
+          condition: (..., rows, width) e_c.
+        """
         return self.net.modulations(self.net.time_embed(t), condition)
 
     def step(self, x: jax.Array, modulations: list[jax.Array], context=None) -> jax.Array:
-        """x (b, rows, channels) -> (b, rows, 2 channels)."""
+        """Predicts eps and variance (b, rows, 2 channels) of x (b, rows, channels)."""
         return self.net.modulated(x, modulations)["out"]

@@ -1,11 +1,11 @@
 """The operators of a grafted head, which `head.operators` names for each block.
 
-Every operator returns the residual that its block adds to the stream it works on. A new one is a
-class with the constructor and the call of its family and one `register` call; a configuration can
-also name it as "package.module:Class", which needs no call. Its layers are `linear` and
-`layer_norm`, the latter in attributes that begin with "norm", and its own arrays `nnx.Param`:
-then its weights convert to torch by name (`convert/rules.py`). As a `Modulated` part it has its
-modulations computed for many sampling steps at once; else every step makes them again.
+Every operator returns a residual, which its block adds to its input. A new operator is a class with
+the constructor and the call of its family and one `register` call; a configuration can also name it
+as "package.module:Class" without a call. If its layers are `linear` and `layer_norm` (in attributes
+that begin with "norm") and its other arrays `nnx.Param`, its weights convert to torch by name
+(`convert/rules.py`). The modulations of a `Modulated` operator are computed for many sampling steps
+at once, those of another in every step.
 
 An MLP operator may have a method `from_teacher(block)`, which returns arrays by path with which it
 computes the function of the teacher's block (`head.start="preserve"`).
@@ -33,7 +33,7 @@ _ALIGNMENT = 6.0  # initial logit between an action step and its aggregate token
 
 
 class CrossAttention(Modulated):
-    """Attention from action steps to the memory, then a feed-forward part of its own.
+    """Attention from action steps to the memory, followed by a feed-forward layer.
 
     The feed-forward layer (as in Perceiver, arXiv 2103.03206) replaces the hidden layers of the
     aggregator. Positions are added only to queries and keys, as in DETR (arXiv 2005.12872). If the
@@ -66,7 +66,10 @@ class CrossAttention(Modulated):
         Args:
           s: (b, n, width) action steps.
           memory: (b, m, memory_width).
-          y: (b, n, width), what modulates it in the "residual" form.
+          y: (b, n, width) modulation, in the "residual" form.
+
+        Returns:
+          (b, n, width).
         """
         modulation = None if self.adaLN_modulation is None else self.modulation(y)
         return self.modulated(s, modulation, self.keys_and_values(memory))
@@ -74,7 +77,7 @@ class CrossAttention(Modulated):
     def modulated(
         self, s: jax.Array, modulation: jax.Array | None, memory: tuple[jax.Array, jax.Array]
     ) -> jax.Array:
-        """The residual, given the memory's keys and values, which do not depend on the stream."""
+        """Returns the residual (b, n, width) of s, given the memory's keys and values."""
         x, gate = self.norm(s), 1.0
         if modulation is not None:
             shift, scale, gate = jnp.split(modulation, 3, axis=-1)
@@ -167,7 +170,7 @@ def aligned_positions(
 
 
 class SelfAttention(Modulated):
-    """Attention among the action steps, adaptive-norm modulated; its gate starts closed."""
+    """Attention among the action steps with adaptive layer norm; its gate starts at zero."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         self.num_heads = config.self_attn_heads
@@ -180,7 +183,7 @@ class SelfAttention(Modulated):
         self.adaLN_modulation = linear(width, 3 * width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
 
     def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
-        """h (b, n, width) -> residual (b, n, width)."""
+        """Returns the residual (b, n, width) of h (b, n, width)."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         x = modulate(self.norm(h), shift, scale) + self.position[...]
         q, k, v = rearrange(
@@ -207,7 +210,7 @@ class WindowedSelfAttention(SelfAttention):
 
 
 class Mlp(Modulated):
-    """The teacher's block MLP at a wider hidden layer: norm, modulation, SiLU, gate."""
+    """The teacher's block MLP with a wider hidden layer: norm, modulation, SiLU, gate."""
 
     def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
         hidden = self.hidden(config, width)
@@ -222,7 +225,7 @@ class Mlp(Modulated):
         return config.mlp_ratio * width
 
     def modulated(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
-        """h (b, n, width) -> residual (b, n, width)."""
+        """Returns the residual (b, n, width) of h (b, n, width)."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         return gate * self.fc2(self.activation(modulate(self.in_ln(h), shift, scale)))
 
@@ -309,7 +312,7 @@ def register(family: str, name: str, cls: type[nnx.Module]) -> None:
 
 
 def works_modulated(operator: nnx.Module) -> bool:
-    """Whether `modulated` does what a call of the operator does: its class has no own call."""
+    """Returns whether `modulated` equals a call: the operator's class does not redefine it."""
     calls = (Modulated.__call__, CrossAttention.__call__)
     return isinstance(operator, Modulated) and type(operator).__call__ in calls
 
