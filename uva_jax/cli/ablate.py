@@ -23,7 +23,6 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from uva_jax.cli import sample
 from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
 from uva_jax.data.check import check_split
@@ -226,7 +225,7 @@ def run(config, workdir: Path, policy: str, steps: int) -> None:
       UserError: the configuration, the policy or the workdir does not fit.
     """
     config = settings.check(config)
-    vae_of = sample.load(policy, "ema")
+    vae_of = inputs.any_policy(policy)
     options = section(config.pretrain, joint.PretrainOptions)
     options = dataclasses.replace(
         options,

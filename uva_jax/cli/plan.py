@@ -10,6 +10,7 @@ waiting for other hosts, and real kernels may be slower than the compiler assume
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -195,9 +196,9 @@ def measure(lowered: jax.stages.Lowered) -> Cost:
     )
 
 
-def with_loop(cost: Cost, loop: programs.Loop | None) -> Cost:
+def with_loop(cost: Cost, loop: programs.Loop) -> Cost:
     """Returns the cost with the loop's further iterations added."""
-    if loop is None or cost.needed is not None:
+    if cost.needed is not None:
         return cost
     body = measure(loop.body)
 
@@ -292,7 +293,7 @@ def compile_all(keys: Sequence[str], jobs: int, *facts) -> Iterator[Row]:
     def compile_one(key: str) -> Row:
         start = time.monotonic()
         program = PROGRAMS[key](*facts)
-        cost = with_loop(measure(program.lowered), program.loop)
+        cost = functools.reduce(with_loop, program.loops, measure(program.lowered))
         return Row(key, program, cost, time.monotonic() - start)
 
     with futures.ThreadPoolExecutor(jobs) as pool:

@@ -21,12 +21,11 @@ from uva_jax.data import batch_shapes
 from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
-from uva_jax.data.windows import WindowSpec
 from uva_jax.envs.pusht import IMAGE_SIZE
-from uva_jax.eval.evaluate import Actor
 from uva_jax.graft import assemble, distill, finetune
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
-from uva_jax.models import diffusion, surgery
+from uva_jax.models import diffusion, mlp_head, surgery
+from uva_jax.models.actor import PolicyCall
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import PolicyConfig
@@ -53,7 +52,7 @@ class Program(NamedTuple):
     lowered: jax.stages.Lowered
     steps: int = 0  # of the stage; 0: it is not a stage
     advice: tuple[str, ...] = ()  # settings to change if it does not fit
-    loop: Loop | None = None
+    loops: tuple[Loop, ...] = ()
 
 
 def _frame_size(config) -> tuple[int, int]:
@@ -89,9 +88,9 @@ def capture_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Prog
             f"--config.capture.batch={max(1, options.batch // 2)}",
             f"--config.capture.encode_frames={max(1, (size or mine) // 4)}",
         ),
-        _encoding(policy, (size, *frame, 3), -(-mine // size) - 1, devices)
+        (_encoding(policy, (size, *frame, 3), -(-mine // size) - 1, devices),)
         if 0 < size < mine
-        else None,
+        else (),
     )
 
 
@@ -189,44 +188,39 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
 
 
 def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:
-    """Lowers the teacher's prediction of actions for one observation, on one chip.
-
-    It is the call of rollouts or, for a policy that observes more than images, `predict_action`.
-    """
+    """Lowers the teacher's prediction of actions for one observation, on one chip."""
     policy, one = surgery.abstract_policy(teacher, dtype=dtype), _one(devices)
     graph, state = nnx.split(policy)
     head = teacher.action_head
     spacing = config.evaluate.sampling_steps or head.sampling_steps
     steps = len(diffusion.make_schedule(spacing, head.train_steps))
     obs = batch_shapes.single_shapes(teacher, 1, _frame_size(config))
-    if WindowSpec.of(teacher).more_than_images:
 
-        def act(state, obs, key):
-            policy = nnx.merge(graph, state)
-            return policy.predict_action(obs, key=key, sampling_steps=spacing)
+    def modulations(state, t, condition):
+        return nnx.merge(graph, state).action_head.modulations(t, condition)
 
-        del obs["action"]
-        shapes = (state, obs, jax.eval_shape(lambda: jax.random.key(0)))
-        lowered = jax.jit(act).lower(*parallel.shapes_on_mesh(shapes, one))
-    else:
-        lowered = Actor(policy, spacing).lower(obs["image"], one)
+    def step(state, x, modulations):
+        return nnx.merge(graph, state).action_head.step(x, modulations, None)
 
-    def denoise(state, x, t, condition):
-        return nnx.merge(graph, state).action_head.denoise(x, t, condition)
+    def lowered(function, *shapes):
+        return jax.jit(function).lower(*parallel.shapes_on_mesh((state, *shapes), one))
 
-    shapes = (
-        state,
-        jax.ShapeDtypeStruct((1, head.n_actions, head.channels), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1, head.n_actions, head.width), jnp.float32),
+    x = jax.ShapeDtypeStruct((1, head.n_actions, head.channels), jnp.float32)
+    condition = jax.ShapeDtypeStruct((1, 1, head.n_actions, head.width), jnp.float32)
+    group = diffusion.group_size(steps, mlp_head.steps_at_once(head.n_actions))
+    t = jax.ShapeDtypeStruct((group, 1, 1), jnp.int32)
+    one_step = jax.eval_shape(
+        lambda *shapes: jax.tree.map(lambda m: m[0], modulations(*shapes)), state, t, condition
     )
-    body = jax.jit(denoise).lower(*parallel.shapes_on_mesh(shapes, one))
     return Program(
         "policy call",
         f"1 observation, {steps} sampling steps",
         1,
-        lowered,
-        loop=Loop(body, steps - 1),
+        PolicyCall(policy, spacing).lower(obs, one),
+        loops=(
+            Loop(lowered(modulations, t, condition), steps // group - 1),
+            Loop(lowered(step, x, one_step), steps - 1),
+        ),
     )
 
 

@@ -35,31 +35,6 @@ _DATA = "max_episodes layout image_key wrist_key action_key language vocabulary"
 Window = Mapping[str, np.ndarray]
 
 
-def load(name: str, weights: str):
-    """Loads a policy from a folder, a PyTorch checkpoint, or "embedded".
-
-    Args:
-      name: path, or "embedded".
-      weights: of a checkpoint: "ema" or "model".
-
-    Raises:
-      UserError: the path does not exist or is not a policy.
-    """
-    from convert.from_torch import convert_checkpoint
-    from uva_jax.models import policy_folder
-    from uva_jax.pipeline import inputs
-
-    path = inputs.policy_path(name)
-    if not path.exists():
-        raise UserError(
-            f"--policy is {name}, but there is no such file or folder: give a policy folder, a "
-            "UVA .ckpt, or 'embedded'"
-        )
-    if path.is_dir():
-        return policy_folder.load_policy(path)
-    return convert_checkpoint(path, weights=weights)[0]
-
-
 def open_reader(policy, path: str, options: Mapping[str, object]):
     """Opens the data for a policy, with the wrist camera's future if the policy predicts it.
 
@@ -240,6 +215,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from uva_jax.eval import film, predict
     from uva_jax.models.losses import VIDEO_MODES
+    from uva_jax.pipeline.inputs import any_policy
     from uva_jax.storage.atomic import write_json
 
     if (args.dataset is None) == (args.obs is None):
@@ -249,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     json_path = Path(args.json).expanduser() if args.json else None
     if json_path and (json_path.is_dir() or not json_path.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json} is a folder, or its folder does not exist")
-    policy = load(args.policy, args.weights)
+    policy = any_policy(args.policy, args.weights)
     config = policy.config
 
     def default(value, own):

@@ -5,111 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from uva_jax.data import source
 from uva_jax.data.windows import Strips, WindowSpec
 from uva_jax.eval import actions, video
 from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
-from uva_jax.models import diffusion
-from uva_jax.models.encoding import encode_in_parts
+from uva_jax.models.actor import PolicyCall
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
-from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_json
-
-ENCODE_FRAMES = 16  # frames that the VAE encodes at a time: they fit a CPU's cache
-
-
-class Actor:
-    """A policy as the `predict` function of `RolloutPool`.
-
-    Successive observations share frames, so the VAE's moments of these are reused; the latents are
-    sampled again in every call, as in `Policy.predict_action`. Noise depends only on
-    (noise_seed, seed, call), so two actors with one `noise_seed` get the same noise.
-    """
-
-    def __init__(self, policy: Policy, sampling_steps: str = "", noise_seed: int = 0):
-        """Compiles nothing yet.
-
-        Args:
-          policy: the policy.
-          sampling_steps: diffusion steps of the action head; "": the policy's own.
-          noise_seed: of all noise.
-        """
-        self.load(policy)
-        graph, head = nnx.graphdef(policy), policy.config.action_head
-        steps = sampling_steps or head.sampling_steps
-        draws = len(diffusion.make_schedule(steps, 1000)) + 1
-
-        @jax.jit
-        def encode(variables, frames):
-            n, f = frames.shape[:2]
-            flat = frames.reshape(n * f, *frames.shape[2:])
-            moments = encode_in_parts(nnx.merge(graph, variables), flat, ENCODE_FRAMES)
-            return tuple(x.reshape(n, f, *x.shape[1:]) for x in moments)
-
-        @jax.jit
-        def act(variables, mean, logvar, seed_index, call_index):
-            policy = nnx.merge(graph, variables)
-            base = jax.random.fold_in(jax.random.key(noise_seed), call_index)
-            keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(base, i)))(seed_index)
-            eps = jax.vmap(lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))(keys[:, 0])
-            shape = (draws, head.n_actions, head.channels)
-            noise = jax.vmap(lambda k: jax.random.normal(k, shape), out_axes=1)(keys[:, 1])
-            z = policy.video_tokens(policy.vae.sample(mean, logvar, eps))
-            nactions = policy.action_head.sample(
-                z, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
-            )
-            actions = policy.unnormalize("action", nactions)
-            return actions[:, : policy.config.n_action_steps]
-
-        self._encode, self._act = encode, act
-
-    def lower(
-        self, frames: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
-    ) -> jax.stages.Lowered:
-        """Lowers an episode's first call, on frames (n, n_frames, h, w, 3) uint8, as one program.
-
-        It needs only shapes: the policy may be one without arrays (`surgery.abstract_policy`).
-        """
-
-        def call(variables, frames, seed_index, call_index):
-            return self._act(variables, *self._encode(variables, frames), seed_index, call_index)
-
-        numbers = (jax.ShapeDtypeStruct(frames.shape[:1], jnp.int32),)
-        numbers += (jax.ShapeDtypeStruct((), jnp.int32),)
-        return jax.jit(call).lower(
-            *parallel.shapes_on_mesh((self.variables, frames, *numbers), sharding)
-        )
-
-    def load(self, policy: Policy) -> None:
-        """Uses the parameters of another policy of the same architecture."""
-        self.variables = nnx.state(policy)
-        self._frames = self._moments = None
-
-    def __call__(
-        self, obs: Mapping[str, np.ndarray], seed_index: np.ndarray, call_index: int
-    ) -> np.ndarray:
-        frames = obs["image"]
-        kept = frames.shape[1] // 2
-        if self._frames is not None and np.array_equal(self._frames[:, -kept:], frames[:, :kept]):
-            new = self._encode(self.variables, frames[:, kept:])
-            self._moments = tuple(
-                jnp.concatenate([old[:, -kept:], x], axis=1)
-                for old, x in zip(self._moments, new, strict=True)
-            )
-        else:
-            self._moments = self._encode(self.variables, frames)
-        self._frames = frames
-        actions = self._act(self.variables, *self._moments, seed_index, call_index)
-        return np.asarray(actions)
 
 
 def evaluate(
@@ -232,7 +140,7 @@ def _rollout(
             done = step
 
         result: RolloutResult = pool.run(
-            Actor(policy, options.sampling_steps, options.noise_seed),
+            PolicyCall(policy, options.sampling_steps, options.noise_seed),
             seeds,
             max_steps=options.max_steps,
             n_obs_steps=config.n_obs_steps,

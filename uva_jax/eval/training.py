@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from uva_jax.eval import report
-from uva_jax.eval.evaluate import Actor
 from uva_jax.eval.rollout import RolloutPool, bootstrap_ci
+from uva_jax.models.actor import PolicyCall
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
@@ -51,13 +51,13 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
             "config.pretrain.score.every=0 and evaluate afterwards"
         )
     seeds = range(options.start_seed, options.start_seed + options.num_seeds)
-    actor: Actor | None = None
+    actor: PolicyCall | None = None
     with RolloutPool() as pool:
 
         def score(policy: Policy) -> dict[str, float]:
             nonlocal actor
             if actor is None:
-                actor = Actor(policy, options.sampling_steps, options.noise_seed)
+                actor = PolicyCall(policy, options.sampling_steps, options.noise_seed)
             else:
                 actor.load(policy)
             config = policy.config

@@ -199,6 +199,11 @@ def training_losses(
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 
+def group_size(steps: int, at_once: int) -> int:
+    """Returns the largest divisor of `steps` that is at most `at_once`."""
+    return max(k for k in range(1, min(steps, at_once) + 1) if steps % k == 0)
+
+
 def sample_loop(
     schedule: Schedule,
     denoise: Callable[[jax.Array, Any], jax.Array],
@@ -270,7 +275,7 @@ def sample_loop(
         i, noises = inputs
         return jax.lax.scan(step, x, (i, noises, prepare(timestep_map[i])))
 
-    size = max(k for k in range(1, steps + 1) if steps % k == 0 and k <= max(1, at_once))
+    size = group_size(steps, at_once)
     order = jnp.arange(steps - 1, -1, -1)
     inputs = [v.reshape(steps // size, size, *v.shape[1:]) for v in (order, noise[1:])]
     x, trace = jax.lax.scan(group, noise[0].astype(jnp.float32), inputs)

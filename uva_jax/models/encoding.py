@@ -5,12 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 
-from uva_jax.models.policy import Policy
 
-
-def encode_in_parts(policy: Policy, images: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def encode_in_parts(
+    policy: nnx.Module, images: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
     """Encodes raw frames (n, h, w, 3), `size` at a time (0: all at once).
+
+    Args:
+      policy: a Policy, whose module uses this one.
+      images: (n, h, w, 3) uint8, or float in [0, 1].
+      size: frames encoded at a time.
 
     Returns:
       mean and log-variance (n, h', w', z), as `VAE.encode`.

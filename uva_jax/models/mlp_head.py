@@ -33,6 +33,11 @@ _ZERO = nnx.initializers.zeros
 _ROWS_AT_ONCE = 1024
 
 
+def steps_at_once(rows: int) -> int:
+    """Returns for how many sampling steps the modulations of so many rows are computed at once."""
+    return max(1, _ROWS_AT_ONCE // rows)
+
+
 def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
     """Returns sinusoidal features (..., dim), cosines first, of original timesteps (...)."""
     half = dim // 2
@@ -373,7 +378,7 @@ class DiffusionHead(nnx.Module):
             denoise,
             noise,
             prepare=prepare,
-            at_once=_ROWS_AT_ONCE // (noise.shape[1] * noise.shape[2]),
+            at_once=steps_at_once(noise.shape[1] * noise.shape[2]),
             temperature=temperature,
             clip=self.config.clip,
             eta=eta,

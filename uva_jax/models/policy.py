@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 
 from uva_jax.models import mar
+from uva_jax.models.actor import Actor
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import DiffusionHead, MLPHead
@@ -251,6 +252,10 @@ class Policy(nnx.Module):
             wrist = self.encode_observation(obs["wrist_image"], key=keys[1], eps=wrist_eps)
         cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
         return cond, self.streams(obs, wrist)
+
+    def actor(self, *, sampling_steps: str | int = "", seed: int = 0) -> Actor:
+        """Returns a new `Actor`, which turns every step's observation into an action."""
+        return Actor(self, sampling_steps=sampling_steps, seed=seed)
 
     def predict_action(
         self,

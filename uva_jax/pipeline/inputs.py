@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from convert.architecture import infer_policy
 from convert.formats import torch_file
+from convert.from_torch import convert_checkpoint
 from convert.state_dicts import state_tensors
 from uva_jax import assets
 from uva_jax.data import source
@@ -45,6 +46,27 @@ def compute_dtype(config, platform: str | None = None):
 def policy_path(name: str) -> Path:
     """Returns the path of a policy's file or folder; "embedded" is the file in the package."""
     return assets.POLICY if name == EMBEDDED else Path(name).expanduser()
+
+
+def any_policy(name: str, weights: str = "ema") -> Policy:
+    """Loads a policy from a folder, a PyTorch checkpoint, or "embedded".
+
+    Args:
+      name: path, or "embedded".
+      weights: of a checkpoint: "ema" or "model".
+
+    Raises:
+      UserError: the path does not exist or is not a policy.
+    """
+    path = policy_path(name)
+    if not path.exists():
+        raise UserError(
+            f"the policy is {name}, but there is no such file or folder: give a policy folder, a "
+            "UVA .ckpt, or 'embedded'"
+        )
+    if path.is_dir():
+        return policy_folder.load_policy(path)
+    return convert_checkpoint(path, weights=weights)[0]
 
 
 def teacher_checkpoint(config) -> Path:
