@@ -218,7 +218,7 @@ def test_sampling_steps_are_what_a_schedule_takes(steps):
             "but must divide config.pretrain.vae_training.batch=48",
         ),
         ({"pretrain__score__every": 1500}, "config.pretrain.score.every is 1500, but"),
-        ({"pretrain__model__wrist": True}, "config.pretrain.model.wrist needs states"),
+        ({"pretrain__model__wrist": True}, "config.pretrain.model.wrist needs config"),
         ({"pretrain__model__heads": 7}, "does not divide config.pretrain.model.width=768"),
         ({"data__pad_after": 20}, "at most half of config.data.horizon=32"),
         ({"distributed__num_processes": 2}, "belong together"),
