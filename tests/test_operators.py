@@ -172,7 +172,7 @@ def test_a_users_own_operator_is_one_class(teacher, samples, tmp_path, registere
         (("keep",) * 3, {}, "should name 2 blocks"),
         (("keep",), {}, "no cross-attention in any block"),
         (("keep", MIXED[0]), {"cross_attention": "residual"}, "keeps a block of the teacher"),
-        (("cross_attn,convolution,mlp",), {}, "'convolution' is not a self_attn; known are"),
+        (("cross_attn,convolution,mlp",), {}, "'convolution' is not a self_attn: use one of"),
         (("cross_attn,no.such:Thing,mlp",), {}, "cannot be imported.*PYTHONPATH"),
         (("cross_attn,json:loads,mlp",), {}, "is not a class of flax.nnx.Module"),
     ],
