@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import threading
 from pathlib import Path
 
 from absl import logging
@@ -29,20 +28,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Orbax logs every file it opens, and errors that it raises as well, once for each thread.
     logging.set_verbosity(logging.FATAL)
-    sys.excepthook = _print_unless_late
+    sys.unraisablehook = _print_unless_late
     if importlib.util.find_spec("libtpu") is not None and not has_tpu():
         do_without_tpu()
 
 
-def _print_unless_late(kind, error, trace) -> None:
-    """Python's excepthook, without reports of writes that end after another one has failed.
+def _print_unless_late(unraisable) -> None:
+    """Python's unraisablehook, without reports of writes that end after another one has failed.
 
-    Orbax closes its event loop at the first error; tensorstore's threads then print a traceback
-    for every write that was still under way.
+    Orbax closes its event loop at the first error; tensorstore then reports every write that was
+    still under way.
     """
-    late = kind is RuntimeError and str(error) == "Event loop is closed"
-    if not late or threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def do_without_tpu() -> None:
