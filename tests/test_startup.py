@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, python
 
 from uva_jax.runtime import startup
 
@@ -46,3 +46,38 @@ def test_a_command_starts_without_complaints_of_libtpu():
         [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+_WRITES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from uva_jax.runtime.errors import exit_status
+from uva_jax.runtime.guards import full_disk_as_user_error
+from uva_jax.runtime.startup import quiet_libraries
+from uva_jax.storage import policy_arrays
+from uva_jax.storage.checkpoint import Checkpoints
+from uva_jax.storage.lazy_array import LazyArray
+
+quiet_libraries()
+folder, arrays = Path(sys.argv[1]), {f"a{i}": np.random.rand(100, 1000) for i in range(9)}
+
+def states():
+    with full_disk_as_user_error(folder), Checkpoints(folder / "states") as checkpoints:
+        checkpoints.save(1, arrays)
+
+def policy():
+    lazy = {k: LazyArray(x.shape, x.dtype, lambda x=x: x) for k, x in arrays.items()}
+    with full_disk_as_user_error(folder):
+        policy_arrays.write(folder / "policy", lazy)
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(exit_status(states) + exit_status(policy))
+"""
+
+
+def test_a_failed_write_of_orbax_is_one_line_of_stderr(tmp_path):
+    done = python(_WRITES, tmp_path)
+    _, said = done.communicate(timeout=120)
+    assert done.returncode == 4
+    assert [line[:24] for line in said.splitlines()] == ["error: no file may grow "] * 2

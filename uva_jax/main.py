@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from uva_jax.runtime.errors import UserError, exit_status
@@ -58,7 +58,6 @@ def _main(argv: list[str]) -> int:
             "say what to run and where: --config configs/pusht_tiny.py (or --checkpoint FILE) "
             "--workdir runs/tiny"
         )
-    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
     try:
         _CONFIG.value.keys()
     except OSError as error:  # ml_collections raises it when the configuration is first used

@@ -26,6 +26,7 @@ import numpy as np
 from uva_jax.data.windows import Strips, WindowSpec, plan_strips
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.settings import section, specs
+from uva_jax.runtime.startup import quiet_libraries
 
 # Modules that take seconds to import are imported by the functions that need them.
 
@@ -334,10 +335,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; bad input prints one sentence on stderr and returns status 2."""
-    from absl import logging
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
+    quiet_libraries()
     args = _parser().parse_args(argv)
     return exit_status(lambda: run(args))
 

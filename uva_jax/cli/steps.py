@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from uva_jax.runtime import settings
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.sections_graft import FAMILIES
+from uva_jax.runtime.startup import quiet_libraries
 
 # option -> setting, which gives its type, default and help; "{layer}" is the target layer
 _SOURCE = {"checkpoint": "teacher.checkpoint", "dataset": "data.path"}
@@ -249,9 +250,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; bad input prints one sentence on stderr and returns status 2."""
-    from absl import logging
-
-    logging.set_verbosity(logging.WARNING)  # orbax logs every file it touches
+    quiet_libraries()
     args = _parser().parse_args(argv)
     return exit_status(lambda: args.function(args))
 

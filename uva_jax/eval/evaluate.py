@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
-from uva_jax.storage.atomic import read_json, write_json
+from uva_jax.storage.atomic import read_json, write_bytes, write_json
 
 
 def evaluate(
@@ -152,7 +153,9 @@ def _rollout(
     videos = folder / "videos"
     for seed, frames in result.videos.items():
         video.write_mp4(videos / f"{name}_{seed}.mp4", frames)
-        np.save(videos / f"{name}_{seed}.npy", frames)
+        content = io.BytesIO()  # on a full disk, np.save to a file raises an error without errno
+        np.save(content, frames)
+        write_bytes(videos / f"{name}_{seed}.npy", content.getvalue())
     interval = bootstrap_ci(result.scores, seed=0)
     return {
         "test_mean_score": result.mean,

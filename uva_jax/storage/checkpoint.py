@@ -21,9 +21,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
         self.folder = Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # With several processes, a write that fails in the background of one (on a full disk, say)
+        # leaves all of them waiting in orbax's barriers.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=jax.process_count() == 1
         )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -41,7 +44,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state) -> None:
-        """Writes the state after `step` steps, in the background."""
+        """Writes the state after `step` steps; in the background of a single process."""
         if self._manager.latest_step() != step:
             self._manager.save(step, args=ocp.args.StandardSave(parallel.savable(_leaves(state))))
 
