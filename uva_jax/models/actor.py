@@ -211,7 +211,7 @@ class Actor:
         Args:
           policy: a Policy.
           sampling_steps: diffusion steps of the action head, such as 10; "": the policy's own.
-          sampler: "ancestral", "ddim" or "dpm++", which needs the fewest steps of the three.
+          sampler: "ancestral", "ddim" or "dpm++"; see `diffusion.sample_loop`.
           seed: of all noise.
 
         Raises:
