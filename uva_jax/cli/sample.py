@@ -25,6 +25,7 @@ import numpy as np
 
 from uva_jax.data.windows import Strips, WindowSpec, plan_strips
 from uva_jax.runtime.errors import UserError, exit_status
+from uva_jax.runtime.respacing import SAMPLERS
 from uva_jax.runtime.settings import section, specs
 from uva_jax.runtime.startup import quiet_libraries
 
@@ -239,6 +240,7 @@ def run(args: argparse.Namespace) -> None:
         schedule=default(args.schedule, config.cfg_schedule),
         temperature=default(args.temperature, config.temperature),
         sampling_steps=args.sampling_steps,
+        sampler=args.sampler,
         seed=args.seed,
     )
     predictor = predict.make_predictor(policy, sampling)
@@ -265,7 +267,8 @@ def run(args: argparse.Namespace) -> None:
     loops = f"{sampling.sampling_steps} sampling steps" if sampling.sampling_steps else "own steps"
     print(
         f"{sampling.mode}: {sampling.num_iter} round(s), guidance {sampling.guidance:g} "
-        f"({sampling.schedule}), temperature {sampling.temperature:g}, {loops}, seed {args.seed}"
+        f"({sampling.schedule}), temperature {sampling.temperature:g}, {loops} "
+        f"({sampling.sampler}), seed {args.seed}"
     )
     predictions, rows = [], []
     for number, (window, name) in enumerate(zip(windows, names, strict=True)):
@@ -323,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", help="of guidance: linear or constant (default: the policy's)")
     add("--temperature", type=float, metavar="T", help="of sampling (default: the policy's)")
     add("--sampling-steps", type=int, default=0, metavar="S", help="default: the policy's")
+    add("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="of every loop")
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add("--out", metavar="FILE", help="file to write: .mp4, .gif, .png (one image) or .npz")
     add("--json", metavar="FILE", help="write the table and the settings to FILE")

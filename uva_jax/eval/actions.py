@@ -75,6 +75,7 @@ def sample_actions(
     draws: int,
     sampling_steps: str,
     seed: int,
+    sampler: str = "ancestral",
     batch: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples a policy's actions on windows; the noise depends only on the seed and the window.
@@ -85,6 +86,7 @@ def sample_actions(
       draws: samples per window.
       sampling_steps: respacing of the head's diffusion ("": the policy's own).
       seed: of all noise.
+      sampler: see `diffusion.sample_loop`.
       batch: windows per call of the policy.
 
     Returns:
@@ -112,7 +114,11 @@ def sample_actions(
 
         def sample(noise):  # the condition does not depend on the noise, so it is computed once
             return policy.action_head.sample(
-                z, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
+                z,
+                noise=noise,
+                temperature=policy.config.temperature,
+                sampling_steps=steps,
+                sampler=sampler,
             )
 
         samples = jax.vmap(sample)(rearrange(noise, "b d k n a -> d k b n a"))

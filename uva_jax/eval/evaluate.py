@@ -86,6 +86,7 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
             draws=options.draws,
             sampling_steps=options.sampling_steps,
             seed=options.noise_seed,
+            sampler=options.sampler,
         )
         found = {"windows": len(strips)} | actions.action_figures(samples, truth)
         write_json(path, found)
@@ -141,7 +142,7 @@ def _rollout(
             done = step
 
         result: RolloutResult = pool.run(
-            PolicyCall(policy, options.sampling_steps, options.noise_seed),
+            PolicyCall(policy, options.sampling_steps, options.noise_seed, options.sampler),
             seeds,
             max_steps=options.max_steps,
             n_obs_steps=config.n_obs_steps,

@@ -39,6 +39,7 @@ class Sampling:
       mode: one of TASK_MODES.
       num_iter, guidance, schedule, temperature: of the token sampler.
       sampling_steps: steps of every diffusion loop, 1..1000; 0: each head's own number.
+      sampler: of every diffusion loop; see `diffusion.sample_loop`.
       seed: of all noise.
     """
 
@@ -48,6 +49,7 @@ class Sampling:
     schedule: str = "linear"
     temperature: float = 1.0
     sampling_steps: int = 0
+    sampler: str = "ancestral"
     seed: int = 0
 
     def check(self, policy: Policy) -> None:
@@ -219,6 +221,7 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
             cfg_schedule=sampling.schedule,
             temperature=sampling.temperature,
             sampling_steps=str(sampling.sampling_steps) if sampling.sampling_steps else None,
+            sampler=sampling.sampler,
             key=keys[3],
             target=targets.get(""),
             wrist_target=targets.get("wrist_"),

@@ -21,6 +21,7 @@ from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.respacing import SAMPLERS
 
 ENCODE_FRAMES = 16  # frames that the VAE encodes at a time: they fit a CPU's cache
 
@@ -44,13 +45,20 @@ class PolicyCall:
     (noise_seed, seed, call), so two policies with one `noise_seed` get the same noise.
     """
 
-    def __init__(self, policy: nnx.Module, sampling_steps: str = "", noise_seed: int = 0):
+    def __init__(
+        self,
+        policy: nnx.Module,
+        sampling_steps: str = "",
+        noise_seed: int = 0,
+        sampler: str = "ancestral",
+    ):
         """Compiles nothing yet.
 
         Args:
           policy: a Policy.
           sampling_steps: diffusion steps of the action head; "": the policy's own.
           noise_seed: of all noise.
+          sampler: see `diffusion.sample_loop`.
         """
         self.load(policy)
         graph, self._config = nnx.graphdef(policy), policy.config
@@ -85,6 +93,7 @@ class PolicyCall:
                 noise=normal(keys[:, 1], (draws, head.n_actions, head.channels), axis=1),
                 temperature=policy.config.temperature,
                 sampling_steps=steps,
+                sampler=sampler,
             )
             actions = policy.unnormalize("action", nactions)
             return actions[:, : policy.config.n_action_steps], moments
@@ -189,20 +198,31 @@ class Actor:
     the arrays of the observation have a leading batch axis.
     """
 
-    def __init__(self, policy: nnx.Module, *, sampling_steps: str | int = "", seed: int = 0):
+    def __init__(
+        self,
+        policy: nnx.Module,
+        *,
+        sampling_steps: str | int = "",
+        sampler: str = "ancestral",
+        seed: int = 0,
+    ):
         """Compiles nothing yet.
 
         Args:
           policy: a Policy.
           sampling_steps: diffusion steps of the action head, such as 10; "": the policy's own.
+          sampler: "ancestral", "ddim" or "dpm++"; see `diffusion.sample_loop`.
           seed: of all noise.
 
         Raises:
-          UserError: the policy has no action head, or there is no such number of steps.
+          UserError: the policy has no action head, or there is no such sampler or number of steps.
         """
         if policy.action_head is None:
             raise UserError("this policy was trained only for video and has no action head to act")
-        self._config, self._call = policy.config, PolicyCall(policy, str(sampling_steps), seed)
+        if sampler not in SAMPLERS:
+            raise UserError(f"the sampler is {sampler!r}, but it can be {', '.join(SAMPLERS)}")
+        self._config = policy.config
+        self._call = PolicyCall(policy, str(sampling_steps), seed, sampler)
         self._calls = 0
         self.reset()
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uva_jax.runtime.respacing import space_timesteps
+from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.respacing import SAMPLERS, space_timesteps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,6 +200,25 @@ def training_losses(
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 
+def _dpm_tables(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns what DPM-Solver++(2M) multiplies x, x0 and the last step's x0 by, each (K,) float64.
+
+    Algorithm 2 of arXiv 2211.01095, the second-order multistep method that extrapolates x0 from two
+    evaluations. With lambda = log(alpha / sigma) and h its growth in a step from t to s, that step
+    is x_s = sigma_s / sigma_t x_t - alpha_s (exp(-h) - 1) D,
+    D = (1 + 1 / 2r) x0(t) - 1 / 2r x0(step before) and r = h(step before) / h. The first step has
+    no step before, and in the last one, to sigma_s = 0, h is infinite: these two are those of DDIM,
+    of first order.
+    """
+    bar, bar_next = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    ratio = np.sqrt((1.0 - bar_next) / (1.0 - bar))
+    gain = np.sqrt(bar_next) - np.sqrt(bar) * ratio  # - alpha_s (exp(-h) - 1), without infinities
+    growth = -np.diff(0.5 * np.log(bar / (1.0 - bar)))  # of the step from index i + 1 to i
+    weight = np.zeros(len(schedule))
+    weight[1:-1] = growth[:-1] / (2.0 * growth[1:])
+    return ratio, gain * (1.0 + weight), -gain * weight
+
+
 def group_size(steps: int, at_once: int) -> int:
     """Returns the largest divisor of `steps` that is at most `at_once`."""
     return max(k for k in range(1, min(steps, at_once) + 1) if steps % k == 0)
@@ -213,6 +233,7 @@ def sample_loop(
     at_once: int = 1,
     temperature: float = 1.0,
     clip: bool = True,
+    sampler: str = "ancestral",
     eta: float | None = None,
     return_steps: bool = False,
 ):
@@ -229,16 +250,21 @@ def sample_loop(
         largest divisor of K is used.
       temperature: factor on the noise of each step, but not on x_T.
       clip: clip the predicted x0 to [-1, 1] (actions; video latents are not clipped).
-      eta: None for ancestral sampling with the learned variance; a number for DDIM
-        (arXiv 2010.02502, equation 16; 0 is deterministic).
+      sampler: "ancestral", with the learned variance; "ddim", deterministic; or "dpm++", likewise
+        and of second order (see `_dpm_tables`).
+      eta: a number chooses DDIM with so much noise (arXiv 2010.02502, equation 16; 0 is
+        deterministic).
       return_steps: also return every x and predicted x0, in order of execution.
 
     Returns:
       x0 (..., c), or (x0, {"x": (K, ..., c), "pred_x0": (K, ..., c)}).
 
     Raises:
+      UserError: there is no such sampler.
       ValueError: `noise` has not K + 1 entries.
     """
+    if sampler not in SAMPLERS:
+        raise UserError(f"the sampler is {sampler!r}, but it can be {', '.join(SAMPLERS)}")
     steps = len(schedule)
     if noise.shape[0] != steps + 1:
         raise ValueError(
@@ -246,15 +272,21 @@ def sample_loop(
             f"{noise.shape[0]} were given"
         )
     timestep_map = jnp.asarray(schedule.timestep_map, jnp.int32)
+    if sampler == "ddim" and eta is None:
+        eta = 0.0
+    of_x, of_x0, of_last = _dpm_tables(schedule)
 
-    def step(x, inputs):
-        i, step_noise, prepared = inputs
+    def step(carry, inputs):
+        (x, last_x0), (i, step_noise, prepared) = carry, inputs
         output = denoise(x, prepared).astype(jnp.float32)
         eps, fraction = jnp.split(output, 2, axis=-1)
         x0 = predict_x0(schedule, x, i, eps)
         if clip:
             x0 = jnp.clip(x0, -1.0, 1.0)
-        if eta is None:
+        if sampler == "dpm++":
+            mean = _at(of_x, i, x) * x + _at(of_x0, i, x) * x0 + _at(of_last, i, x) * last_x0
+            std = 0.0
+        elif eta is None:
             mean = _posterior_mean(schedule, x0, x, i)
             std = jnp.exp(0.5 * _log_variance(schedule, fraction, i)) * temperature
         else:
@@ -269,16 +301,17 @@ def sample_loop(
             )
             std = std * temperature
         x = mean + jnp.where(i > 0, std, 0.0) * step_noise
-        return x, (x, x0) if return_steps else None
+        return (x, x0), (x, x0) if return_steps else None
 
-    def group(x, inputs):
+    def group(carry, inputs):
         i, noises = inputs
-        return jax.lax.scan(step, x, (i, noises, prepare(timestep_map[i])))
+        return jax.lax.scan(step, carry, (i, noises, prepare(timestep_map[i])))
 
     size = group_size(steps, at_once)
     order = jnp.arange(steps - 1, -1, -1)
     inputs = [v.reshape(steps // size, size, *v.shape[1:]) for v in (order, noise[1:])]
-    x, trace = jax.lax.scan(group, noise[0].astype(jnp.float32), inputs)
+    start = noise[0].astype(jnp.float32)
+    (x, _), trace = jax.lax.scan(group, (start, jnp.zeros_like(start)), inputs)
     if not return_steps:
         return x
     trace = [v.reshape(steps, *v.shape[2:]) for v in trace]

@@ -335,6 +335,7 @@ class DiffusionHead(nnx.Module):
         temperature: float = 1.0,
         cfg: float | jax.Array = 1.0,
         guided: bool = False,
+        sampler: str = "ancestral",
         eta: float | None = None,
         sampling_steps: str | None = None,
         return_steps: bool = False,
@@ -348,7 +349,8 @@ class DiffusionHead(nnx.Module):
           noise: (K + 1, b, n, channels) loop noise, b halved with `guided`.
           temperature: factor on each step's noise.
           cfg: guidance scale, used with `guided`.
-          eta: None for ancestral sampling, a number for DDIM.
+          sampler: "ancestral", "ddim" or "dpm++".
+          eta: a number chooses DDIM with so much noise.
           sampling_steps: respacing in place of the config's.
           return_steps: see `diffusion.sample_loop`.
 
@@ -381,6 +383,7 @@ class DiffusionHead(nnx.Module):
             at_once=steps_at_once(noise.shape[1] * noise.shape[2]),
             temperature=temperature,
             clip=self.config.clip,
+            sampler=sampler,
             eta=eta,
             return_steps=return_steps,
         )

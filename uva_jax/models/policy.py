@@ -253,9 +253,11 @@ class Policy(nnx.Module):
         cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
         return cond, self.streams(obs, wrist)
 
-    def actor(self, *, sampling_steps: str | int = "", seed: int = 0) -> Actor:
+    def actor(
+        self, *, sampling_steps: str | int = "", sampler: str = "ancestral", seed: int = 0
+    ) -> Actor:
         """Returns a new `Actor`, which turns every step's observation into an action."""
-        return Actor(self, sampling_steps=sampling_steps, seed=seed)
+        return Actor(self, sampling_steps=sampling_steps, sampler=sampler, seed=seed)
 
     def predict_action(
         self,
@@ -266,6 +268,7 @@ class Policy(nnx.Module):
         wrist_eps: jax.Array | None = None,
         noise: jax.Array | None = None,
         sampling_steps: str | None = None,
+        sampler: str = "ancestral",
         eta: float | None = None,
     ) -> dict[str, jax.Array]:
         """Predicts actions for observations.
@@ -277,7 +280,8 @@ class Policy(nnx.Module):
           vae_eps, wrist_eps: (b, n_frames, h', w', z) the VAE's sampling noise.
           noise: (K + 1, b, n_actions, action_dim) the noise of action sampling with K steps.
           sampling_steps: respacing in place of the head's own, such as "10".
-          eta: None for ancestral sampling, a number for DDIM.
+          sampler: "ancestral", "ddim" or "dpm++"; see `diffusion.sample_loop`.
+          eta: a number chooses DDIM with so much noise.
 
         Returns:
           "action" (b, n_action_steps, action_dim) to execute and "action_pred"
@@ -294,6 +298,7 @@ class Policy(nnx.Module):
             noise=noise,
             temperature=self.config.temperature,
             sampling_steps=sampling_steps,
+            sampler=sampler,
             eta=eta,
         )
         actions = self.unnormalize("action", nactions)

@@ -66,6 +66,7 @@ def sample_tokens(
     cfg_schedule: str = "linear",
     temperature: float = 1.0,
     sampling_steps: str | None = None,
+    sampler: str = "ancestral",
     key: jax.Array | None = None,
     orders: jax.Array | None = None,
     noises: Sequence[jax.Array] | None = None,
@@ -85,6 +86,7 @@ def sample_tokens(
       cfg_schedule: "linear" (grows with the share of filled tokens) or "constant".
       temperature: factor on the noise of each diffusion step.
       sampling_steps: respacing in place of each head's own.
+      sampler: of every loop; see `diffusion.sample_loop`.
       key: for draws that are not given.
       orders: (b, s) permutations, whose first entries are the masked tokens.
       noises: (K + 1, b, rows, c) of every diffusion loop in order of call: in each round the
@@ -113,7 +115,7 @@ def sample_tokens(
     if orders is None:
         uniform = jax.random.uniform(sub_key(key, 0), (batch, tokens_per_frame))
         orders = jnp.argsort(uniform, axis=-1)
-    loop = {"temperature": temperature, "sampling_steps": sampling_steps}
+    loop = {"temperature": temperature, "sampling_steps": sampling_steps, "sampler": sampler}
     calls = 0
 
     def draw():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from uva_jax.runtime.errors import UserError
 
+SAMPLERS = ("ancestral", "ddim", "dpm++")
 TRAIN_STEPS = 1000  # of the process that UVA's heads learn
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.fields import setting
-from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
+from uva_jax.runtime.respacing import SAMPLERS, TRAIN_STEPS, space_timesteps
 
 EMBEDDED = "embedded"  # the small PushT policy, or the demonstrations, that ship with the package
 LARGEST_SEED = 2**31 - 10  # stages add small numbers to it
@@ -180,6 +180,12 @@ class EvaluateOptions(Section):
     max_steps: int = setting(300, "steps of a rollout", above=0)
     sampling_steps: str = setting(
         "", "diffusion steps of the action head ('': the policy's own)", refuses=no_schedule
+    )
+    sampler: str = setting(
+        "ancestral",
+        "how the action head samples; ddim and dpm++ draw no noise after the first",
+        choices=SAMPLERS,
+        added=True,
     )
     noise_seed: int = setting(
         0, "seed of the samplers' noise, the same for every policy", least=0, most=LARGEST_SEED
