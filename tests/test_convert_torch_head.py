@@ -42,8 +42,7 @@ def make_head(**options):
         num_heads=4,
         self_attn_heads=4,
         memory_width=20,
-        sampling_steps="4",
-        **options,
+        **{"sampling_steps": "4"} | options,
     )
     head = nnx.eval_shape(lambda: GraftedHead(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(1)
@@ -111,6 +110,30 @@ def test_the_twin_equals_flax(cross_attention, memory, adapter, operators):
     assert_close(got["loss"], twin(target, z, t=t, noise=noise[0]))
     rows = noise.reshape(5, 64, 2)
     assert_close(got["sample"], twin.sample(z, 0.9, noise=rows))
+    assert_close(got["guided"], twin.sample(z, cfg=1.5, noise=noise[:, :2]))
+
+
+@pytest.mark.parametrize("evaluations", ["1", "3"])
+def test_the_twin_of_a_shortened_head_equals_flax(evaluations):
+    head = make_head(prediction="x0", sampling_steps=evaluations)
+    twin, random = make_twin(head), np.random.default_rng(0)
+    z = random.standard_normal((4, 64, 24), dtype=np.float32)
+    noise = random.standard_normal((int(evaluations) + 1, 4, 16, 2), dtype=np.float32)
+    target = random.uniform(-1, 1, (4, 16, 2)).astype(np.float32)
+    t = np.array([999, 3, 500, 999])
+
+    @jax.jit
+    def outputs(head, z, noise, t, target):
+        return {
+            "loss": head.loss(target, z, t=t, noise=noise[0])["loss"].mean(),
+            "sample": head.sample(z, noise=noise, temperature=0.9),
+            "guided": head.sample(z, noise=noise[:, :2], cfg=1.5, guided=True),
+        }
+
+    got = outputs(head, z, noise, t, target)
+    z, noise, t, target = map(torch.from_numpy, (z, noise, t, target))
+    assert_close(got["loss"], twin(target, z, t=t, noise=noise[0]))
+    assert_close(got["sample"], twin.sample(z, 0.9, noise=noise))
     assert_close(got["guided"], twin.sample(z, cfg=1.5, noise=noise[:, :2]))
 
 

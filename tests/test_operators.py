@@ -10,7 +10,7 @@ from conftest import HEAD
 from flax import nnx
 from test_grafting import _options, grafted
 
-from uva_jax.graft import assemble, distill, judge
+from uva_jax.graft import assemble, distill, distill_blocks, judge
 from uva_jax.graft.capture import head_activations
 from uva_jax.models import operators, policy_folder, surgery
 from uva_jax.models.layers import layer_norm, linear
@@ -58,7 +58,7 @@ def distilled(teacher, samples, folder, names):
         common = dict(options=options, seed=0, folder=folder, metrics=metrics)
         head = distill.distill_condition(start, features, samples["condition"], **common)
         predicted = distill.predict_condition(head, features)
-        head = distill.distill_blocks(head, teacher.action_head, data, predicted, **common)
+        head = distill_blocks.distill_blocks(head, teacher.action_head, data, predicted, **common)
     rows = judge.judge_condition(head, features, samples["condition"], "l1")
     rows += judge.judge_blocks(
         head, teacher.action_head, data, predicted, options=options, key=jax.random.key(0)

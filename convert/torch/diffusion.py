@@ -138,6 +138,32 @@ def training_losses(
 
 
 @torch.no_grad()
+def few_step_loop(
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    noise: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    clip: bool = True,
+) -> torch.Tensor:
+    """Samples with a network that predicts x0, in as many evaluations as noise (K + 1, ..., c) has.
+
+    Index 0 is the start; x0 is diffused again with entry j before evaluation j + 1.
+    `predict(x, timestep)` is given original timesteps.
+    """
+    schedule, evaluations = Schedule(1000), len(noise) - 1
+    x = noise[0]
+    for j in range(evaluations):
+        t = round(999 * (1 - j / evaluations))
+        if j:
+            step = torch.full(x.shape[:1], t, device=x.device)
+            x = schedule.diffuse(x, step, temperature * noise[j])
+        x = predict(x, t)
+        if clip:
+            x = x.clamp(-1.0, 1.0)
+    return x
+
+
+@torch.no_grad()
 def sample_loop(
     schedule: Schedule,
     denoise: Callable[[torch.Tensor, int], torch.Tensor],

@@ -22,7 +22,7 @@ from einops import rearrange, reduce
 from torch import nn
 from torch.nn import functional
 
-from convert.torch.diffusion import Schedule, sample_loop, training_losses
+from convert.torch.diffusion import Schedule, few_step_loop, sample_loop, training_losses
 from convert.torch.head_file import read_head
 from convert.torch.layers import (
     Aggregator,
@@ -123,6 +123,8 @@ class GraftedActionHead(nn.Module):
         self.train_schedule = Schedule(config.train_steps)
         # As in the original, 1000 steps are respaced for any number of training steps.
         self.sample_schedule = Schedule(1000, config.sampling_steps)
+        # Exports of earlier versions do not say what the network predicts: it is eps.
+        self.few_steps = getattr(config, "prediction", "eps") == "x0"
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> GraftedActionHead:
@@ -183,6 +185,8 @@ class GraftedActionHead(nn.Module):
             noise = torch.randn_like(target)
         x_t = self.train_schedule.diffuse(target, t, noise)
         output = self.denoise(x_t, t, self.condition(z))
+        if self.few_steps:
+            return ((output[..., : self.config.channels] - target) ** 2).mean()
         rows = training_losses(self.train_schedule, output, target, x_t, t, noise)
         return rows["loss"].mean()
 
@@ -227,6 +231,17 @@ class GraftedActionHead(nn.Module):
             half = free + cfg * (with_z - free)
             return torch.cat([torch.cat([half, half]), rest], dim=-1)
 
+        def predict(x: torch.Tensor, timestep: int) -> torch.Tensor:
+            t = torch.full((len(x),), timestep, device=x.device)
+            x0 = self.denoise(x, t, condition)[..., : config.channels]
+            if not guided:
+                return x0
+            with_z, free = x0.chunk(2)
+            half = free + cfg * (with_z - free)
+            return torch.cat([half, half])
+
+        if self.few_steps:
+            return few_step_loop(predict, noise, temperature=temperature, clip=config.clip)
         return sample_loop(
             self.sample_schedule, denoise, noise, temperature=temperature, clip=config.clip
         )

@@ -28,7 +28,7 @@ from uva_jax.models import diffusion, mlp_head, surgery
 from uva_jax.models.actor import PolicyCall
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
@@ -192,7 +192,7 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
     policy, one = surgery.abstract_policy(teacher, dtype=dtype), _one(devices)
     graph, state = nnx.split(policy)
     head = teacher.action_head
-    spacing = config.evaluate.sampling_steps or head.sampling_steps
+    spacing = steps_of(head, config.evaluate.sampling_steps)
     steps = len(diffusion.make_schedule(spacing, head.train_steps))
     obs = batch_shapes.single_shapes(teacher, 1, _frame_size(config))
 

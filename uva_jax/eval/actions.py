@@ -17,6 +17,7 @@ from uva_jax.data import source
 from uva_jax.data.windows import Strips
 from uva_jax.models import diffusion
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import steps_of
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # distances in normalised units, whose range is 2
 
@@ -94,7 +95,7 @@ def sample_actions(
     """
     graph, variables = nnx.split(policy)
     head = policy.config.action_head
-    steps = sampling_steps or head.sampling_steps
+    steps = steps_of(head, sampling_steps)
     loop = len(diffusion.make_schedule(steps, head.train_steps)) + 1
 
     @jax.jit

@@ -31,7 +31,7 @@ def evaluate(
     """Evaluates every policy; writes metrics.json and videos/. A killed run resumes by policy.
 
     Args:
-      policies: "teacher", "graft_stage1" and "graft".
+      policies: "teacher", "graft_stage1", "graft" and, if there is one, "graft_shortened".
       windows: held-out windows on which actions are compared, or None.
       options: of rollouts and action samples.
       folder: of the stage.
@@ -39,7 +39,7 @@ def evaluate(
 
     Returns:
       the content of metrics.json: the results of each policy and, with rollouts,
-      "paired_difference" (graft - teacher) and "paired_difference_stage1".
+      "paired_difference" (graft - teacher), and likewise with "_stage1" and "_shortened".
 
     Raises:
       UserError: the simulator does not provide the policy's observations.
@@ -116,7 +116,10 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> N
     for name, label in (
         ("graft", "paired_difference"),
         ("graft_stage1", "paired_difference_stage1"),
+        ("graft_shortened", "paired_difference_shortened"),
     ):
+        if name not in policies:
+            continue
         interval = paired_difference(
             np.array(results[name]["scores"]), np.array(results["teacher"]["scores"])
         )

@@ -51,11 +51,12 @@ def write_graft_report(
     for stage, title in (
         ("distill", "Stage 1: distillation"),
         ("finetune", "Stage 2: fine-tuning"),
+        ("shorten", "Stage 3: few evaluations"),
     ):
         keys = sorted(
             {k for line in read_metrics(workdir, stage) for k in line} - {"time", "stage", "step"}
         )
-        wanted = [k for k in keys if stage == "distill" or k in ("loss", "mse", "vb")]
+        wanted = [k for k in keys if stage != "finetune" or k in ("loss", "mse", "vb")]
         if wanted:
             curves.append({"title": title, "series": report.curve_series(workdir, stage, wanted)})
     shown = leaves(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from uva_jax.graft import assemble, distill, judge
+from uva_jax.graft import assemble, distill, distill_blocks, judge
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
@@ -75,9 +75,9 @@ def distill_operators(
         {k: jnp.asarray(v) for k, v in part.items() if k != "z"} for part in (data, held)
     )
     key = jax.random.key(seed + 1)
-    if any(distill.trained_families(block, form, options) for block in head.blocks):
+    if any(distill_blocks.trained_families(block, form, options) for block in head.blocks):
         predicted = distill.predict_condition(head, features)
-        head = distill.distill_blocks(head, teacher.action_head, data, predicted, **common)
+        head = distill_blocks.distill_blocks(head, teacher.action_head, data, predicted, **common)
         judged = judge.judge_blocks(
             head,
             teacher.action_head,

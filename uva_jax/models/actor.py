@@ -18,7 +18,7 @@ from flax import nnx
 from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.frames import frame_indices
-from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.respacing import SAMPLERS
@@ -63,7 +63,7 @@ class PolicyCall:
         self.load(policy)
         graph, self._config = nnx.graphdef(policy), policy.config
         head = self._config.action_head
-        steps = sampling_steps or head.sampling_steps
+        steps = steps_of(head, sampling_steps)
         draws = len(diffusion.make_schedule(steps, 1000)) + 1
 
         def encode(policy, frames):

@@ -224,6 +224,45 @@ def group_size(steps: int, at_once: int) -> int:
     return max(k for k in range(1, min(steps, at_once) + 1) if steps % k == 0)
 
 
+def few_step_times(evaluations: int, num_steps: int = 1000) -> np.ndarray:
+    """Returns the timesteps of `few_step_loop`: evenly spaced from the last one down, int32."""
+    return np.linspace(num_steps - 1, 0, evaluations, endpoint=False).round().astype(np.int32)
+
+
+def few_step_loop(
+    predict: Callable[[jax.Array, int], jax.Array],
+    noise: jax.Array,
+    *,
+    temperature: float = 1.0,
+    clip: bool = True,
+) -> jax.Array:
+    """Samples with a network that predicts x0 (consistency models, arXiv 2303.01469, algorithm 1).
+
+    The first evaluation takes noise; each further one takes the last prediction, diffused again to
+    an earlier timestep.
+
+    Args:
+      predict: (x (..., c), timestep) -> x0 (..., c).
+      noise: (K + 1, ..., c) for K evaluations; index 0 is the starting point, index j the noise
+        that is added after evaluation j. The last one is not used.
+      temperature: factor on the added noise, not on the starting point.
+      clip: clip x0 to [-1, 1].
+
+    Returns:
+      x0 (..., c).
+    """
+    schedule = make_schedule()
+    times = few_step_times(len(noise) - 1)
+    x = noise[0].astype(jnp.float32)
+    for j, t in enumerate(times):
+        if j:
+            x = q_sample(schedule, x, jnp.full(x.shape[:1], t), temperature * noise[j])
+        x = predict(x, int(t)).astype(jnp.float32)
+        if clip:
+            x = jnp.clip(x, -1.0, 1.0)
+    return x
+
+
 def sample_loop(
     schedule: Schedule,
     denoise: Callable[[jax.Array, Any], jax.Array],

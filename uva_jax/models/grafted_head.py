@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
+from uva_jax.models.diffusion import few_step_loop, make_schedule
 from uva_jax.models.layers import conv, layer_norm, linear
 from uva_jax.models.mlp_head import (
     DiffusionHead,
@@ -143,7 +144,7 @@ class GraftedHead(DiffusionHead):
             [GraftedBlock(config, triple, dtype=dtype, rngs=rngs) for triple in names]
         )
 
-    def rows(self, z: jax.Array) -> int:
+    def rows(self, condition: jax.Array) -> int:
         """Returns the number of rows that are denoised: the action steps."""
         return self.config.n_actions
 
@@ -194,3 +195,63 @@ class GraftedHead(DiffusionHead):
         for block, given, memory in zip(self.blocks, modulations["blocks"], contexts, strict=True):
             h = block.step(h, given, memory)
         return self.final_layer.modulated(h, modulations["final_layer"])
+
+    def errors(self, schedule, output, target, x_t, t, noise) -> dict[str, jax.Array]:
+        """See `DiffusionHead.errors`; of predicted actions the loss is their mean squared error."""
+        if self.config.prediction == "eps":
+            return super().errors(schedule, output, target, x_t, t, noise)
+        x0 = output[..., : self.config.channels].astype(jnp.float32)
+        mse = jnp.mean((x0 - target) ** 2, axis=-1)
+        return {"mse": mse, "vb": jnp.zeros_like(mse), "loss": mse}
+
+    def predict_x0(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Actions (b, n, channels) from x (b, n, channels), t (b,); with `prediction="x0"` only."""
+        return self.denoise(x, t, condition)[..., : self.config.channels]
+
+    def sample_given(
+        self,
+        condition: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        temperature: float = 1.0,
+        cfg: float | jax.Array = 1.0,
+        guided: bool = False,
+        sampling_steps: str | None = None,
+        **diffusion_options,
+    ):
+        """See `DiffusionHead`; a head that predicts x0 takes one evaluation per step.
+
+        Such a head has its own sampler, so `sampler` does not matter to it.
+
+        Raises:
+          ValueError: eta or return_steps is given for a head that predicts x0.
+        """
+        if self.config.prediction == "eps":
+            return super().sample_given(
+                condition,
+                key=key,
+                noise=noise,
+                temperature=temperature,
+                cfg=cfg,
+                guided=guided,
+                sampling_steps=sampling_steps,
+                **diffusion_options,
+            )
+        if diffusion_options.get("eta") is not None or diffusion_options.get("return_steps"):
+            raise ValueError("a head that predicts x0 has neither eta nor steps to return")
+        rows = len(condition) // (2 if guided else 1)
+        if noise is None:
+            steps = len(make_schedule(sampling_steps or self.config.sampling_steps, 1000))
+            noise = jax.random.normal(
+                key, (steps + 1, rows, self.rows(condition), self.config.channels)
+            )
+
+        def predict(x, t):
+            if not guided:
+                return self.predict_x0(x, jnp.full(rows, t), condition)
+            both = self.predict_x0(jnp.concatenate([x, x]), jnp.full(2 * rows, t), condition)
+            return both[rows:] + cfg * (both[:rows] - both[rows:])
+
+        actions = few_step_loop(predict, noise, temperature=temperature, clip=self.config.clip)
+        return jnp.concatenate([actions, actions]) if guided else actions

@@ -308,12 +308,16 @@ class DiffusionHead(nnx.Module):
             noise = jax.random.normal(jax.random.fold_in(key, 1), target.shape)
         x_t = diffusion.q_sample(schedule, target, t, noise)
         output = self.denoise(x_t, t, condition)
-        found = diffusion.training_losses(schedule, output, target, x_t, t, noise)
+        found = self.errors(schedule, output, target, x_t, t, noise)
         if reference is not None:
             other, tokens = reference
             expected = other.denoise(x_t, t, drawn(other.condition(tokens)))
             found["distance"] = jnp.mean((output - expected) ** 2, axis=-1)
         return found
+
+    def errors(self, schedule, output, target, x_t, t, noise) -> dict[str, jax.Array]:
+        """Computes the loss of each row of an output; arguments of `diffusion.training_losses`."""
+        return diffusion.training_losses(schedule, output, target, x_t, t, noise)
 
     def guided(self, x: jax.Array, modulations, context, cfg: float | jax.Array) -> jax.Array:
         """Does a `step` with guidance; x is taken from the first, conditional half of the batch.
@@ -326,9 +330,22 @@ class DiffusionHead(nnx.Module):
         half = free_eps + cfg * (cond_eps - free_eps)
         return jnp.concatenate([jnp.concatenate([half, half], axis=0), rest], axis=-1)
 
-    def sample(
+    def sample(self, z: jax.Array, **options):
+        """Samples rows given tokens.
+
+        Args:
+          z: (b, tokens, z_channels); with `guided` the first half of the batch is conditional,
+            the second unconditional.
+          options: of `sample_given`.
+
+        Returns:
+          see `sample_given`.
+        """
+        return self.sample_given(self.condition(z), **options)
+
+    def sample_given(
         self,
-        z: jax.Array,
+        condition: jax.Array,
         *,
         key: jax.Array | None = None,
         noise: jax.Array | None = None,
@@ -340,11 +357,10 @@ class DiffusionHead(nnx.Module):
         sampling_steps: str | None = None,
         return_steps: bool = False,
     ):
-        """Samples rows given tokens.
+        """Samples rows given `condition(z)`.
 
         Args:
-          z: (b, tokens, z_channels); with `guided` the first half of the batch is conditional,
-            the second unconditional.
+          condition: of the tokens; with `guided` the second half of the batch is unconditional.
           key: for the noise, if it is not given.
           noise: (K + 1, b, n, channels) loop noise, b halved with `guided`.
           temperature: factor on each step's noise.
@@ -359,11 +375,10 @@ class DiffusionHead(nnx.Module):
         """
         # As in the original, 1000 steps are respaced for any number of training steps.
         schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps, 1000)
-        condition = self.condition(z)
         context = self.context(condition)
         if noise is None:
-            rows = (z.shape[0] // (2 if guided else 1), self.rows(z), self.config.channels)
-            noise = jax.random.normal(key, (len(schedule) + 1, *rows))
+            rows = (len(condition) // (2 if guided else 1), self.rows(condition))
+            noise = jax.random.normal(key, (len(schedule) + 1, *rows, self.config.channels))
         if guided:
             noise = jnp.concatenate([noise, noise], axis=1)
 
@@ -401,9 +416,9 @@ class MLPHead(DiffusionHead):
         )
         self.net = SimpleMLPAdaLN(config, dtype=dtype, rngs=rngs)
 
-    def rows(self, z: jax.Array) -> int:
-        """Returns the number of rows for tokens z: action steps, or the tokens themselves."""
-        return z.shape[1] if self.aggregator is None else self.config.n_actions
+    def rows(self, condition: jax.Array) -> int:
+        """Returns the number of rows of a condition: action steps, or tokens."""
+        return condition.shape[1] if self.aggregator is None else self.config.n_actions
 
     def aggregate(self, z: jax.Array) -> jax.Array:
         """Maps tokens (b, tokens, c) to the conditioning of each row (b, rows, c)."""

@@ -122,11 +122,18 @@ class GraftedHeadConfig:
     train_steps: int = 1000
     sampling_steps: str = "100"
     clip: bool = True
+    prediction: typing.Literal["eps", "x0"] = "eps"  # "x0": sampled in few evaluations
     aggregator: str = "conv_fc"  # the teacher's, kept if memory is "video+aggregate"
     kind: typing.Literal["grafted"] = "grafted"
 
 
 HeadConfig = MLPHeadConfig | GraftedHeadConfig
+
+
+def steps_of(head: HeadConfig, wanted: str = "") -> str:
+    """Returns the steps of a head's sampler: `wanted` or its own; few-step heads keep their own."""
+    few = isinstance(head, GraftedHeadConfig) and head.prediction == "x0"
+    return head.sampling_steps if few else wanted or head.sampling_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The stages of a graft: convert, capture, distill, assemble, finetune, evaluate, export.
+"""The stages of a graft: convert, capture, distill, assemble, finetune, shorten, evaluate, export.
 
 Each stage reads only what earlier stages wrote. A stage opens its inputs, turns sections of the
 configuration into options, calls `graft/` or `eval/`, and saves the result.
@@ -7,6 +7,7 @@ configuration into options, calls `graft/` or `eval/`, and saves the result.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -18,13 +19,14 @@ from uva_jax.data.check import check_split
 from uva_jax.data.windows import plan_strips
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
-from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2
+from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2, stage3
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import graft_data, load_policy, mesh_of, open_data, teacher_checkpoint
 from uva_jax.pipeline.training_stages import TRAINING_STAGES
+from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
 from uva_jax.storage.identity import external_hash
@@ -126,6 +128,30 @@ def run_finetune(context: Context) -> dict:
     return found
 
 
+def run_shorten(context: Context) -> dict:
+    """Trains the fine-tuned head to sample in few evaluations (Stage 3): shortened/policy."""
+    config, inputs = context.config, context.inputs
+    policy = policy_folder.load_policy(inputs["finetune"] / "policy")  # in float32
+    shortened, found = stage3.shorten(
+        stage3.Inputs(
+            policy,
+            teacher=policy_folder.load_policy(inputs["convert"] / "policy"),
+            reader=lambda: open_data(context, policy),
+            cache=inputs.get("capture"),
+            origin=_teacher_hash(context),
+        ),
+        section(config.shorten, ShortenOptions),
+        context.folder,
+        context.metrics,
+        capture=section(config.capture, CaptureOptions),
+        seed=config.seed,
+        is_primary=context.is_primary,
+        barrier=context.barrier,
+    )
+    _save_like_teacher(context, shortened)
+    return found
+
+
 def _save_like_teacher(context: Context, policy: Policy) -> None:
     """Saves a graft as the stage's policy, with the teacher's records for an export."""
     teacher = context.inputs["convert"] / "policy"
@@ -141,6 +167,8 @@ def run_evaluate(context: Context) -> dict:
     """Evaluates the teacher and the graft after each stage, on held-out windows and in rollouts."""
     config, folder, inputs = context.config, context.folder, context.inputs
     policies = {"teacher": "convert", "graft_stage1": "assemble", "graft": "finetune"}
+    if "shorten" in inputs:
+        policies["graft_shortened"] = "shorten"
     policies = {k: load_policy(inputs[v] / "policy", config) for k, v in policies.items()}
     if not context.is_primary:
         return {}
@@ -151,7 +179,7 @@ def run_evaluate(context: Context) -> dict:
         folder,
         context.metrics,
     )
-    shown = ("convert", "capture", "distill", "assemble", "finetune")
+    shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
         folder / "report.html",
         policies,
@@ -185,11 +213,19 @@ def _held_out_windows(context: Context, policy: Policy):
 
 
 def run_export(context: Context) -> dict:
-    """Exports finetune/policy to export/: grafted.ckpt, in the original's layout, and its head.
+    """Exports the grafts to export/: checkpoints in the original's layout, and their head.
 
     `grafted_head.py` runs the head in PyTorch without this package.
     """
-    out, policy = context.folder / context.config.export.filename, context.inputs["finetune"]
+    out = context.folder / context.config.export.filename
+    found = _export(context, context.inputs["finetune"], out)
+    if "shorten" in context.inputs:
+        short = out.with_name(f"{out.stem}_shortened{out.suffix}")
+        found["shortened"] = _export(context, context.inputs["shorten"], short)
+    return found
+
+
+def _export(context: Context, policy: Path, out: Path) -> dict:
     _, about = policy_folder.read_description(policy / "policy")
     # Tensors that no policy keeps, such as CLIP's vision tower, come from the teacher's file.
     kept = set(about.get("ignored", ())) - {"_dummy_variable"}
@@ -271,9 +307,18 @@ _STAGES = (
         fingerprint=lambda config: graft_data(config) | _init_paths(config),
     ),
     Stage(
+        "shorten",
+        run_shorten,
+        needs=("convert", "capture", "finetune"),
+        config_keys=("seed", "data", "capture", "shorten"),
+        folder="shortened",
+        describe="trains the head to sample in few evaluations",
+        fingerprint=graft_data,
+    ),
+    Stage(
         "evaluate",
         run_evaluate,
-        needs=("convert", "finetune"),
+        needs=("convert", "finetune", "shorten"),
         derived=("assemble",),
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
@@ -283,7 +328,7 @@ _STAGES = (
     Stage(
         "export",
         run_export,
-        needs=("finetune",),
+        needs=("finetune", "shorten"),
         config_keys=("teacher", "export"),
         folder="export",
         describe="writes a torch checkpoint",
@@ -295,9 +340,11 @@ def stages(config) -> tuple[Stage, ...]:
     """Returns the stages of a configuration.
 
     If all operators are given, capture and distillation are left out; if only a policy's decoder
-    trains, the encoding of latents is.
+    trains, the encoding of latents is; and without evaluations of a shortened head, its training.
     """
     skipped = set() if config.pretrain.steps else {"encode"}
+    if not config.shorten.evaluations:
+        skipped.add("shorten")
     if any(config.head.init_paths.values()):
         skipped |= {"distill"} if config.finetune.reuse_cache else {"capture", "distill"}
     table = [s for s in _STAGES if s.name not in skipped]

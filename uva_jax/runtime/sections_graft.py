@@ -125,6 +125,23 @@ class DistillOptions(FitOptions):
 
 
 @dataclass(frozen=True)
+class ShortenOptions(FitOptions):
+    """Stage 3: the fine-tuned head learns to sample in few evaluations."""
+
+    at: ClassVar[str] = "shorten"
+
+    evaluations: int = setting(
+        0, "evaluations of the head for each sample (0: no shortened head)", least=0, most=100
+    )
+    target_steps: str = setting(
+        "100", "DDIM steps of the samples that it learns", refuses=no_schedule
+    )
+    noises: int = setting(4, "samples that it learns for each window", above=0)
+    epochs: int = setting(100, "passes over the windows", above=0)
+    lr: float = setting(1e-4, "learning rate", above=0, most=1)
+
+
+@dataclass(frozen=True)
 class FinetuneOptions(LoopOptions):
     """Stage 2: fine-tuning of the whole graft on part of the data."""
 

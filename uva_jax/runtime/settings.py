@@ -51,6 +51,7 @@ class Settings(sections.Section):
     capture: sections_graft.CaptureOptions = field(default_factory=sections_graft.CaptureOptions)
     distill: sections_graft.DistillOptions = field(default_factory=sections_graft.DistillOptions)
     finetune: sections_graft.FinetuneOptions = field(default_factory=sections_graft.FinetuneOptions)
+    shorten: sections_graft.ShortenOptions = field(default_factory=sections_graft.ShortenOptions)
     pretrain: PretrainOptions = field(default_factory=PretrainOptions)
     evaluate: sections.EvaluateOptions = field(default_factory=sections.EvaluateOptions)
     export: sections.ExportOptions = field(default_factory=sections.ExportOptions)

@@ -1,0 +1,133 @@
+"""Stage 3: a head that gives in few evaluations what diffusion gives in many."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import HEAD
+from test_grafting import grafted
+
+from uva_jax.graft import assemble, shorten
+from uva_jax.models import diffusion, surgery
+from uva_jax.models.policy_config import steps_of
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.runtime.sections_graft import ShortenOptions
+
+OPTIONS = ShortenOptions(
+    evaluations=1,
+    target_steps="8",
+    noises=2,
+    epochs=150,
+    lr=3e-3,
+    batch=8,
+    warmup=5,
+    log_every=50,
+    checkpoint_every=400,
+)
+
+
+def test_evaluations_go_down_from_the_last_timestep():
+    np.testing.assert_array_equal(diffusion.few_step_times(1), [999])
+    np.testing.assert_array_equal(diffusion.few_step_times(4), [999, 749, 500, 250])
+
+
+def test_a_further_evaluation_takes_the_last_prediction_diffused_again():
+    noise = jax.random.normal(jax.random.key(0), (3, 2, 4, 2))
+    seen = []
+
+    def predict(x, t):
+        seen.append((np.asarray(x), t))
+        return jnp.full(x.shape, 0.5)
+
+    found = diffusion.few_step_loop(predict, noise, temperature=0.9)
+    np.testing.assert_array_equal(found, np.full((2, 4, 2), 0.5))
+    assert [t for _, t in seen] == [999, 500]
+    np.testing.assert_array_equal(seen[0][0], noise[0])
+    signal = diffusion.make_schedule().alphas_cumprod[500]
+    again = signal**0.5 * 0.5 + (1 - signal) ** 0.5 * 0.9 * noise[1]
+    np.testing.assert_allclose(seen[1][0], again, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def policy(teacher):
+    return assemble.assemble(teacher, grafted(teacher))
+
+
+@pytest.fixture(scope="module")
+def windows():
+    keys = jax.random.split(jax.random.key(5), 2)
+    z = np.asarray(jax.random.normal(keys[0], (16, 64, HEAD.z_channels)))
+    actions = np.asarray(jnp.tanh(jax.random.normal(keys[1], (16, 16, 2))))
+    return {"z": z, "actions": actions}
+
+
+def shortened(policy, windows, folder, **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    folder.mkdir(exist_ok=True)
+    with MetricsWriter(folder, "shorten") as metrics:
+        return shorten.shorten_head(
+            policy, windows, windows, options, seed=0, folder=folder, metrics=metrics
+        )
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_it_gives_the_actions_that_diffusion_gives_for_the_same_noise(
+    policy, windows, tmp_path, evaluations
+):
+    short, figures = shortened(policy, windows, tmp_path, evaluations=evaluations)
+    head = short.action_head
+    assert head.config.prediction == "x0" and head.config.sampling_steps == str(evaluations)
+    noise = jax.random.normal(jax.random.key(9), (evaluations + 1, 16, 16, 2))
+    steps = jnp.concatenate([noise[:1], jnp.zeros((8, *noise.shape[1:]))])
+    wanted = policy.action_head.sample(windows["z"], noise=steps, eta=0.0, sampling_steps="8")
+    found = head.sample(windows["z"], noise=noise)
+    error = float(np.mean((found - wanted) ** 2))
+    if evaluations == 1:  # a further evaluation starts from other noise
+        assert error < 0.3 * figures["target_variance"]
+    other = np.roll(np.asarray(wanted), 1, axis=0)
+    assert error < 0.5 * float(np.mean((found - other) ** 2))
+
+
+def test_what_comes_before_the_diffusion_stays(policy, windows, tmp_path):
+    short, _ = shortened(policy, windows, tmp_path, epochs=2)
+    before, after = surgery.flatten(policy), surgery.flatten(short)
+    assert before.keys() == after.keys()
+    changed = {path for path in before if np.any(before[path] != after[path])}
+    assert changed and all(
+        path.startswith("action_head/")
+        and not path.startswith(("action_head/memory", "action_head/queries"))
+        and "cross_attn" not in path
+        for path in changed
+    )
+
+
+def test_an_interrupted_training_goes_on_to_the_same_parameters(
+    policy, windows, tmp_path, monkeypatch
+):
+    from uva_jax.train import fit
+
+    how = dict(epochs=6, checkpoint_every=4, log_every=2)
+    whole, _ = shortened(policy, windows, tmp_path / "whole", **how)
+    saved = fit.Checkpoints.save
+
+    def save_and_die(self, step, state):
+        saved(self, step, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit.Checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        shortened(policy, windows, tmp_path / "cut", **how)
+    monkeypatch.setattr(fit.Checkpoints, "save", saved)
+    resumed, _ = shortened(policy, windows, tmp_path / "cut", **how)
+    for path, x in surgery.flatten(whole).items():
+        np.testing.assert_array_equal(x, surgery.flatten(resumed)[path], err_msg=path)
+
+
+def test_a_shortened_head_keeps_its_own_number_of_evaluations(policy, windows, tmp_path):
+    short, _ = shortened(policy, windows, tmp_path, epochs=2)
+    assert steps_of(short.config.action_head, "10") == "1"
+    assert steps_of(policy.config.action_head, "10") == "10"
+    with pytest.raises(ValueError, match="neither eta"):
+        short.action_head.sample(windows["z"], key=jax.random.key(0), eta=0.5)
