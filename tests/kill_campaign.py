@@ -65,9 +65,11 @@ def _campaign(place: Place, options: argparse.Namespace) -> int:
     shutil.rmtree(first.workdir)
     say(f"undisturbed, in {sum(reference.seconds.values()):.0f} s")
     tally = _kill(place, reference, options.kills, rng, say)
-    with disks.small_disk(place.root / "disk", mount=not options.no_mount) as disk:
-        fills = disks.fill_in_every_stage(place, disk, reference, rng, times=options.fills)
-    say(f"full disks: {sum(fills.filled.values())}, by {fills.kind}")
+    fills = disks.Fills()
+    if options.fills:
+        with disks.small_disk(place.root / "disk", mount=not options.no_mount) as disk:
+            fills = disks.fill_in_every_stage(place, disk, reference, rng, times=options.fills)
+        say(f"full disks: {sum(fills.filled.values())}, by {fills.kind}")
     losses = pairs.Losses()
     if options.losses:
         two = pairs.undisturbed_pair(place, "pair")
@@ -86,9 +88,10 @@ def _campaign(place: Place, options: argparse.Namespace) -> int:
 def _kill(place: Place, reference: kills.Reference, count: int, rng, say) -> kills.Tally:
     tally, runs = kills.Tally(), 0
     while (left := count - sum(tally.kills.values())) > 0 and len(tally.problems) < _GIVE_UP:
-        name = f"run_{runs}"
+        name, before = f"run_{runs}", len(tally.problems)
         kills.killed_run(place, name, reference, tally, rng, kills=left, per_stage=_PER_STAGE)
-        shutil.rmtree(place.root / name)
+        if len(tally.problems) == before:  # else it stays, to be looked at
+            shutil.rmtree(place.root / name)
         runs += 1
         say(f"{sum(tally.kills.values())} kills in {runs} runs, {len(tally.problems)} problems")
     return tally
@@ -107,7 +110,7 @@ def _table(tally: kills.Tally, fills: disks.Fills, losses: pairs.Losses) -> str:
     lines.insert(1, "-" * len(lines[0]))
     seconds = f", after {max(losses.seconds):.0f} s at most" if losses.seconds else ""
     lines.append(
-        f"\nfull disks by {fills.kind}; of two processes {losses.lost} lost the other, "
+        f"\nfull disks by {fills.kind or '-'}; of two processes {losses.lost} lost the other, "
         f"{losses.told} of them ended with a sentence{seconds}; "
         f"then completed with equal bits: {'yes' if losses.equal else 'no'}"
     )
