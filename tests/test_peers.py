@@ -11,6 +11,7 @@ import os, resource, signal, sys
 from pathlib import Path
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from uva_jax.runtime import parallel, peers
 from uva_jax.runtime.guards import full_disk_as_user_error
 from uva_jax.runtime.sections import DistributedOptions
@@ -26,7 +27,11 @@ with peers.exit_together(address):
             raise KeyError("a fault")
         if what.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if what.startswith("leaves"):
+            os._exit(3)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    elif what.startswith("leaves"):
+        multihost_utils.process_allgather(np.ones(3))  # fails with the other side
     with full_disk_as_user_error(Path(folder)), Checkpoints(folder) as checkpoints:
         for step in range(3):
             checkpoints.save(step, [np.random.rand(100, 1000)])
@@ -55,6 +60,7 @@ def run_two(what: str, folder):
         ("fills in 0", 2, "error: process 0 has failed (no file may grow as large as"),
         ("breaks in 1", 1, "error: process 1 has failed (KeyError: 'a fault')"),
         ("killed in 0", -signal.SIGKILL, "error: process 0 is gone"),
+        ("leaves in 1", 3, "error: process 1 is gone"),
         ("killed in 1", -signal.SIGKILL, "error: process 1 is gone"),
     ],
 )

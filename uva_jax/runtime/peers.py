@@ -8,6 +8,7 @@ those of the others. If one fails, or its heartbeat stops, the others print whic
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ _INTERVAL = 2.0  # seconds between two heartbeats
 _SILENCE = 30.0  # seconds without a heartbeat after which a process counts as gone
 _ACKNOWLEDGE = 10.0  # seconds that a failing process waits for the others to read its message
 _STORE = "uva_jax/peers"  # prefix of the keys
+# How the messages of XLA's errors begin, which JAX raises as RuntimeError or ValueError.
+_XLA_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 _RESTART = "run the same command again in all processes to resume"
 
 # Without process 0, which hosts the coordination service, JAX aborts the other processes at once.
@@ -63,8 +66,8 @@ def exit_together(coordinator: str = "") -> Iterator[None]:
     except SystemExit as error:
         peers.fail("it was stopped", "", error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # Collectives and barriers raise this if another process is gone. Then the thread that
+        if isinstance(error, jax.errors.JaxRuntimeError) or _XLA_STATUS.match(str(error)):
+            # Collectives and barriers fail so if another process is gone. Then the thread that
             # watches heartbeats ends this process meanwhile.
             time.sleep(_SILENCE + 3 * _INTERVAL)
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
