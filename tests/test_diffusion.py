@@ -81,6 +81,15 @@ def test_both_are_exact_where_the_predicted_x0_does_not_change():
         np.testing.assert_allclose(found, x0, atol=1e-4)
 
 
+def test_steps_are_spaced_evenly_in_log_snr():
+    schedule = diffusion.make_schedule("logsnr20", 1000)
+    assert len(schedule) == 20 and schedule.timestep_map[-1] == 999
+    log_snr = np.log(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))[:-1]
+    # Near the data, where a timestep is a large part of the way, they are rounded the most.
+    np.testing.assert_allclose(np.diff(log_snr[3:]), np.diff(log_snr)[8:].mean(), rtol=0.15)
+    assert diffusion.make_schedule("logsnr1", 1000).timestep_map.tolist() == [999]
+
+
 def test_an_unknown_sampler_is_refused(teacher):
     with pytest.raises(UserError, match="the sampler is 'euler', but it can be ancestral, ddim"):
         teacher.action_head.sample(jnp.zeros((1, 64, 32)), key=jax.random.key(0), sampler="euler")

@@ -189,6 +189,8 @@ def test_a_missing_setting_is_named():
         ("evaluate.sampling_steps", "ten", "'ten' is no number of sampling steps"),
         ("evaluate.sampling_steps", "0", "'0' is no number of sampling steps"),
         ("evaluate.sampling_steps", "1001", "cannot give 1001 steps"),
+        ("evaluate.sampling_steps", "logsnr900", "900 of 1000 diffusion steps cannot be spaced"),
+        ("evaluate.sampling_steps", "logsnr0", "and at least 1"),
         ("evaluate.sampling_steps", "ddim300", "no integer stride gives 300"),
         ("export.filename", "../mine.ckpt", "without a folder"),
     ],
@@ -199,7 +201,7 @@ def test_a_value_out_of_range_is_named_with_what_would_do(name, value, words):
     assert words in found
 
 
-@pytest.mark.parametrize("steps", ["", "100", "10", "10,20", "ddim50"])
+@pytest.mark.parametrize("steps", ["", "100", "10", "10,20", "ddim50", "logsnr10"])
 def test_sampling_steps_are_what_a_schedule_takes(steps):
     assert check(changed(evaluate__sampling_steps=steps))
 
