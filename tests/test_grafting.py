@@ -15,7 +15,7 @@ from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft import assemble, distill, judge
 from uva_jax.graft.capture import capture_strips, head_activations
-from uva_jax.models import diffusion, mlp_head, surgery
+from uva_jax.models import diffusion, diffusion_head, surgery
 from uva_jax.models.operators import aligned_positions, memory_tokens
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import section
@@ -140,7 +140,7 @@ def test_modulations_computed_for_many_steps_give_what_each_step_gives(
         return head.denoise(x, jnp.full(6, t), condition)
 
     wanted = diffusion.sample_loop(schedule, denoise, noise)
-    monkeypatch.setattr(mlp_head, "_ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(diffusion_head, "_ROWS_AT_ONCE", rows)
     np.testing.assert_allclose(head.sample(z, noise=noise, sampling_steps="6"), wanted, atol=2e-5)
 
 

@@ -24,7 +24,7 @@ from uva_jax.data.source import DataOptions
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.graft import assemble, distill, finetune
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
-from uva_jax.models import diffusion, mlp_head, surgery
+from uva_jax.models import diffusion, diffusion_head, surgery
 from uva_jax.models.actor import PolicyCall
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
@@ -207,7 +207,7 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
 
     x = jax.ShapeDtypeStruct((1, head.n_actions, head.channels), jnp.float32)
     condition = jax.ShapeDtypeStruct((1, 1, head.n_actions, head.width), jnp.float32)
-    group = diffusion.group_size(steps, mlp_head.steps_at_once(head.n_actions))
+    group = diffusion.group_size(steps, diffusion_head.steps_at_once(head.n_actions))
     t = jax.ShapeDtypeStruct((group, 1, 1), jnp.int32)
     one_step = jax.eval_shape(
         lambda *shapes: jax.tree.map(lambda m: m[0], modulations(*shapes)), state, t, condition

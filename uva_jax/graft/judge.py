@@ -17,8 +17,9 @@ from uva_jax.graft.capture import head_activations
 from uva_jax.graft.distill import distance, stream_errors
 from uva_jax.graft.distill_blocks import block_errors, block_inputs, trained_families
 from uva_jax.models import diffusion
+from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.grafted_head import GraftedHead
-from uva_jax.models.mlp_head import DiffusionHead, MLPHead
+from uva_jax.models.mlp_head import MLPHead
 from uva_jax.models.operators import learns_in_stage1
 from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.train.fit import Arrays

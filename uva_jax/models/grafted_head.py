@@ -17,9 +17,9 @@ from einops import rearrange, reduce
 from flax import nnx
 
 from uva_jax.models.diffusion import few_step_loop, make_schedule
+from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.layers import conv, layer_norm, linear
 from uva_jax.models.mlp_head import (
-    DiffusionHead,
     FinalLayer,
     TimestepEmbedder,
     along,

@@ -17,9 +17,10 @@ from flax import nnx
 
 from uva_jax.models import mar
 from uva_jax.models.actor import Actor
+from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
-from uva_jax.models.mlp_head import DiffusionHead, MLPHead
+from uva_jax.models.mlp_head import MLPHead
 from uva_jax.models.policy_config import HeadConfig, PolicyConfig
 from uva_jax.models.text_tower import TextTower
 from uva_jax.models.vae import VAE
