@@ -3,7 +3,8 @@
     python -m tests.kill_campaign --kills 200
 
 A policy is trained from random weights, grafted, evaluated and exported in seconds. The results of
-every disturbed run must equal those of an undisturbed one to the bit.
+every disturbed run must equal those of an undisturbed one to the bit. XLA's results on a CPU depend
+on the number of usable cores: do not change the affinity of the processes meanwhile.
 """
 
 from __future__ import annotations

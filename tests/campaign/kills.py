@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -110,14 +111,15 @@ def _killed(
 
     Returns whether it was killed before it ended.
     """
-    moment = None
-    if rng.random() < _START_UP_SHARE:
-        moment = running.begun + rng.random() * reference.seconds[START_UP]
+    target, moment = None, math.inf
+    spares_start_up = rng.random() >= _START_UP_SHARE
     while not running.ended():
         stage, begun = running.stage, running.stage_begun
-        if moment is None and stage != START_UP and landed[stage] < per_stage:
-            moment = begun + rng.random() * reference.seconds[stage]
-        if moment is not None and time.monotonic() >= moment:
+        if stage != target:  # a moment beyond the end of its stage is drawn anew in the next
+            spared = spares_start_up if stage == START_UP else landed[stage] >= per_stage
+            later = math.inf if spared else rng.random() * reference.seconds[stage]
+            target, moment = stage, begun + later
+        if time.monotonic() >= moment:
             running.kill()
             return running.wait() != 0
         time.sleep(0.01)
