@@ -19,8 +19,10 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import locked
 from uva_jax.storage.atomic import is_leftover
 
-STAGES = ("convert", "capture", "distill", "assemble", "finetune", "evaluate", "export")
-FOLDERS = ("teacher", "activations", "operators", "grafted", "finetune", "eval", "export")
+STAGES = ("convert", "capture", "distill", "assemble", "finetune", "shorten", "evaluate", "export")
+FOLDERS = (
+    *("teacher", "activations", "operators", "grafted", "finetune", "shortened", "eval", "export"),
+)
 
 
 def copy(finished, tmp_path):
@@ -46,6 +48,7 @@ def test_a_run_leaves_the_layout_of_the_readme(finished):
         "activations/train/index.json", "activations/held_out/index.json", "operators/head.json",
         "grafted/policy/policy.json", "finetune/policy/policy.json", "eval/metrics.json",
         "eval/report.html", "eval/videos", "export/grafted.ckpt", "export/grafted_head.py",
+        "shortened/policy/policy.json", "export/grafted_shortened.ckpt",
         "tensorboard/distill", "tensorboard/finetune",
     ]  # fmt: skip
     for family in ("cross_attn", "self_attn", "mlp"):
@@ -57,9 +60,9 @@ def test_a_run_leaves_the_layout_of_the_readme(finished):
     assert not any(map(is_leftover, finished.workdir.rglob("*")))
 
 
-def test_the_evaluation_compares_three_policies_on_the_same_seeds(finished):
+def test_the_evaluation_compares_the_policies_on_the_same_seeds(finished):
     metrics = json.loads((finished.workdir / "eval" / "metrics.json").read_text())
-    for name in ("teacher", "graft_stage1", "graft"):
+    for name in ("teacher", "graft_stage1", "graft", "graft_shortened"):
         assert len(metrics[name]["scores"]) == 2
         assert metrics[name]["seeds"] == [100_000, 100_001]
         assert metrics[name]["test_mean_score"] == pytest.approx(np.mean(metrics[name]["scores"]))
@@ -89,8 +92,9 @@ def test_the_second_run_skips_everything(finished, make_config, tmp_path):
         ({"export__filename": "other.ckpt"}, {"export"}),
         ({"evaluate__noise_seed": 1}, {"evaluate"}),
         ({"evaluate__sampling_steps": "3"}, {"evaluate"}),
-        ({"finetune__lr": 2e-4}, {"finetune", "evaluate", "export"}),
-        ({"distill__lr": 2e-3}, {"distill", "assemble", "finetune", "evaluate", "export"}),
+        ({"shorten__lr": 2e-4}, {"shorten", "evaluate", "export"}),
+        ({"finetune__lr": 2e-4}, {"finetune", "shorten", "evaluate", "export"}),
+        ({"distill__lr": 2e-3}, set(STAGES) - {"convert", "capture"}),
         ({"capture__num_samples": 32}, set(STAGES) - {"convert"}),
         ({"teacher__weights": "model"}, set(STAGES)),
     ],
@@ -120,7 +124,8 @@ def test_a_changed_setting_reruns_its_stage_and_says_what_changed(finished, make
     _, printed = silently(run, config, str(workdir), None)
     assert outcome(printed) == dict.fromkeys(STAGES, "skipped") | {"export": "ran"}
     assert 'export.filename: "grafted.ckpt" -> "other.ckpt"' in printed
-    assert [path.name for path in (workdir / "export").glob("*.ckpt")] == ["other.ckpt"]
+    exported = {path.name for path in (workdir / "export").glob("*.ckpt")}
+    assert exported == {"other.ckpt", "other_shortened.ckpt"}
 
 
 def test_a_workdir_of_an_earlier_version_keeps_its_training(finished, make_config, tmp_path):

@@ -48,7 +48,14 @@ OPTIONS = finetune.FinetuneOptions(
 
 @pytest.fixture(scope="module")
 def graft(teacher):
-    options = assemble.HeadOptions("condition", "video", "conv", 2, 2, 1, 2, 0, "preserve", (), {})
+    options = assemble.HeadOptions(
+        memory="video",
+        num_heads=2,
+        self_attn_heads=2,
+        cross_mlp_ratio=1,
+        mlp_ratio=2,
+        init_paths={},
+    )
     config = assemble.grafted_config(teacher, options)
     head = assemble.start_head(teacher.action_head, config, "preserve", 0)
     return assemble.assemble(teacher, head)
