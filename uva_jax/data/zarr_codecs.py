@@ -69,7 +69,7 @@ def _by_numcodecs(config: Config, name: str) -> Decoder:
         ) from error
     try:
         return numcodecs.get_codec(dict(config)).decode
-    except Exception as error:  # many types: an unknown codec, wrong settings, a missing package
+    except (ValueError, TypeError, KeyError, ImportError) as error:  # unknown, or wrong settings
         raise UserError(
             f"{said}, which the installed numcodecs cannot decode ({error}): write the array again "
             "with a codec of zarr itself, such as blosc or zstd"

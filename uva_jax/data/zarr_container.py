@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -46,7 +47,7 @@ _MAGIC = {  # first bytes of a file -> a name that `_FOREIGN` matches
 }
 
 
-class Container:
+class Container(ABC):
     """The files of a zarr, by names relative to its root.
 
     Attributes:
@@ -57,17 +58,17 @@ class Container:
     path: Path
     arrays: dict[str, int]
 
+    @abstractmethod
     def read(self, name: str) -> bytes | None:
         """Reads a file; returns None if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def below(self, folder: str) -> Iterator[str]:
         """Yields the names of all files below a folder, relative to it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kvstore(self, folder: str) -> dict:
         """Returns tensorstore's specification of a folder."""
-        raise NotImplementedError
 
     def metadata(self, array: str) -> tuple[int, dict]:
         """Reads the version and the metadata of an array."""

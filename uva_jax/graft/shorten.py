@@ -53,15 +53,16 @@ def shorten_head(
     Returns:
       the policy with the shortened head, and its figures on held-out windows: "pair_mse", the mean
       squared error to the target of the same noise; "target_variance", over windows;
-      "noise_variance", of a window's targets over noises; "graft_mse" and "shortened_mse", to the
-      true actions.
+      "noise_variance", of a window's targets over noises (0 with one noise); "graft_mse" and
+      "shortened_mse", the mean squared errors to the true actions.
     """
     head = policy.action_head
     config = dataclasses.replace(
         head.config, prediction="x0", sampling_steps=str(options.evaluations)
     )
+    make_pairs = _pairs_of(head, options)
     pairs = {
-        name: _pairs(head, data["z"], options, seed=seed + number)
+        name: make_pairs(data["z"], jax.random.key(seed + number))
         for number, (name, data) in enumerate((("train", train), ("held_out", held_out)), 1)
     }
     arrays = surgery.flatten(head)
@@ -86,10 +87,11 @@ def shorten_head(
     )
     student = surgery.replace(student, arrays | params)
     figures = _figures(student, pairs["held_out"], held_out["actions"])
+    over = f", and {figures['noise_variance']:.5f} over noises" if options.noises > 1 else ""
     metrics.say(
         f"{options.evaluations} evaluation(s) in the place of {options.target_steps} DDIM steps: "
         f"error {figures['pair_mse']:.5f} on held-out windows, where the targets' variance is "
-        f"{figures['target_variance']:.4f}, and {figures['noise_variance']:.5f} over noises"
+        f"{figures['target_variance']:.4f}{over}"
     )
     return assemble(policy, student), figures
 
@@ -102,19 +104,18 @@ def _after_condition(path: str, form: str) -> bool:
     return top in ("input_proj", "time_embed", "final_layer")
 
 
-def _pairs(
-    head: GraftedHead, z: np.ndarray, options: ShortenOptions, *, seed: int
-) -> dict[str, np.ndarray]:
-    """Returns "condition" (samples, ...) bfloat16, "noise" and "target" (samples, noises, n, c)."""
+def _pairs_of(head: GraftedHead, options: ShortenOptions):
+    """Returns f(z, key) -> "condition" (samples, ...) bfloat16, "noise" and "target" (samples,
+    noises, n, c), with which a head's samples are learnt."""
     graph, state = nnx.split(head)
     steps = len(diffusion.make_schedule(options.target_steps, 1000))
     shape = (options.noises, head.config.n_actions, head.config.channels)
 
     @jax.jit
-    def run(state, z, samples):
+    def run(state, z, samples, key):
         head = nnx.merge(graph, state)
         condition = head.condition(z.astype(jnp.float32))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(samples)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(samples)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
         def sample(start):
@@ -129,13 +130,16 @@ def _pairs(
         target = jax.lax.map(sample, noise.swapaxes(0, 1)).swapaxes(0, 1)
         return condition.astype(jnp.bfloat16), noise, target
 
-    count, pieces = len(z), []
-    for start in range(0, count, _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
-        found = run(state, jnp.asarray(z[start : start + _BATCH][rows - start]), jnp.asarray(rows))
-        pieces.append([np.asarray(x)[: count - start] for x in found])
-    names = ("condition", "noise", "target")
-    return {k: np.concatenate(x) for k, x in zip(names, zip(*pieces, strict=True), strict=True)}
+    def pairs(z: np.ndarray, key: jax.Array) -> dict[str, np.ndarray]:
+        count, pieces = len(z), []
+        for start in range(0, count, _BATCH):
+            rows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
+            found = run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key)
+            pieces.append([np.asarray(x)[: count - start] for x in found])
+        names = ("condition", "noise", "target")
+        return {k: np.concatenate(x) for k, x in zip(names, zip(*pieces, strict=True), strict=True)}
+
+    return pairs
 
 
 def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):

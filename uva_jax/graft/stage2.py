@@ -23,13 +23,13 @@ from uva_jax.storage.site import Site
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The inputs of Stage 2. Functions are called only if the options need their result.
+    """The inputs of Stages 2 and 3. Functions are called only if their result is needed.
 
     Attributes:
-      policy: the assembled graft, with arrays.
+      policy: the graft that is trained, with arrays.
       teacher: () -> the policy from which it was made.
       reader: () -> the reader of the policy's windows.
-      cache: the capture's cache of training windows, or None.
+      cache: folder of the capture, or None.
       origin: the teacher's hash, which caches of tokens record.
     """
 
@@ -74,7 +74,7 @@ def fine_tune(
     teacher = inputs.teacher() if options.teacher_weight else None
     trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
     if options.reuse_cache:
-        tokens = finetune.cached_tokens(inputs.cache)
+        tokens = finetune.cached_tokens(inputs.cache / "train")
         batches = finetune.token_batches(tokens, options, seed)
     else:
         reader = inputs.reader()

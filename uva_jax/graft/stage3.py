@@ -12,35 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from uva_jax.data import source
 from uva_jax.graft import record
 from uva_jax.graft.assemble import assemble
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.graft.shorten import shorten_head
+from uva_jax.graft.stage2 import Inputs
 from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.storage.sample_store import SampleStore
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The inputs of Stage 3.
-
-    Attributes:
-      policy: the fine-tuned graft, in float32.
-      teacher: the policy from which it was made.
-      reader: () -> the reader of the policy's windows; called only to capture tokens.
-      cache: folder of the capture, or None.
-      origin: the teacher's hash, which caches of tokens record.
-    """
-
-    policy: Policy
-    teacher: Policy
-    reader: Callable[[], source.WindowReader]
-    cache: Path | None
-    origin: str
 
 
 def shorten(
@@ -57,7 +38,7 @@ def shorten(
     """Shortens the head of the fine-tuned policy; every process calls it.
 
     Args:
-      inputs: see `Inputs`.
+      inputs: see `stage2.Inputs`; its policy is the fine-tuned graft, in float32.
       options: of the training.
       folder: holds resumable states and captured tokens.
       metrics: writer of progress and messages.
@@ -68,11 +49,11 @@ def shorten(
     Returns:
       the policy and the figures of `shorten_head`.
     """
-    cache = inputs.cache
-    if cache is None or not _same_tokens(inputs.policy, inputs.teacher):
+    cache, teacher = inputs.cache, inputs.teacher()
+    if cache is None or not _same_tokens(inputs.policy, teacher):
         cache = folder / "activations"
         record.capture_activations(
-            assemble(inputs.policy, inputs.teacher.action_head),
+            assemble(inputs.policy, teacher.action_head),
             inputs.reader(),
             dataclasses.replace(capture, blocks=False),
             cache,

@@ -208,18 +208,7 @@ class GraftedHead(DiffusionHead):
         """Actions (b, n, channels) from x (b, n, channels), t (b,); with `prediction="x0"` only."""
         return self.denoise(x, t, condition)[..., : self.config.channels]
 
-    def sample_given(
-        self,
-        condition: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        noise: jax.Array | None = None,
-        temperature: float = 1.0,
-        cfg: float | jax.Array = 1.0,
-        guided: bool = False,
-        sampling_steps: str | None = None,
-        **diffusion_options,
-    ):
+    def sample_given(self, condition: jax.Array, **options):
         """See `DiffusionHead`; a head that predicts x0 takes one evaluation per step.
 
         Such a head has its own sampler, so `sampler` does not matter to it.
@@ -228,18 +217,23 @@ class GraftedHead(DiffusionHead):
           ValueError: eta or return_steps is given for a head that predicts x0.
         """
         if self.config.prediction == "eps":
-            return super().sample_given(
-                condition,
-                key=key,
-                noise=noise,
-                temperature=temperature,
-                cfg=cfg,
-                guided=guided,
-                sampling_steps=sampling_steps,
-                **diffusion_options,
-            )
-        if diffusion_options.get("eta") is not None or diffusion_options.get("return_steps"):
+            return super().sample_given(condition, **options)
+        if options.pop("eta", None) is not None or options.pop("return_steps", False):
             raise ValueError("a head that predicts x0 has neither eta nor steps to return")
+        options.pop("sampler", None)
+        return self._sample_x0(condition, **options)
+
+    def _sample_x0(
+        self,
+        condition,
+        *,
+        key=None,
+        noise=None,
+        temperature=1.0,
+        cfg=1.0,
+        guided=False,
+        sampling_steps=None,
+    ):
         rows = len(condition) // (2 if guided else 1)
         if noise is None:
             steps = len(make_schedule(sampling_steps or self.config.sampling_steps, 1000))

@@ -26,9 +26,8 @@ from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
 
 _ZERO = nnx.initializers.zeros
-_WEAK = nnx.initializers.variance_scaling(
-    0.01, "fan_avg", "uniform"
-)  # so that positions dominate at first
+# Weak, so that positions dominate at first.
+_WEAK = nnx.initializers.variance_scaling(0.01, "fan_avg", "uniform")
 _ALIGNMENT = 6.0  # initial logit between an action step and its aggregate token
 
 

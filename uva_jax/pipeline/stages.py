@@ -106,13 +106,12 @@ def run_finetune(context: Context) -> dict:
     """Fine-tunes the assembled policy (Stage 2) and writes finetune/policy."""
     config = context.config
     policy = load_policy(context.inputs["assemble"] / "policy", config)
-    cached = context.inputs.get("capture")
     tuned, found = stage2.fine_tune(
         stage2.Inputs(
             policy,
             teacher=lambda: _teacher(context),
             reader=lambda: open_data(context, policy),
-            cache=cached and cached / "train",
+            cache=context.inputs.get("capture"),
             origin=_teacher_hash(context),
         ),
         section(config.finetune, finetune.FinetuneOptions),
@@ -133,9 +132,9 @@ def run_shorten(context: Context) -> dict:
     config, inputs = context.config, context.inputs
     policy = policy_folder.load_policy(inputs["finetune"] / "policy")  # in float32
     shortened, found = stage3.shorten(
-        stage3.Inputs(
+        stage2.Inputs(
             policy,
-            teacher=policy_folder.load_policy(inputs["convert"] / "policy"),
+            teacher=lambda: policy_folder.load_policy(inputs["convert"] / "policy"),
             reader=lambda: open_data(context, policy),
             cache=inputs.get("capture"),
             origin=_teacher_hash(context),
