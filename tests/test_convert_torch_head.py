@@ -75,9 +75,11 @@ def assert_close(got, want, relative=1e-5):
 
 
 MIXED = (("pooled_cross_attn", "windowed_self_attn", "swiglu"), ("none", "none", "keep"))
+SMALL = (("cross_attn", "none", "mlp"), ("cross_attn", "light_self_attn", "mlp"))
 FORMS = (
     ("condition", "video+aggregate", "conv", ()),
     ("condition", "video+aggregate", "conv", MIXED),
+    ("condition", "video+aggregate", "conv", SMALL),
     ("condition", "video", "linear", ()),
     ("residual", "video", "conv", ()),
     ("residual", "video+aggregate", "linear", MIXED[:1] * 2),

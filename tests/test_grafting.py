@@ -25,6 +25,7 @@ OPTIONS = assemble.HeadOptions(
     cross_attention="condition",
     memory="video+aggregate",
     adapter="conv",
+    size="large",
     num_heads=2,
     self_attn_heads=4,
     cross_mlp_ratio=2,

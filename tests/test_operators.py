@@ -1,6 +1,7 @@
 """Operators by name: the alternatives of each family, kept blocks, and a user's own operator."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from test_grafting import _options, grafted
 
 from uva_jax.graft import assemble, distill, distill_blocks, judge
 from uva_jax.graft.capture import head_activations
+from uva_jax.graft.assemble import HeadOptions, grafted_config
 from uva_jax.models import operators, policy_folder, surgery
+from uva_jax.models.architectures import ARCHITECTURES
 from uva_jax.models.layers import layer_norm, linear
 from uva_jax.models.operators import register
 from uva_jax.runtime.errors import UserError
@@ -99,6 +102,27 @@ def test_one_entry_stands_for_all_blocks(teacher):
     head = grafted(teacher, operators=("cross_attn,none,swiglu",))
     assert [type(block.mlp) for block in head.blocks] == [operators.SwiGLU] * 2
     assert not assemble.family_arrays(head, "self_attn")
+
+
+def test_a_small_head_starts_as_the_teachers_blocks(teacher, samples):
+    head = grafted(teacher, size="small", cross_mlp_ratio=0, mlp_ratio=0)
+    kinds = [type(block.self_attn).__name__ for block in head.blocks]
+    assert kinds == ["Nothing", "LightSelfAttention"]
+    y = head.time_embed(samples["t"])[:, None] + samples["condition"]
+    for i, block in enumerate(head.blocks):
+        h, residual = samples["h"][:, i], samples["residual"][:, i]
+        added = block.step(h, block.modulations(y, ("self_attn", "mlp"))) - h
+        np.testing.assert_allclose(added, residual, atol=1e-5)
+
+
+def test_the_published_policy_grows_by_at_most_a_fifth():
+    policy = surgery.abstract_policy(ARCHITECTURES["pusht"])
+    head = grafted_config(policy, HeadOptions())
+    graft = surgery.abstract_policy(dataclasses.replace(policy.config, action_head=head))
+    before, after = (
+        sum(math.prod(x.shape) for x in surgery.shapes(p).values()) for p in (policy, graft)
+    )
+    assert before < after < 1.2 * before
 
 
 def test_a_gated_mlp_starts_as_the_teachers_block(teacher, samples):

@@ -131,6 +131,24 @@ class WindowedSelfAttention(SelfAttention):
         return (position[:, None] - position).abs() <= self.window
 
 
+class LightSelfAttention(nn.Module):
+    """Self-attention at a quarter of the width, without modulation."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        width, self.heads = config.width, max(1, config.self_attn_heads // 4)
+        inner = width // config.self_attn_heads * self.heads
+        self.norm = layer_norm(width)
+        self.position = table(1, config.n_actions, 3 * inner)
+        self.qkv, self.proj = nn.Linear(width, 3 * inner), nn.Linear(inner, width)
+
+    def forward(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Returns the residual (b, n, width) of h (b, n, width); y is not used."""
+        qkv = self.qkv(self.norm(h)) + self.position
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        return self.proj(attend(q, k, v))
+
+
 class Mlp(nn.Module):
     """The teacher's block MLP with a wider hidden layer."""
 
@@ -196,6 +214,7 @@ OPERATORS = {
     "self_attn": {
         "self_attn": SelfAttention,
         "windowed_self_attn": WindowedSelfAttention,
+        "light_self_attn": LightSelfAttention,
         "none": Nothing,
     },
     "mlp": {"mlp": Mlp, "swiglu": SwiGLU, "keep": KeptMlp},

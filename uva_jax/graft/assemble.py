@@ -52,7 +52,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
             "config.head.adapter is 'conv', which copies the convolution of a conv_fc aggregator, "
             f"but the teacher's is {head.aggregator!r}: set config.head.adapter=linear"
         )
-    triples = _operators(options, head.depth)
+    triples, small = _operators(options, head.depth), options.size == "small"
     for name, heads in (
         ("num_heads", options.num_heads),
         ("self_attn_heads", options.self_attn_heads),
@@ -74,8 +74,8 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
         num_heads=options.num_heads,
         self_attn_heads=options.self_attn_heads,
         memory_width=head.z_channels,
-        cross_mlp_ratio=options.cross_mlp_ratio,
-        mlp_ratio=options.mlp_ratio,
+        cross_mlp_ratio=options.cross_mlp_ratio or (1 if small else 2),
+        mlp_ratio=options.mlp_ratio or (1 if small else 4),
         self_attn_window=options.self_attn_window,
         n_actions=head.n_actions,
         n_frames=head.n_frames,
@@ -88,7 +88,11 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
 
 
 def _operators(options: HeadOptions, depth: int) -> tuple[tuple[str, str, str], ...]:
-    """Returns a triple of operator names for each block; () gives the standard ones."""
+    """Returns a triple of operator names for each block; () stands for three standard ones."""
+    if not options.operators and options.size == "small":
+        light = [i % 2 == 1 or depth == 1 for i in range(depth)]
+        attentions = ("light_self_attn" if here else "none" for here in light)
+        return tuple(("cross_attn", attention, "mlp") for attention in attentions)
     entries = options.operators * depth if len(options.operators) == 1 else options.operators
     triples = tuple(KEEP if e == "keep" else tuple(e.split(",")) for e in entries)
     if triples and (len(triples) != depth or any(len(t) != 3 for t in triples)):

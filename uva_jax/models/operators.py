@@ -208,6 +208,36 @@ class WindowedSelfAttention(SelfAttention):
         return jnp.abs(position[:, None] - position) <= self.window
 
 
+class LightSelfAttention(nnx.Module):
+    """Self-attention at a quarter of the width, which adds a tenth to the cost of three MLP blocks.
+
+    It has no modulation: its input has passed modulated blocks. Its output layer starts at zero.
+    Positions are added to queries, keys and values.
+    """
+
+    def __init__(self, config: GraftedHeadConfig, width: int, *, dtype=None, rngs: nnx.Rngs):
+        inner, self.num_heads = light_size(config, width)
+        self.norm = layer_norm(width, rngs=rngs)
+        self.position = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (1, config.n_actions, 3 * inner))
+        )
+        self.qkv = linear(width, 3 * inner, rngs=rngs, dtype=dtype)
+        self.proj = linear(inner, width, rngs=rngs, dtype=dtype, kernel_init=_ZERO)
+
+    def __call__(self, h: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the residual (b, n, width) of h (b, n, width); y is not used."""
+        del y
+        qkv = self.qkv(self.norm(h)) + self.position[...]
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v), "b n h d -> b n (h d)"))
+
+
+def light_size(config: GraftedHeadConfig, width: int) -> tuple[int, int]:
+    """Returns inner width and heads of `LightSelfAttention`: a quarter, with heads as wide."""
+    heads = max(1, config.self_attn_heads // 4)
+    return width // config.self_attn_heads * heads, heads
+
+
 class Mlp(Modulated):
     """The teacher's block MLP with a wider hidden layer: norm, modulation, SiLU, gate."""
 
@@ -299,6 +329,7 @@ _REGISTRY: dict[str, dict[str, type[nnx.Module]]] = {
     "self_attn": {
         "self_attn": SelfAttention,
         "windowed_self_attn": WindowedSelfAttention,
+        "light_self_attn": LightSelfAttention,
         "none": Nothing,
     },
     "mlp": {"mlp": Mlp, "swiglu": SwiGLU, "keep": KeptMlp},

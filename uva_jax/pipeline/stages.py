@@ -272,6 +272,7 @@ _STAGES = (
             "head.cross_attention",
             "head.memory",
             "head.adapter",
+            "head.size",
             "head.num_heads",
             "head.self_attn_heads",
             "head.cross_mlp_ratio",

@@ -43,12 +43,27 @@ class HeadOptions(Section):
         "'conv': the aggregator's first convolution, pooled to 4x4 per frame; or 'linear'",
         choices=("conv", "linear"),
     )
+    size: str = setting(
+        "small",
+        "'small': costs about as much as the teacher's head (every second block has a "
+        "light_self_attn, and hidden layers are as wide as the head); 'large': every block has a "
+        "full self_attn and wider hidden layers. head.operators and the two ratios go before it",
+        choices=("small", "large"),
+    )
     num_heads: int = setting(8, "attention heads of the cross-attention", above=0)
     self_attn_heads: int = setting(8, "attention heads of the self-attention", above=0)
     cross_mlp_ratio: int = setting(
-        2, "hidden width of the cross-attention's feed-forward layer over its width", above=0
+        0,
+        "hidden width of the cross-attention's feed-forward layer over its width (0: 1 if "
+        "head.size is small, otherwise 2)",
+        least=0,
     )
-    mlp_ratio: int = setting(4, "hidden width of the MLP operators over the head's width", above=0)
+    mlp_ratio: int = setting(
+        0,
+        "hidden width of the MLP operators over the head's width (0: 1 if head.size is small, "
+        "otherwise 4)",
+        least=0,
+    )
     self_attn_window: int = setting(
         4, "action steps to either side that a windowed_self_attn looks at", above=0, added=True
     )
@@ -61,8 +76,9 @@ class HeadOptions(Section):
     )
     operators: tuple[str, ...] = setting(
         (),
-        "operators of each block as 'cross,self,mlp', or one entry for all blocks; (): "
-        "'cross_attn,self_attn,mlp'. There are also pooled_cross_attn, windowed_self_attn, swiglu, "
+        "operators of each block as 'cross,self,mlp', or one entry for all blocks; (): those of "
+        "head.size. There are cross_attn, pooled_cross_attn, self_attn, windowed_self_attn, "
+        "light_self_attn, mlp, swiglu, "
         "none in place of an attention, 'package.module:Class' for your own, and the entry "
         "'keep' for a block that stays the teacher's",
     )
