@@ -12,8 +12,8 @@ from flax import nnx
 from test_grafting import _options, grafted
 
 from uva_jax.graft import assemble, distill, distill_blocks, judge
-from uva_jax.graft.capture import head_activations
 from uva_jax.graft.assemble import HeadOptions, grafted_config
+from uva_jax.graft.capture import head_activations
 from uva_jax.models import operators, policy_folder, surgery
 from uva_jax.models.architectures import ARCHITECTURES
 from uva_jax.models.layers import layer_norm, linear
