@@ -30,8 +30,6 @@ def get_config():
     config.finetune.warmup = 30
     config.finetune.ema.max_value = 0.99
     # For --config.shorten.evaluations=1, which is off: the shortened head loses score so far.
-    config.shorten.target_steps = "20"
-    config.shorten.noises = 1
     config.shorten.epochs = 8
     config.shorten.lr = 1e-3
     config.shorten.batch = 128

@@ -155,7 +155,7 @@ def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
         config.distill.sampling_steps = "4"
         config.finetune.update(steps=4, batch=8, warmup=1, log_every=2, reuse_cache=True)
         config.finetune.freeze = ("mar",)
-        config.shorten.update(evaluations=1, epochs=2, noises=2, target_steps="4", batch=8, lr=1e-3)
+        config.shorten.update(evaluations=1, epochs=2, sampling_steps="4", batch=8, lr=1e-3)
         config.shorten.update(warmup=2, log_every=4)
         config.evaluate.update(num_seeds=2, max_steps=16, sampling_steps="4", videos=1, workers=1)
         config.evaluate.update(windows=6, draws=2)

@@ -105,7 +105,7 @@ def test_one_entry_stands_for_all_blocks(teacher):
 
 
 def test_a_small_head_starts_as_the_teachers_blocks(teacher, samples):
-    head = grafted(teacher, size="small", cross_mlp_ratio=0, mlp_ratio=0)
+    head = grafted(teacher, size="small", mlp_ratio=0)
     kinds = [type(block.self_attn).__name__ for block in head.blocks]
     assert kinds == ["Nothing", "LightSelfAttention"]
     y = head.time_embed(samples["t"])[:, None] + samples["condition"]

@@ -172,7 +172,7 @@ def _head_settings(found: Mapping[str, str]) -> dict[str, object]:
         "cross_attention memory adapter num_heads self_attn_heads cross_mlp_ratio mlp_ratio "
         "self_attn_window depth"
     ).split()
-    # operator.json has both ratios, and no operators if they are those of a large head.
+    # operator.json has the ratio, and no operators if they are those of a large head.
     found = {"head.size": "large"} | {f"head.{name}": about["head"][name] for name in names}
     return found | {"head.operators": tuple(",".join(t) for t in about["head"]["operators"])}
 

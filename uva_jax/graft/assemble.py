@@ -74,7 +74,7 @@ def grafted_config(teacher: Policy, options: HeadOptions) -> GraftedHeadConfig:
         num_heads=options.num_heads,
         self_attn_heads=options.self_attn_heads,
         memory_width=head.z_channels,
-        cross_mlp_ratio=options.cross_mlp_ratio or (1 if small else 2),
+        cross_mlp_ratio=options.cross_mlp_ratio,
         mlp_ratio=options.mlp_ratio or (1 if small else 4),
         self_attn_window=options.self_attn_window,
         n_actions=head.n_actions,

@@ -1,27 +1,33 @@
 """Stage 3: the grafted head learns to sample in few evaluations.
 
-The targets are the head's own deterministic samples, by DDIM from a noise x_T. The head learns to
-map that noise to them in one evaluation (arXiv 2101.02388). It predicts actions (x0) instead of
-noise (eps), so its final layer starts at zero. Everything before the diffusion stays the same, so
-the condition of a window is computed only once. Further evaluations work as in consistency models
-(arXiv 2303.01469).
+The head learns the distribution of its own samples. Its outputs a and b for two noises and a sample
+y of the same window give the loss |a - y| / 2 + |b - y| / 2 - |a - b| / 2, the energy score
+(Gneiting and Raftery 2007), whose expectation is least if outputs and samples have one
+distribution. The samples come from the sampler that the policy uses, so they have the score of its
+rollouts; the map of DDIM from noise to actions is easier to learn, but DDIM scores less. The head
+predicts actions (x0) instead of noise (eps), so its final layer starts at zero. Everything before
+the diffusion stays the same, so the condition of a window is computed only once. Further
+evaluations work as in consistency models (arXiv 2303.01469).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from uva_jax.graft.assemble import assemble
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.train.fit import Arrays, fit
@@ -51,20 +57,14 @@ def shorten_head(
       metrics: writer of progress and messages.
 
     Returns:
-      the policy with the shortened head, and its figures on held-out windows: "pair_mse", the mean
-      squared error to the target of the same noise; "target_variance", over windows;
-      "noise_variance", of a window's targets over noises (0 with one noise); "graft_mse" and
-      "shortened_mse", the mean squared errors to the true actions.
+      the policy with the shortened head, and its `_figures` on held-out windows.
     """
     head = policy.action_head
     config = dataclasses.replace(
         head.config, prediction="x0", sampling_steps=str(options.evaluations)
     )
-    make_pairs = _pairs_of(head, options)
-    pairs = {
-        name: make_pairs(data["z"], jax.random.key(seed + number))
-        for number, (name, data) in enumerate((("train", train), ("held_out", held_out)), 1)
-    }
+    draw = _sampler(head, options, policy.config.temperature)
+    data = draw(train["z"], options.samples, jax.random.key(seed + 1))
     arrays = surgery.flatten(head)
     student = nnx.merge(*nnx.split(head))
     student.config = config
@@ -76,7 +76,7 @@ def shorten_head(
     params = fit(
         _loss(student, arrays, options),
         params,
-        {k: jnp.asarray(v) for k, v in pairs["train"].items()},
+        {k: jnp.asarray(v) for k, v in data.items()},
         epochs=options.epochs,
         lr=options.lr,
         options=options,
@@ -86,12 +86,15 @@ def shorten_head(
         name="shorten",
     )
     student = surgery.replace(student, arrays | params)
-    figures = _figures(student, pairs["held_out"], held_out["actions"])
-    over = f", and {figures['noise_variance']:.5f} over noises" if options.noises > 1 else ""
+    found = draw(held_out["z"], 2, jax.random.key(seed + 2))
+    figures = _figures(
+        student, found, held_out["actions"], policy.config.temperature, jax.random.key(seed + 3)
+    )
     metrics.say(
-        f"{options.evaluations} evaluation(s) in the place of {options.target_steps} DDIM steps: "
-        f"error {figures['pair_mse']:.5f} on held-out windows, where the targets' variance is "
-        f"{figures['target_variance']:.4f}{over}"
+        f"{options.evaluations} evaluation(s) in the place of "
+        f"{steps_of(head.config, options.sampling_steps)}: on held-out windows the energy distance "
+        f"between the samples is {figures['energy_distance']:.5f}, their variance over noises "
+        f"{figures['shortened_spread']:.5f} (before {figures['graft_spread']:.5f})"
     )
     return assemble(policy, student), figures
 
@@ -104,92 +107,120 @@ def _after_condition(path: str, form: str) -> bool:
     return top in ("input_proj", "time_embed", "final_layer")
 
 
-def _pairs_of(head: GraftedHead, options: ShortenOptions):
-    """Returns f(z, key) -> "condition" (samples, ...) bfloat16, "noise" and "target" (samples,
-    noises, n, c), with which a head's samples are learnt."""
-    graph, state = nnx.split(head)
-    steps = len(diffusion.make_schedule(options.target_steps, 1000))
-    shape = (options.noises, head.config.n_actions, head.config.channels)
+def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
+    """Returns f(z, samples, key), which draws samples of a head.
 
-    @jax.jit
-    def run(state, z, samples, key):
+    It returns "condition" (windows, ...) bfloat16 and "samples" (windows, samples, n, c).
+    """
+    graph, state = nnx.split(head)
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def run(state, z, windows, key, count):
         head = nnx.merge(graph, state)
         condition = head.condition(z.astype(jnp.float32))
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(samples)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        steps = steps_of(head.config, options.sampling_steps)
+        shape = (len(diffusion.make_schedule(steps, 1000)) + 1, *rows)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(windows)
 
-        def sample(start):
-            unused = jnp.zeros((steps, *start.shape))  # DDIM with eta 0 adds no noise
+        def sample(number):
+            noise = jax.vmap(
+                lambda key: jax.random.normal(jax.random.fold_in(key, number), shape), out_axes=1
+            )(keys)
             return head.sample_given(
-                condition,
-                noise=jnp.concatenate([start[None], unused]),
-                eta=0.0,
-                sampling_steps=options.target_steps,
+                condition, noise=noise, temperature=temperature, sampling_steps=steps
             )
 
-        target = jax.lax.map(sample, noise.swapaxes(0, 1)).swapaxes(0, 1)
-        return condition.astype(jnp.bfloat16), noise, target
+        samples = jax.lax.map(sample, jnp.arange(count)).swapaxes(0, 1)
+        return {"condition": condition.astype(jnp.bfloat16), "samples": samples}
 
-    def pairs(z: np.ndarray, key: jax.Array) -> dict[str, np.ndarray]:
+    rows = (head.config.n_actions, head.config.channels)
+
+    def draw(z: np.ndarray, samples: int, key: jax.Array) -> dict[str, np.ndarray]:
         count, pieces = len(z), []
         for start in range(0, count, _BATCH):
-            rows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
-            found = run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key)
-            pieces.append([np.asarray(x)[: count - start] for x in found])
-        names = ("condition", "noise", "target")
-        return {k: np.concatenate(x) for k, x in zip(names, zip(*pieces, strict=True), strict=True)}
+            windows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
+            found = run(state, jnp.asarray(z[windows]), jnp.asarray(windows), key, samples)
+            pieces.append({k: np.asarray(x)[: count - start] for k, x in found.items()})
+        return {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
 
-    return pairs
+    return draw
+
+
+def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the distance between actions (..., n, c), a root mean square over steps: (...)."""
+    return jnp.sqrt(jnp.mean(jnp.sum((a - b) ** 2, axis=-1), axis=-1) + 1e-10)
 
 
 def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):
-    """The mean squared error to a target, as `fit` takes it.
+    """The energy score of two outputs for each window, as `fit` takes it.
 
-    With more than one evaluation, every other row starts from its target, diffused to one of the
-    later evaluations' timesteps.
+    With more than one evaluation, every other window starts from its sample, diffused to one of the
+    later evaluations' timesteps; both outputs are then equal.
     """
     times = jnp.asarray(diffusion.few_step_times(options.evaluations))
     schedule = diffusion.make_schedule()
 
     def loss_fn(params, batch, key):
-        draw_key, time_key, noise_key = jax.random.split(key, 3)
-        count = len(batch["condition"])
-        draw = jax.random.randint(draw_key, (count,), 0, options.noises)
-        x, target = (batch[k][jnp.arange(count), draw] for k in ("noise", "target"))
+        sample_key, noise_key, time_key = jax.random.split(key, 3)
+        condition = batch["condition"].astype(jnp.float32)
+        count = len(condition)
+        chosen = jax.random.randint(sample_key, (count,), 0, batch["samples"].shape[1])
+        target = batch["samples"][jnp.arange(count), chosen]
+        x = jax.random.normal(noise_key, (2, *target.shape))
         t = jnp.full(count, times[0])
         if options.evaluations > 1:
             later = jax.random.choice(time_key, times[1:], (count,))
             again = jnp.arange(count) % 2 == 1
-            diffused = diffusion.q_sample(
-                schedule, target, later, jax.random.normal(noise_key, target.shape)
-            )
             t = jnp.where(again, later, t)
-            x = jnp.where(again[:, None, None], diffused, x)
+            x = jnp.where(
+                again[:, None, None], diffusion.q_sample(schedule, target, later, x[0]), x
+            )
         head = surgery.replace(student, arrays | params)
-        error = head.predict_x0(x, t, batch["condition"].astype(jnp.float32)) - target
-        loss = jnp.mean(error**2)
+        both = head.predict_x0(
+            rearrange(x, "two b n c -> (two b) n c"),
+            jnp.concatenate([t, t]),
+            jnp.concatenate([condition, condition]),
+        )
+        a, b = rearrange(both, "(two b) n c -> two b n c", two=2)
+        loss = jnp.mean(_distance(a, target) + _distance(b, target) - _distance(a, b)) / 2
         return loss, {"loss": loss}
 
     return loss_fn
 
 
-def _figures(student: GraftedHead, pairs: Mapping, actions: np.ndarray) -> dict[str, float]:
+def _figures(
+    student: GraftedHead,
+    data: Mapping[str, np.ndarray],
+    actions: np.ndarray,
+    temperature: float,
+    key: jax.Array,
+) -> dict[str, float]:
+    """Compares two samples of the shortened head with two of the graft, on every window.
+
+    Returns:
+      "energy_distance", 0 for equal distributions; "graft_spread" and "shortened_spread", the
+      variances over noises; "graft_mse" and "shortened_mse", the mean squared errors to the true
+      actions.
+    """
     graph, state = nnx.split(student)
+    evaluations = int(student.config.sampling_steps)
 
     @jax.jit
     def sample(state, condition, noise):
         head = nnx.merge(graph, state)
-        return head.sample_given(condition.astype(jnp.float32), noise=noise)
+        return head.sample_given(
+            condition.astype(jnp.float32), noise=noise, temperature=temperature
+        )
 
-    evaluations = int(student.config.sampling_steps)
-    start = pairs["noise"][:, 0]
-    added = np.asarray(jax.random.normal(jax.random.key(0), (evaluations, *start.shape)))
-    found = np.asarray(sample(state, pairs["condition"], np.concatenate([start[None], added])))
-    target = pairs["target"]
+    noise = jax.random.normal(key, (2, evaluations + 1, *actions.shape))
+    ours = np.stack([np.asarray(sample(state, data["condition"], x)) for x in noise])
+    theirs = np.moveaxis(data["samples"], 1, 0)
+    across = np.mean([_distance(a, b) for a in ours for b in theirs])
+    within = np.mean(_distance(*ours)) + np.mean(_distance(*theirs))
     return {
-        "pair_mse": float(np.mean((found - target[:, 0]) ** 2)),
-        "target_variance": float(target.var(axis=(0, 1)).mean()),
-        "noise_variance": float(target.var(axis=1).mean()),
-        "graft_mse": float(np.mean((target[:, 0] - actions) ** 2)),
-        "shortened_mse": float(np.mean((found - actions) ** 2)),
+        "energy_distance": float(2 * across - within),
+        "graft_spread": float(np.mean((theirs[0] - theirs[1]) ** 2) / 2),
+        "shortened_spread": float(np.mean((ours[0] - ours[1]) ** 2) / 2),
+        "graft_mse": float(np.mean((theirs - actions) ** 2)),
+        "shortened_mse": float(np.mean((ours - actions) ** 2)),
     }

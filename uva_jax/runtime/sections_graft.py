@@ -46,17 +46,14 @@ class HeadOptions(Section):
     size: str = setting(
         "small",
         "'small': costs about as much as the teacher's head (every second block has a "
-        "light_self_attn, and hidden layers are as wide as the head); 'large': every block has a "
-        "full self_attn and wider hidden layers. head.operators and the two ratios go before it",
+        "light_self_attn, and MLPs are as wide as the head); 'large': every block has a full "
+        "self_attn and a wider MLP. head.operators and head.mlp_ratio go before it",
         choices=("small", "large"),
     )
     num_heads: int = setting(8, "attention heads of the cross-attention", above=0)
     self_attn_heads: int = setting(8, "attention heads of the self-attention", above=0)
     cross_mlp_ratio: int = setting(
-        0,
-        "hidden width of the cross-attention's feed-forward layer over its width (0: 1 if "
-        "head.size is small, otherwise 2)",
-        least=0,
+        2, "hidden width of the cross-attention's feed-forward layer over its width", above=0
     )
     mlp_ratio: int = setting(
         0,
@@ -149,10 +146,12 @@ class ShortenOptions(FitOptions):
     evaluations: int = setting(
         0, "evaluations of the head for each sample (0: no shortened head)", least=0, most=100
     )
-    target_steps: str = setting(
-        "100", "DDIM steps of the samples that it learns", refuses=no_schedule
+    sampling_steps: str = setting(
+        "",
+        "diffusion steps of the samples that it learns ('': the policy's own)",
+        refuses=no_schedule,
     )
-    noises: int = setting(4, "samples that it learns for each window", above=0)
+    samples: int = setting(1, "samples that it learns for each window", above=0)
     epochs: int = setting(100, "passes over the windows", above=0)
     lr: float = setting(1e-4, "learning rate", above=0, most=1)
 
