@@ -11,7 +11,8 @@ import numpy as np
 from uva_jax.data import source
 from uva_jax.data.windows import Strips, WindowSpec
 from uva_jax.eval import actions, video
-from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
+from uva_jax.eval.rollout import RolloutPool, RolloutResult
+from uva_jax.eval.statistics import mean_interval, paired_difference
 from uva_jax.models.actor import PolicyCall
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
@@ -160,7 +161,7 @@ def _rollout(
         content = io.BytesIO()  # on a full disk, np.save to a file raises an error without errno
         np.save(content, frames)
         write_bytes(videos / f"{name}_{seed}.npy", content.getvalue())
-    interval = bootstrap_ci(result.scores, seed=0)
+    interval = mean_interval(result.scores, seed=0)
     return {
         "test_mean_score": result.mean,
         "ci95": [interval.low, interval.high],
