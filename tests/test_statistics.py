@@ -232,7 +232,8 @@ def test_the_four_verdicts_in_words(mean, kind, words):
 
 def test_without_a_margin_only_a_sign_decides():
     assert verdict(constant(0.05), 0.0).kind == "better"
-    assert verdict(constant(-0.05), 0.0).sentence.startswith("The graft is worse than its teacher (")
+    worse = verdict(constant(-0.05), 0.0)
+    assert worse.sentence.startswith("The graft is worse than its teacher (")
     found = verdict(np.zeros(50), 0.0)
     assert found.kind == "undecided" and found.seeds_needed is None
     assert found.sentence.endswith("; far more are needed.")

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 LEVEL = 0.05  # probability that an interval misses the mean
-PLANNED = 200  # seeds at which a sequence is narrowest, unless its caller knows better
+PLANNED = 400  # seeds for which a sequence is tuned, unless its caller knows better
 
 _LARGEST_BET = 0.75  # share of the capital that one seed may cost
 _PRIOR_VARIANCE = 0.2  # of one difference before the first seed; affects the width, not validity
