@@ -70,6 +70,12 @@ def test_the_evaluation_compares_the_policies_on_the_same_seeds(finished):
     scores = [np.mean(metrics[name]["scores"]) for name in ("graft", "teacher")]
     assert paired["mean"] == pytest.approx(scores[0] - scores[1])
     assert paired["ci95"][0] <= paired["mean"] <= paired["ci95"][1]
+    found = metrics["verdict"]
+    assert found["kind"] == "undecided" and found["difference"] == pytest.approx(paired["mean"])
+    assert found["sentence"].startswith("2 seeds do not tell whether the graft is worse than")
+    assert metrics["verdict_shortened"]["seeds"] == 2
+    assert f"evaluate: {found['sentence']}" in finished.printed
+    assert "--seeds 100000:1" in finished.printed and "--until-decided" in finished.printed
 
 
 def test_the_export_is_the_fine_tuned_policy(finished):

@@ -9,7 +9,7 @@ import pytest
 from uva_jax.data.pusht_demos import load_demos
 from uva_jax.envs.pusht import PushT, initial_state
 from uva_jax.envs.workers import WorkerError
-from uva_jax.eval.rollout import RolloutPool, bootstrap_ci, paired_difference, run_rollouts
+from uva_jax.eval.rollout import RolloutPool, run_rollouts
 
 FRAMES = (3, 7, 11, 15)
 DEMO_SEED = 500_003  # the embedded demonstration 0 starts from this seed
@@ -155,22 +155,3 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang():
 def test_unusable_actions_are_explained(actions, message):
     with pytest.raises(ValueError, match=message):
         run_rollouts(lambda *_: actions, [1], workers=1)
-
-
-def test_the_bootstrap_interval_matches_theory():
-    values = np.random.default_rng(0).normal(0.8, 0.1, 400)
-    interval = bootstrap_ci(values, seed=0)
-    half = 1.96 * values.std() / np.sqrt(400)
-    assert interval.mean == pytest.approx(values.mean())
-    assert interval.low == pytest.approx(values.mean() - half, abs=5e-4)
-    assert interval.high == pytest.approx(values.mean() + half, abs=5e-4)
-    assert bootstrap_ci(values, seed=0) == interval
-
-
-def test_pairing_removes_what_both_share():
-    rng = np.random.default_rng(1)
-    b = rng.uniform(0, 1, 50)
-    difference = paired_difference(b + 0.05 + rng.normal(0, 0.01, 50), b)
-    assert 0.045 < difference.low < difference.mean < difference.high < 0.055
-    with pytest.raises(ValueError, match="must have one shape"):
-        paired_difference(b, b[:49])

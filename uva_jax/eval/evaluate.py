@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import numpy as np
 from uva_jax.data import source
 from uva_jax.data.windows import Strips, WindowSpec
 from uva_jax.eval import actions, video
-from uva_jax.eval.rollout import RolloutPool, RolloutResult, bootstrap_ci, paired_difference
+from uva_jax.eval.rollout import RolloutPool, RolloutResult
+from uva_jax.eval.statistics import mean_interval, paired_difference, verdict
 from uva_jax.models.actor import PolicyCall
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
@@ -19,6 +22,8 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_bytes, write_json
+
+MARGIN = 0.02  # loss of score that the verdict of a run accepts
 
 
 def evaluate(
@@ -39,7 +44,8 @@ def evaluate(
 
     Returns:
       the content of metrics.json: the results of each policy and, with rollouts,
-      "paired_difference" (graft - teacher), and likewise with "_stage1" and "_shortened".
+      "paired_difference" and "verdict" (graft - teacher), and likewise with "_stage1" and
+      "_shortened".
 
     Raises:
       UserError: the simulator does not provide the policy's observations.
@@ -68,10 +74,32 @@ def rollout_seeds(options: EvaluateOptions) -> list[int]:
 def summary(found: Mapping) -> dict:
     """Returns the main result of each policy and the differences, from `evaluate`'s results."""
     result = {k: v for k, v in found.items() if k.startswith("paired")}
+    result |= {k: v["sentence"] for k, v in found.items() if k.startswith("verdict")}
     for name, figures in found.items():
         if name not in result:
             result[name] = figures.get("test_mean_score", figures.get("actions", {}).get("mse"))
     return result
+
+
+def say_verdict(found: Mapping, policies: Sequence[Path], metrics, start_seed: int) -> None:
+    """Prints a verdict and, if the seeds did not decide, the command that goes on.
+
+    Args:
+      found: the verdict, from metrics.json.
+      policies: folder of the policy and of its reference.
+      metrics: writer of messages.
+      start_seed: the first seed of the rollouts.
+    """
+    metrics.say(found["sentence"])
+    if found["kind"] == "undecided":
+        # Room for twice the estimated number, which is rough; the command stops when it is decided.
+        count = 2 * (found["seeds"] + (found["seeds_needed"] or 500))
+        chosen = " ".join(f"--policy {shlex.quote(str(path))}" for path in policies)
+        metrics.say(
+            f"to roll out seeds until it is decided: python -m uva_jax evaluate {chosen} "
+            f"--seeds {start_seed}:{start_seed + math.ceil(count / 100) * 100} --until-decided "
+            f"--margin {found['margin']:g}"
+        )
 
 
 def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics) -> dict:
@@ -113,17 +141,22 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> N
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
             )
-    for name, label in (
-        ("graft", "paired_difference"),
-        ("graft_stage1", "paired_difference_stage1"),
-        ("graft_shortened", "paired_difference_shortened"),
+    teacher = np.array(results["teacher"]["scores"])
+    for name, suffix, words in (
+        ("graft_stage1", "_stage1", "the graft after Stage 1"),
+        ("graft", "", "the graft"),
+        ("graft_shortened", "_shortened", "the graft after Stage 3"),
     ):
         if name not in policies:
             continue
-        interval = paired_difference(
-            np.array(results[name]["scores"]), np.array(results["teacher"]["scores"])
-        )
-        results[label] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+        scores = np.array(results[name]["scores"])
+        interval = paired_difference(scores, teacher)
+        results["paired_difference" + suffix] = {
+            "mean": interval.mean,
+            "ci95": [interval.low, interval.high],
+        }
+        said = verdict(scores - teacher, MARGIN, policy=words, planned=len(seeds))
+        results["verdict" + suffix] = said.as_json()
         metrics.say(
             f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
             f"{interval.high:+.3f}) on the same seeds and noise"
@@ -160,7 +193,7 @@ def _rollout(
         content = io.BytesIO()  # on a full disk, np.save to a file raises an error without errno
         np.save(content, frames)
         write_bytes(videos / f"{name}_{seed}.npy", content.getvalue())
-    interval = bootstrap_ci(result.scores, seed=0)
+    interval = mean_interval(result.scores, seed=0)
     return {
         "test_mean_score": result.mean,
         "ci95": [interval.low, interval.high],

@@ -1,4 +1,4 @@
-"""UVA's PushT evaluation: a batched policy, environments in parallel processes, statistics.
+"""UVA's PushT evaluation: a batched policy, environments in parallel processes.
 
 The protocol is that of upstream's PushT runner: the policy observes the last 16 steps (the first is
 repeated before the start) and all of its 8 actions are executed before the next call. An episode
@@ -9,7 +9,6 @@ reward, which is the goal's coverage over 0.95, at most 1.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -42,14 +41,6 @@ class RolloutResult:
     def success(self) -> np.ndarray:
         """(n,) booleans: the full score was reached, that is, a coverage of at least 0.95."""
         return (self.scores >= 1.0) & (self.coverage >= SUCCESS_COVERAGE)
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % bootstrap confidence interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class RolloutPool:
@@ -198,31 +189,3 @@ def run_rollouts(
     """Calls `RolloutPool.run` in a new pool; `protocol` are that method's further arguments."""
     with RolloutPool(min(workers or usable_cores(), max(len(seeds), 1))) as pool:
         return pool.run(predict, seeds, **protocol)
-
-
-def bootstrap_ci(values: np.ndarray, seed: int, n: int = 10_000) -> Interval:
-    """Returns the mean of `values` (k,) and its 95 % percentile bootstrap interval.
-
-    Args:
-      values: the values.
-      seed: of the resampling.
-      n: number of resamples.
-
-    Raises:
-      ValueError: there are no values.
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"expected a non-empty row of values, got shape {values.shape}")
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, values.size, (n, values.size))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
-    """Returns the mean of a - b, over the same seeds in the same order, and its 95 % interval."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired values must have one shape, got {a.shape} and {b.shape}")
-    return bootstrap_ci(a - b, seed)

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 
 from uva_jax.eval import report
-from uva_jax.eval.rollout import RolloutPool, bootstrap_ci
+from uva_jax.eval.rollout import RolloutPool
+from uva_jax.eval.statistics import mean_interval
 from uva_jax.models.actor import PolicyCall
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
@@ -69,7 +70,7 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
                 n_action_steps=config.n_action_steps,
                 frame_indices=frame_indices(config.n_obs_steps, config.mar.n_frames),
             )
-            mean, low, high = bootstrap_ci(result.scores, seed=0)
+            mean, low, high = mean_interval(result.scores, seed=0)
             success = float(result.success.mean())
             say(
                 f"score {mean:.3f} (95% CI {low:.3f} to {high:.3f}), success {success:.0%}, on "

@@ -171,13 +171,9 @@ def run_evaluate(context: Context) -> dict:
     policies = {k: load_policy(inputs[v] / "policy", config) for k, v in policies.items()}
     if not context.is_primary:
         return {}
-    found = evaluate.evaluate(
-        policies,
-        _held_out_windows(context, policies["teacher"]),
-        section(config.evaluate, evaluate.EvaluateOptions),
-        folder,
-        context.metrics,
-    )
+    options = section(config.evaluate, evaluate.EvaluateOptions)
+    windows = _held_out_windows(context, policies["teacher"])
+    found = evaluate.evaluate(policies, windows, options, folder, context.metrics)
     shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
         folder / "report.html",
@@ -188,6 +184,9 @@ def run_evaluate(context: Context) -> dict:
         stages={s.name: context.workdir / s.folder for s in stages(config) if s.name in shown},
     )
     context.metrics.say(f"report: {path}")
+    if "verdict" in found:
+        both = [inputs[stage] / "policy" for stage in ("finetune", "convert")]
+        evaluate.say_verdict(found["verdict"], both, context.metrics, options.start_seed)
     return evaluate.summary(found)
 
 
