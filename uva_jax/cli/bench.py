@@ -49,12 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument(
         "--sampling-steps", type=_count, help="of teacher and graft (default: the policy's own)"
     )
-    for command in (policy,):
+    finetune = commands.add_parser("finetune", help="run a step of Stage 2")
+    finetune.add_argument("--batch", type=_count, default=64, help="windows of a step")
+    for command in (policy, finetune):
         command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of products")
         command.add_argument(
             "--compiled", action="store_true", help="also measure PyTorch with torch.compile"
         )
-    for command in (conversion, training, policy):
+    for command in (conversion, training, policy, finetune):
         command.add_argument("--size", choices=SIZES, default="pusht")
         command.add_argument("--json", metavar="FILE", type=Path, help="write the results to FILE")
     return parser
