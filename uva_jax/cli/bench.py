@@ -1,28 +1,34 @@
-"""Measures the speed of conversion and of training steps, and compares it with alternatives."""
+"""Measures the speed of a policy, of the graft's stages and of conversion beside alternatives."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uva_jax.cli import bench_conversion, bench_training
 from uva_jax.runtime.errors import exit_status
 from uva_jax.storage.atomic import write_json
 
+SIZES = ("pusht", "tiny")
+_DTYPES = ("float32", "bfloat16")
+
 
 def _run(args: argparse.Namespace) -> int:
-    if args.what == "training":
-        result = bench_training.bench_training(args.size, args.batch)
-        text = bench_training.table(result)
-    else:
-        result = bench_conversion.bench_conversion(args.size, args.out)
-        text = bench_conversion.table(result)
-    print(text)
+    module = importlib.import_module(f"uva_jax.cli.bench_{args.what}")
+    given = {k: v for k, v in vars(args).items() if k not in ("what", "json")}
+    result = getattr(module, f"bench_{args.what}")(**given)
+    print(module.table(result))
     if args.json is not None:
         write_json(args.json, result)
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,9 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser(
         "training", help="run a training step here and of the same model in PyTorch"
     )
-    training.add_argument("--batch", type=int, default=16, help="windows of a step")
-    for command in (conversion, training):
-        command.add_argument("--size", choices=bench_conversion.SIZES, default="pusht")
+    training.add_argument("--batch", type=_count, default=16, help="windows of a step")
+    policy = commands.add_parser("policy", help="act with teacher, graft and shortened graft")
+    policy.add_argument("--batch", type=_count, default=1, help="observations of a call")
+    policy.add_argument(
+        "--sampling-steps", type=_count, help="of teacher and graft (default: the policy's own)"
+    )
+    finetune = commands.add_parser("finetune", help="run a step of Stage 2")
+    finetune.add_argument("--batch", type=_count, default=64, help="windows of a step")
+    for command in (policy, finetune):
+        command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of products")
+        command.add_argument(
+            "--compiled", action="store_true", help="also measure PyTorch with torch.compile"
+        )
+    for command in (conversion, training, policy, finetune):
+        command.add_argument("--size", choices=SIZES, default="pusht")
         command.add_argument("--json", metavar="FILE", type=Path, help="write the results to FILE")
     return parser
 

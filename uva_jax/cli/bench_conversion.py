@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,11 +25,11 @@ from convert import rules
 from convert.formats import torch_file
 from convert.to_torch import plain_cfg
 from uva_jax import assets
+from uva_jax.cli.bench_turns import resident
 from uva_jax.models import surgery
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
 
-SIZES = ("pusht", "tiny")
 WARM_RUNS = 3
 
 
@@ -78,25 +76,16 @@ def make(path: Path, size: str, seed: int = 0) -> None:
     torch_file.write(path, payload)
 
 
-def _resident(field: str) -> int:
-    """Returns the bytes of memory that this process uses (VmRSS) or has used at most (VmHWM)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _step(name: str, source: Path, out: Path) -> dict:
     """Runs one step and returns its time, and its memory beyond that of a process with jax."""
     if name == "make":
         make(out, str(source))
         return {}
     run = _steps()[name]
-    before, start = _resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     run(source, out)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": _resident("VmHWM") - before}
+    return {"seconds": seconds, "peak": resident("VmHWM") - before}
 
 
 def _steps() -> dict[str, Callable[[Path, Path], object]]:

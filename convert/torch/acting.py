@@ -1,0 +1,151 @@
+"""A policy's call in torch, whole and by parts, for timing it beside the one in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+from convert.torch import timing
+from convert.torch.diffusion import Schedule, few_step_loop, sample_loop
+from convert.torch.reference import MAR, MLPHead, Policy
+from uva_jax.models.policy_config import PolicyConfig
+
+
+def sampler(head: nn.Module, steps: str, wrap: Callable = lambda f: f) -> tuple:
+    """Returns the parts of a head's `sample`: z -> condition, and (condition, noise) -> actions.
+
+    Args:
+      head: an `MLPHead` with an aggregator, or a `GraftedActionHead`.
+      steps: respacing of the diffusion; not used by a head that predicts x0.
+      wrap: is applied to the condition's function and the network (`torch.compile`).
+    """
+    config = head.config
+    if isinstance(head, MLPHead):
+        find = head.rows
+
+        def network(x, t, condition):
+            return head.net.stages(x, t, condition)["out"]
+    else:
+        find, network = head.condition, head.denoise
+    find, network = wrap(find), wrap(network)
+    schedule = Schedule(1000, steps)
+    place = timing.device()
+    schedule.tables = {name: values.to(place) for name, values in schedule.tables.items()}
+
+    def loop(condition, noise, temperature=1.0):
+        def denoise(x, timestep):
+            t = torch.full((len(x),), timestep, device=x.device)
+            return network(x, t, condition).float()
+
+        if getattr(config, "prediction", "eps") == "x0":
+            return few_step_loop(
+                lambda x, t: denoise(x, t)[..., : config.channels], noise, clip=config.clip
+            )
+        return sample_loop(schedule, denoise, noise, temperature=temperature, clip=config.clip)
+
+    return find, loop
+
+
+def tokens_of(mar: MAR, latents: torch.Tensor) -> torch.Tensor:
+    """Computes the video tokens (b, t * s, c) of history latents (b, t, s, z), to act."""
+    mask = torch.ones(latents.shape[:3], device=latents.device)
+    return mar.stages("policy_model", latents, mask, latents, {})["decoder_out"]
+
+
+def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """Converts frames (n, h, w, 3) uint8 to the VAE's input (n, 3, size, size) in [-1, 1]."""
+    images = frames.permute(0, 3, 1, 2).float() / 255
+    if images.shape[-1] != size:
+        images = functional.interpolate(images, (size, size), mode="bilinear")
+    return images * 2 - 1
+
+
+def sampled_latents(mean: torch.Tensor, logvar: torch.Tensor, scale: float) -> torch.Tensor:
+    """Samples latents of moments (b, t, c, h, w): (b, t, h * w, c)."""
+    latents = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * scale
+    return rearrange(latents, "b t c h w -> b t (h w) c")
+
+
+def parts(
+    config: PolicyConfig,
+    dtype: str,
+    batch: int,
+    steps: str,
+    fresh: int,
+    following: Callable[[], np.ndarray],
+    compiled: bool,
+) -> dict[str, tuple[Callable[[], None], float]]:
+    """Returns functions that do the call and its parts to their end, and their operations.
+
+    Args:
+      config: the architecture; weights are random.
+      dtype: of products, "float32" or "bfloat16".
+      batch: observations of a call.
+      steps: respacing of the diffusion.
+      fresh: frames of a window that the window before does not have.
+      following: gives the next window (batch, n_frames, h, w, 3) uint8.
+      compiled: apply `torch.compile` to VAE, transformer and head.
+    """
+    wrap = torch.compile if compiled else (lambda f: f)
+    policy = timing.ready(Policy(config).requires_grad_(False), dtype)
+    mar, place, head = policy.model, timing.device(), config.action_head
+    encode, tokens = wrap(policy.vae_model.encode), wrap(lambda x: tokens_of(mar, x))
+    find, loop = sampler(mar.diffactloss, steps, wrap)
+    field, size = policy.normalizer.params_dict["action"], config.image_size
+    draws = 2 if getattr(head, "prediction", "eps") == "x0" else len(Schedule(1000, steps)) + 1
+
+    def noise():
+        return torch.randn(draws, batch, head.n_actions, head.channels, device=place)
+
+    def moments(frames):
+        flat = rearrange(frames, "b t h w c -> (b t) h w c")
+        mean, logvar = encode(preprocess(flat, size))
+        return [rearrange(x.float(), "(b t) c h w -> b t c h w", b=batch) for x in (mean, logvar)]
+
+    def act(mean, logvar):
+        z = tokens(sampled_latents(mean, logvar, config.vae.scale_factor)).float()
+        actions = loop(find(z), noise(), config.temperature)
+        actions = (actions - field.offset) / field.scale
+        return actions[:, : config.n_action_steps].cpu().numpy()
+
+    kept: list[torch.Tensor] = []
+
+    def call():  # with what earlier calls have encoded
+        nonlocal kept
+        new = moments(torch.from_numpy(following()[:, -fresh:]).to(place))
+        kept = [torch.cat([a, b], 1)[:, fresh:] for a, b in zip(kept, new, strict=True)]
+        return act(*kept)
+
+    def upstream():  # every call encodes all frames
+        return act(*moments(torch.from_numpy(following()).to(place)))
+
+    with torch.inference_mode(), timing.precision(dtype):
+        kept = moments(torch.from_numpy(following()).to(place))
+        frames = torch.from_numpy(following()[:, :fresh]).to(place).flatten(0, 1)
+        latents = sampled_latents(*kept, config.vae.scale_factor)
+        images, z = preprocess(frames, size), tokens(latents).float()
+        condition = find(z)
+    functions = {
+        "call": call,
+        "call, all frames": upstream,
+        "resize": lambda: preprocess(frames, size),
+        "VAE": lambda: encode(images),
+        "transformer": lambda: tokens(latents),
+        "condition": lambda: find(z),
+        "loop": lambda: loop(condition, noise(), config.temperature),
+    }
+
+    def acting(function):
+        def run():
+            with torch.inference_mode(), timing.precision(dtype):
+                function()
+
+        return timing.to_end(run)
+
+    runs = {name: acting(function) for name, function in functions.items()}
+    return {name: (run, timing.flops(run)) for name, run in runs.items()}

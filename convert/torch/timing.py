@@ -1,0 +1,75 @@
+"""Devices, precisions and counters for timing torch beside JAX (`python -m uva_jax bench`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def device() -> str:
+    """Returns "cuda" if there is a GPU, or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads(count: int) -> None:
+    """Uses so many threads on a CPU; JAX uses one for each core."""
+    torch.set_num_threads(count)
+
+
+def precision(dtype: str) -> torch.autocast:
+    """Returns a new context in which products are in bfloat16, or one without effect."""
+    return torch.autocast(device(), torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def ready(module: nn.Module, dtype: str = "float32") -> nn.Module:
+    """Fills a module with random weights on the device.
+
+    With dtype "bfloat16" the weights of products are rounded once, as for inference; training
+    keeps them in float32.
+    """
+    torch.manual_seed(0)
+    for parameter in module.parameters():  # tables start at zero; any values are good for timing
+        nn.init.normal_(parameter, std=0.02)
+    for part in module.modules():
+        if dtype == "bfloat16" and isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d):
+            part.to(torch.bfloat16)
+    return module.to(device())
+
+
+def to_end(run: Callable[[], object]) -> Callable[[], None]:
+    """Returns a function that waits until what `run` started on a GPU is done."""
+
+    def whole():
+        run()
+        if device() == "cuda":
+            torch.cuda.synchronize()
+
+    return whole
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Returns the operations of products and convolutions in a call, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def memory() -> int | None:
+    """Returns the most bytes of a GPU's memory that tensors have used, or None without a GPU."""
+    return torch.cuda.max_memory_allocated() if device() == "cuda" else None
+
+
+def peak(bfloat16: bool) -> float:
+    """Returns the operations per second of a product of two large matrices."""
+    size = 2048 if device() == "cpu" else 8192
+    x = torch.ones(size, size, dtype=torch.bfloat16 if bfloat16 else torch.float32, device=device())
+    run, times = to_end(lambda: x @ x), []
+    for _ in range(12):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[2:])

@@ -1,0 +1,125 @@
+"""`bench finetune`: times a step of Stage 2 here and in PyTorch.
+
+Here everything before the head is frozen, so a step starts from cached tokens. In PyTorch the step
+starts from the same tokens, or, without a cache, from frames: with everything before the head
+frozen, or with the transformer training too. A step is the diffusion loss with one noise draw, its
+gradient, AdamW with clipping, and the moving average of what trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from uva_jax.cli import bench_turns
+from uva_jax.cli.bench_models import FRAME_SIZE, policy_config, random_policy, settings
+from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
+from uva_jax.graft.finetune import FinetuneOptions
+from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.settings import section
+
+STEP = "step"
+TOKENS, FROZEN, WHOLE = "from tokens", "from frames", "from frames, transformer trains"
+
+
+def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
+    """Returns the options of a size's configuration for a row: what trains, and the loss alone."""
+    config = settings(size)
+    freeze = tuple(config.finetune.freeze)
+    freeze = tuple(p for p in freeze if p != "mar") if source == WHOLE else ("mar", *freeze)
+    return dataclasses.replace(
+        section(config.finetune, FinetuneOptions),
+        batch=batch,
+        accumulate=1,
+        steps_per_call=1,
+        teacher_weight=0.0,
+        freeze=tuple(dict.fromkeys(freeze)),
+        freeze_encoder=source != WHOLE,
+        reuse_cache=source == TOKENS,
+    )
+
+
+def _batch(config: PolicyConfig, batch: int, source: str) -> dict[str, np.ndarray]:
+    rng, head, mar = np.random.default_rng(0), config.action_head, config.mar
+    actions = rng.uniform(-1, 1, (batch, head.n_actions, head.channels)).astype(np.float32)
+    if source == TOKENS:
+        z = rng.standard_normal((batch, mar.n_tokens, mar.decoder_embed_dim), np.float32)
+        return {"z": z, "actions": actions}
+    shape = (batch, mar.n_frames, FRAME_SIZE, FRAME_SIZE, 3)
+    return {"image": rng.integers(0, 256, shape, np.uint8), "action": actions}
+
+
+def build(backend: str, *, size: str, dtype: str, batch: int, source: str) -> dict[str, Work]:
+    """Returns the step; see `bench_turns.measure`."""
+    config, options = policy_config(size, "graft"), options_of(size, batch, source)
+    data = _batch(config, batch, source)
+    if backend == OURS:
+        return {STEP: _ours(config, options, data, dtype)}
+    from convert.torch import grafting
+
+    step = grafting.finetune_step(config, options, data, dtype, backend == COMPILED)
+    return {STEP: Work(*step)}
+
+
+def _ours(config: PolicyConfig, options: FinetuneOptions, data: dict, dtype: str) -> Work:
+    import jax
+    import jax.numpy as jnp
+
+    from uva_jax.cli.flops import flops
+    from uva_jax.graft.finetune import Trainer
+    from uva_jax.runtime import parallel
+    from uva_jax.train import loop
+
+    mesh = parallel.make_mesh()
+    trainer = Trainer(random_policy(config, dtype), options, mesh, seed=0)
+    params, frozen = trainer.parts(trainer.phases[0])
+    state = loop.start_state(params, options, mesh)
+    run = loop.make_steps(trainer.loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
+    key, number = jax.random.key(0), 0
+
+    def step():
+        nonlocal state, number
+        group = parallel.shard_batch(mesh, {k: v[None] for k, v in data.items()}, axis=1)
+        state, scalars, _ = run(state, frozen, group, jnp.int32(number), key)
+        number += 1
+        return jax.block_until_ready((state, scalars))
+
+    group = {k: v[None] for k, v in data.items()}
+    return Work(step, flops(run, state, frozen, group, jnp.int32(0), key))
+
+
+def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:
+    """Measures a step of Stage 2.
+
+    Args:
+      size: of the policy, "tiny" or "pusht".
+      dtype: of products, "float32" or "bfloat16"; parameters are float32.
+      batch: windows of a step.
+      compiled: also measure `torch.compile`.
+
+    Returns:
+      the result of `bench_turns.measure`, and the arguments.
+
+    Raises:
+      UserError: a process failed.
+    """
+    given = {"size": size, "dtype": dtype, "batch": batch}
+    backends = (TORCH, COMPILED) if compiled else (TORCH,)
+    pairs = [(OURS, TOKENS)]
+    pairs += [(backend, source) for source in (TOKENS, FROZEN, WHOLE) for backend in backends]
+    rows = [Row(source, backend, given | {"source": source}) for backend, source in pairs]
+    return given | bench_turns.measure(__name__, rows)
+
+
+def table(result: dict) -> str:
+    """Formats the result of `bench_finetune`; speeds are relative to PyTorch's from tokens."""
+    (torch,) = (r for r in result["rows"] if (r["backend"], r["name"]) == (TORCH, TOKENS))
+    return "\n".join(
+        [
+            f"{result['size']}: a step of Stage 2 for {result['batch']} windows in "
+            f"{result['dtype']}",
+            *bench_turns.lines(result, {STEP: bench_turns.seconds(torch, STEP)}),
+            "speed: of PyTorch's step from tokens",
+        ]
+    )

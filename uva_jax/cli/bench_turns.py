@@ -1,0 +1,221 @@
+"""Times work of several frameworks in processes that take turns, and prints it as a table.
+
+Every row of a bench is a process of its own, because thread pools of two frameworks disturb each
+other. It prepares its work, warms it up and then waits for its turns; one process works at a time,
+and all have turns in every round, so that a slow minute of the machine meets all of them. Times are
+medians over all calls.
+
+Operations are those of matrix products and convolutions: counted in JAX's traced program
+(`flops.py`) and by torch's own counter. Shares are of the fastest product of two large matrices
+in any of the processes, measured after the turns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from uva_jax.envs.workers import WorkerError, WorkerProcess, usable_cores
+from uva_jax.runtime.errors import UserError
+
+_ROUNDS = 5
+_TURN = 0.3  # seconds of a turn for each part, at least one call
+_ENOUGH = 20.0  # seconds of calls after which a row that has had two turns skips the others
+TORCH, COMPILED, OURS = "torch", "torch.compile", "uva_jax"
+
+
+class Work(NamedTuple):
+    """A function that does some work to its end, and the operations that this takes."""
+
+    run: Callable[[], object]
+    flops: float
+
+
+class Row(NamedTuple):
+    """A row of a bench: its name, framework, and the arguments of the module's `build`."""
+
+    name: str
+    backend: str  # OURS, TORCH or COMPILED
+    options: Mapping
+
+    @property
+    def label(self) -> str:
+        """The framework and the name."""
+        return f"{self.backend} {self.name}".strip()
+
+
+class Runner:
+    """The side of a row's process: called by `measure`."""
+
+    def __init__(self, module: str, backend: str, options: Mapping):
+        """Builds the work: `module` has `build(backend, **options)` -> {part: Work}."""
+        self._backend, self._bfloat16 = backend, options["dtype"] == "bfloat16"
+        if backend != OURS:
+            _torch_tools().use_threads(usable_cores())
+        self._parts = importlib.import_module(module).build(backend, **options)
+        self._calls: dict[str, int] = {}
+
+    def warm(self) -> dict[str, float]:
+        """Does all work twice; returns the operations of each part."""
+        for name, part in self._parts.items():
+            part.run()
+            start = time.perf_counter()
+            part.run()
+            seconds = time.perf_counter() - start
+            self._calls[name] = max(1, min(50, round(_TURN / seconds)))
+        return {name: part.flops for name, part in self._parts.items()}
+
+    def turn(self) -> dict[str, list[float]]:
+        """Times each part; returns the seconds of every call."""
+        found = {}
+        for name, part in self._parts.items():
+            times = found[name] = []
+            for _ in range(self._calls[name]):
+                start = time.perf_counter()
+                part.run()
+                times.append(time.perf_counter() - start)
+        return found
+
+    def memory(self) -> int:
+        """Returns the most bytes in use: of the accelerator's memory, or of the process."""
+        return (_jax_memory() if self._backend == OURS else _torch_tools().memory()) or resident()
+
+    def peak(self) -> float:
+        """Returns the operations per second of a product of two large matrices."""
+        find = _jax_peak if self._backend == OURS else _torch_tools().peak
+        return find(self._bfloat16)
+
+
+def _torch_tools():
+    from convert.torch import timing
+
+    return timing
+
+
+def _jax_memory() -> int | None:
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _jax_peak(bfloat16: bool) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), jnp.bfloat16 if bfloat16 else jnp.float32)
+    product = jax.jit(jnp.dot)
+    return 2 * size**3 / fastest(lambda: jax.block_until_ready(product(x, x)))
+
+
+def fastest(run: Callable[[], object], calls: int = 10) -> float:
+    """Returns the seconds of the fastest of some calls after two others."""
+    times = []
+    for _ in range(calls + 2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def resident(field: str = "VmHWM") -> int:
+    """Returns the bytes of memory that this process uses (VmRSS) or has used at most (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(module: str, rows: Sequence[Row]) -> dict:
+    """Times rows in turns.
+
+    Args:
+      module: has `build(backend, **options)`, which returns {part: Work}.
+      rows: what to build; the options name at least the "dtype", float32 or bfloat16.
+
+    Returns:
+      {"peak": operations per second, "rows": [{"name", "backend", "memory", "parts": {part:
+      {"seconds", "flops"}}}]}.
+
+    Raises:
+      UserError: a row's process ended before its work.
+    """
+    # As the training commands advise: huge pages. Accelerator memory is taken as it is needed,
+    # because the processes share it.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with ExitStack() as stack:
+        workers = []
+        for row in rows:
+            worker = WorkerProcess(f"{__name__}:Runner", module, row.backend, dict(row.options))
+            stack.callback(worker.close)
+            workers.append(worker)
+            # One after the other, so that none compiles or makes weights while another is warmed.
+            row_flops = _ask(worker, row, "warm")
+            worker.flops = row_flops
+        times = [{name: [] for name in worker.flops} for worker in workers]
+        for number in range(_ROUNDS):
+            for row, worker, mine in zip(rows, workers, times, strict=True):
+                spent = sum(sum(calls) for calls in mine.values())
+                if number < 2 or spent < _ENOUGH:
+                    for name, calls in _ask(worker, row, "turn").items():
+                        mine[name] += calls
+        memory = [_ask(w, row, "memory") for row, w in zip(rows, workers, strict=True)]
+        peak = max(_ask(w, row, "peak") for row, w in zip(rows, workers, strict=True))
+    found = []
+    for row, worker, mine, used in zip(rows, workers, times, memory, strict=True):
+        parts = {
+            name: {"seconds": float(np.median(calls)), "flops": worker.flops[name]}
+            for name, calls in mine.items()
+        }
+        found.append({"name": row.name, "backend": row.backend, "memory": used, "parts": parts})
+    return {"peak": peak, "rows": found}
+
+
+def _ask(worker: WorkerProcess, row: Row, method: str):
+    try:
+        worker.send(method)
+        return worker.receive()
+    except WorkerError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"bench: the process of {row.label} failed: {reason}") from error
+
+
+def seconds(row: Mapping, part: str) -> float:
+    """Returns the seconds of a part of a row of `measure`'s result."""
+    return row["parts"][part]["seconds"]
+
+
+def lines(result: Mapping, reference: Mapping[str, float]) -> list[str]:
+    """Formats the result of `measure`.
+
+    Args:
+      result: of `measure`.
+      reference: seconds by part; the last column says how many times as fast a part is.
+    """
+    found = [
+        f"peak: {result['peak'] / 1e9:,.0f} GFLOP/s, the fastest product of two large matrices",
+        f"{'':<46}{'ms':>10}{'GFLOP':>10}{'of peak':>9}{'MB':>8}{'speed':>8}",
+    ]
+    for row in result["rows"]:
+        for number, (name, part) in enumerate(row["parts"].items()):
+            label = f"{row['backend']} {row['name']}".strip()
+            share = part["flops"] / part["seconds"] / result["peak"]
+            memory = f"{row['memory'] / 1e6:,.0f}" if number == 0 else ""
+            ratio = f"x{reference[name] / part['seconds']:.2f}" if name in reference else ""
+            found.append(
+                f"{label + ', ' + name:<46}{1e3 * part['seconds']:>10,.2f}"
+                f"{part['flops'] / 1e9:>10,.2f}{share:>9.1%}{memory:>8}{ratio:>8}"
+            )
+    return found
