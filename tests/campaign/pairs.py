@@ -22,7 +22,8 @@ class Losses:
 
     Attributes:
       lost: number of such processes.
-      told: of these, those that ended within a minute with a sentence that names the other.
+      told: of these, those that ended within a minute with a sentence that names the other, or
+        says that the disk, which both use, is full.
       seconds: until each ended.
       equal: whether every run was completed with an undisturbed pair's bits.
     """
@@ -30,7 +31,7 @@ class Losses:
     lost: int = 0
     told: int = 0
     seconds: list[float] = field(default_factory=list)
-    equal: bool = True
+    equal: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -114,9 +115,9 @@ def lose_processes(
         bad = [name for s in place.stages for name in differing(bits[s], reference.digests[s])]
         if bad:
             found.problems.append(f"the pair's results differ: {', '.join(bad)}")
+        found.equal = not bad
     except Failed as failed:
         found.problems.append(str(failed))
-    found.equal = not found.problems
     return found
 
 
@@ -127,7 +128,7 @@ def _fill(
     disk.leave(0.3, reference.workdir, "vae" if "vae" in arguments[-1] else "capture")
     pair = Pair(arguments, place, before=disk.before)
     pair.first.wait()
-    _see(pair.processes[1], 0, found)
+    _see(pair.processes[1], 0, found, disk.told)
     if not any(x.startswith("error: ") and disk.told in x for x in pair.first.lines):
         found.problems.append(f"a full disk in one of two is not told:\n{pair.first.tail()}")
     pair.kill()
@@ -155,12 +156,15 @@ def _killed(
     return False
 
 
-def _see(other: Command, victim: int, found: Losses) -> None:
-    """Waits until the remaining process ends."""
+def _see(other: Command, victim: int, found: Losses, full: str = "") -> None:
+    """Waits until the remaining process ends; `full` is what it says if its disk is full too."""
     begun, status = time.monotonic(), other.wait(_MINUTE)
     found.lost += 1
     found.seconds.append(time.monotonic() - begun)
-    named = any(x.startswith(f"error: process {victim} ") for x in other.lines)
+    named = any(
+        x.startswith(f"error: process {victim} ") or full and x.startswith("error: ") and full in x
+        for x in other.lines
+    )
     found.told += bool(status) and named
     if not (status and named):
         found.problems.append(

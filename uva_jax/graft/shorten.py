@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
 from uva_jax.graft.assemble import assemble
@@ -130,7 +129,7 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
                 condition, noise=noise, temperature=temperature, sampling_steps=steps
             )
 
-        samples = jax.lax.map(sample, jnp.arange(count)).swapaxes(0, 1)
+        samples = jax.vmap(sample, out_axes=1)(jnp.arange(count))  # they share the modulations
         return {"condition": condition.astype(jnp.bfloat16), "samples": samples}
 
     rows = (head.config.n_actions, head.config.channels)
@@ -176,12 +175,9 @@ def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):
                 again[:, None, None], diffusion.q_sample(schedule, target, later, x[0]), x
             )
         head = surgery.replace(student, arrays | params)
-        both = head.predict_x0(
-            rearrange(x, "two b n c -> (two b) n c"),
-            jnp.concatenate([t, t]),
-            jnp.concatenate([condition, condition]),
-        )
-        a, b = rearrange(both, "(two b) n c -> two b n c", two=2)
+        modulations, context = head.modulations(t, condition), head.context(condition)
+        outputs = jax.vmap(lambda x: head.step(x, modulations, context))(x)
+        a, b = outputs[..., : head.config.channels]
         loss = jnp.mean(_distance(a, target) + _distance(b, target) - _distance(a, b)) / 2
         return loss, {"loss": loss}
 
