@@ -147,9 +147,7 @@ def test_rows_of_a_batch_can_be_at_different_calls(quick_compilation):
         picks = steps[[3, 7, 11, 15]]
         found = {"text_latents": np.stack([given[0]["text_latents"][r] for r in rows])}
         for name in ("image", "wrist_image"):
-            found[name] = np.stack(
-                [[given[i][name][r] for i in steps[[3, 7, 11, 15]]] for r in rows]
-            )
+            found[name] = np.stack([[given[i][name][r] for i in picks] for r in rows])
         for name in ROBOT_STATE:
             found[name] = np.stack([[given[i][name][r] for i in steps] for r in rows])
         past = np.zeros((len(rows), 16, 10), np.float32)
