@@ -24,6 +24,8 @@ from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_bytes, write_json
 
 MARGIN = 0.02  # loss of score that the verdict of a run accepts
+# Options of `python -m uva_jax evaluate` with the names of settings.
+_OPTIONS = "simulator simulator_files max_steps sampling_steps sampler noise_seed".split()
 
 
 def evaluate(
@@ -78,24 +80,32 @@ def summary(found: Mapping) -> dict:
     return result
 
 
-def say_verdict(found: Mapping, policies: Sequence[Path], metrics, start_seed: int) -> None:
+def say_verdict(
+    found: Mapping, policies: Sequence[Path], out: Path, options: EvaluateOptions, metrics
+) -> None:
     """Prints a verdict and, if the seeds did not decide, the command that goes on.
 
     Args:
       found: the verdict, from metrics.json.
-      policies: folder of the policy and of its reference.
+      policies: folder of the reference and of the policy.
+      out: folder of the command's results.
+      options: of the rollouts.
       metrics: writer of messages.
-      start_seed: the first seed of the rollouts.
     """
     metrics.say(found["sentence"])
     if found["kind"] == "undecided":
         # Room for twice the estimated number, which is rough; the command stops when it is decided.
         count = 2 * (found["seeds"] + (found["seeds_needed"] or 500))
-        chosen = " ".join(f"--policy {shlex.quote(str(path))}" for path in policies)
+        first, usual = options.start_seed, EvaluateOptions()
+        words = [word for path in policies for word in ("--policy", str(path))]
+        words += ["--seeds", f"{first}:{first + math.ceil(count / 100) * 100}", "--until-decided"]
+        words += ["--margin", f"{found['margin']:g}"]
+        for name in _OPTIONS:
+            if (value := getattr(options, name)) != getattr(usual, name):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--out", str(out)]
         metrics.say(
-            f"to roll out seeds until it is decided: python -m uva_jax evaluate {chosen} "
-            f"--seeds {start_seed}:{start_seed + math.ceil(count / 100) * 100} --until-decided "
-            f"--margin {found['margin']:g}"
+            f"to roll out seeds until it is decided: python -m uva_jax evaluate {shlex.join(words)}"
         )
 
 

@@ -159,7 +159,7 @@ class RolloutPool:
         *,
         numbers: Sequence[int] | None = None,
         spec: RolloutSpec | None = None,
-        slots: int = SLOTS,
+        slots: int | None = None,
         record_seeds: Sequence[int] = (),
         ended: Callable[[Outcome, Times], None] | None = None,
         progress: Progress | None = None,
@@ -175,7 +175,8 @@ class RolloutPool:
           seeds: of the episodes.
           numbers: number of each episode's noise; by default the index of its seed.
           spec: what the policy observes, and the length of episodes.
-          slots: episodes that run at a time; fewer if there are fewer seeds.
+          slots: episodes that run at a time, which is the policy's batch; by default 32, or the
+            number of seeds if that is smaller.
           record_seeds: seeds that are rendered at every step and returned as videos.
           ended: called with every finished episode, in the order in which they end, and the time
             until then.
@@ -193,6 +194,7 @@ class RolloutPool:
         if not self._workers:
             raise ValueError("this rollout pool is closed")
         try:
+            slots = slots or min(SLOTS, len(jobs))
             return self._run(predict, jobs, spec or RolloutSpec(), slots, ended, progress)
         except BaseException:
             self.close()  # results may still arrive, so these workers cannot be used again
@@ -201,7 +203,6 @@ class RolloutPool:
     def _run(self, predict, jobs, spec, slots, ended, progress) -> RolloutResult:
         begun, policy_seconds, simulator_seconds = time.perf_counter(), 0.0, 0.0
         self._all("begin", spec)
-        slots = min(slots, len(jobs))
         count = 2 if slots >= _HALVED else 1
         size = -(-slots // count)
         halves = [_Half(i, range(i * size, (i + 1) * size)) for i in range(count)]

@@ -83,7 +83,8 @@ class ScoreFile:
                 [seed for seed, _ in missing],
                 numbers=[number for _, number in missing],
                 spec=spec,
-                slots=slots,
+                # Not fewer in a resumed run: XLA's last bits may depend on the size of the batch.
+                slots=min(slots, len(episodes)),
                 record_seeds=record_seeds,
                 ended=store,
                 progress=progress and (lambda done, _: progress(known + done, len(episodes))),

@@ -197,8 +197,9 @@ def run_evaluate(context: Context) -> dict:
     )
     context.metrics.say(f"report: {path}")
     if "verdict" in found:
-        both = [inputs[stage] / "policy" for stage in ("finetune", "convert")]
-        evaluate.say_verdict(found["verdict"], both, context.metrics, options.start_seed)
+        both = [inputs[stage] / "policy" for stage in ("convert", "finetune")]
+        out = context.workdir / "compared"
+        evaluate.say_verdict(found["verdict"], both, out, options, context.metrics)
     return evaluate.summary(found)
 
 
