@@ -41,7 +41,10 @@ setup(
         "language": ["tokenizers>=0.15"],  # task sentences for a policy's own language tower
         "hdf5": ["h5py>=3.10"],  # import recordings of Libero and robomimic
         "codecs": ["imagecodecs>=2024.1.1"],  # JPEG XL, JPEG 2000, lz4 and the like in zarr
+        "serve": ["websockets>=13", "msgpack>=1.0"],  # policy servers of openpi's protocol
         "dev": [
+            "websockets>=13",
+            "msgpack>=1.0",
             "h5py>=3.10",
             "imagecodecs>=2024.1.1",
             "imageio>=2.34",

@@ -8,7 +8,9 @@ the checkpoint and CLIP's vocabulary (`config.data.vocabulary`), or from a file 
 (`config.data.language`).
 `--stage pretrain` trains such a policy on the same recording, from MAR's weights and its KL-VAE
 (`config.pretrain.mar`, `config.pretrain.vae`); it needs the file of latents.
-There is no Libero simulator: the graft is evaluated by its actions on held-out windows.
+Without Libero installed, the graft is evaluated by its actions on held-out windows; with it, set
+`config.evaluate.simulator=libero`, `simulator_files=data/libero_10`, `start_seed=1000000`,
+`num_seeds=30` and `max_steps=500`, as upstream.
 """
 
 from configs import pusht

@@ -5,8 +5,10 @@
     python -m uva_jax.main --config configs/toolhang.py --workdir runs/toolhang
 
 The checkpoint says whether the policy takes the wrist camera, the state and past actions; other
-arrays are not read. `--stage pretrain` trains such a policy on the same recording. There is no
-robomimic simulator: the graft is evaluated by its actions on held-out windows.
+arrays are not read. `--stage pretrain` trains such a policy on the same recording. Without
+robomimic installed, the graft is evaluated by its actions on held-out windows; with it, set
+`config.evaluate.simulator=robomimic`, `simulator_files` to the file of the demonstrations and
+`max_steps=700`, as upstream.
 """
 
 from configs import pusht

@@ -13,7 +13,7 @@ from variants import ROBOT_STATE, VARIANTS
 import uva_jax
 from uva_jax.data.windows import WindowSpec
 from uva_jax.envs.pusht import PushT
-from uva_jax.eval.rollout import RolloutPool
+from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.models import surgery
 from uva_jax.models.actor import Actor, PolicyCall, new_frames
 from uva_jax.models.policy_config import VAEConfig
@@ -49,7 +49,8 @@ def observations(steps, batch=None, size=16):
 def test_an_actor_does_what_rollouts_do(teacher, quick_compilation):
     with RolloutPool(1) as pool:
         call = PolicyCall(teacher, "3", noise_seed=5)
-        result = pool.run(call, [100_000, 100_001], max_steps=20, record_seeds=[100_000, 100_001])
+        seeds = [100_000, 100_001]
+        result = pool.run(call, seeds, spec=spec_of(CONFIG, 20), record_seeds=seeds)
     actor, envs = teacher.actor(sampling_steps=3, seed=5), [PushT(), PushT()]
     for env, seed in zip(envs, result.seeds, strict=True):
         env.reset(int(seed))
@@ -121,7 +122,7 @@ def test_a_frame_is_encoded_once(quick_compilation):
     ] * 3
     window = actor._window()
     encode = jax.jit(lambda frames: policy.vae.encode(policy.preprocess(frames)))
-    for name, kept in actor._call._moments.items():
+    for name, kept in actor._call._kept[0][1].items():
         wanted = encode(window[name][0])
         for found, moment in zip(kept, wanted, strict=True):
             np.testing.assert_allclose(found[0], moment, rtol=1e-3, atol=1e-4)
@@ -134,6 +135,37 @@ def test_each_environment_of_a_batch_gets_what_it_gets_alone(quick_compilation):
         found, wanted = both(obs), alone({k: v[0] for k, v in obs.items()})
         assert found.shape == (2, 10) and wanted.shape == (10,)
         np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_batch_can_be_at_different_calls(quick_compilation):
+    """Row 0 begins an episode while row 1 goes on; two batches alternate."""
+    policy = make_policy(SMALL)
+    given, index = observations(25, batch=2), np.arange(2, dtype=np.int32)
+
+    def window(rows, now):
+        steps = np.maximum(now - 15 + np.arange(16), 0)
+        picks = steps[[3, 7, 11, 15]]
+        found = {"text_latents": np.stack([given[0]["text_latents"][r] for r in rows])}
+        for name in ("image", "wrist_image"):
+            found[name] = np.stack([[given[i][name][r] for i in picks] for r in rows])
+        for name in ROBOT_STATE:
+            found[name] = np.stack([[given[i][name][r] for i in steps] for r in rows])
+        past = np.zeros((len(rows), 16, 10), np.float32)
+        return found | {"past_action": past if now else np.full_like(past, np.nan)}
+
+    def both(first, second):
+        return {k: np.concatenate([first[k], second[k]]) for k in first}
+
+    call, alone = PolicyCall(policy, "2"), PolicyCall(policy, "2")
+    wanted = {now: alone(window([1], now), index[1:], now // 8) for now in (0, 8, 16)}
+    first = {k: v for k, v in window([0], 0).items() if k != "past_action"}
+    start = PolicyCall(policy, "2")(first, index[:1], 0)
+    for turn, now in enumerate((0, 8, 16)):
+        call(window([0, 1], 0), index, 0, batch=1)
+        found = call(both(window([0], 0), window([1], now)), index, np.array([0, turn]), batch=0)
+        np.testing.assert_allclose(found[0], start[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[1], wanted[now][0], rtol=1e-4, atol=1e-4)
+    assert call._kept.keys() == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from uva_jax.data.rotations import axis_angle_to_matrix, matrix_to_rotation_6d, pose_matrix
 from uva_jax.data.umi import absolute_poses, relative_window
+from uva_jax.envs.rotations import axis_angle_to_matrix, matrix_to_rotation_6d, pose_matrix
 
 IDENTITY_6D = [1, 0, 0, 0, 1, 0]
 HORIZON, PAST = 32, 15  # length of a window, and index of its current step

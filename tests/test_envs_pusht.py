@@ -13,6 +13,7 @@ from gym_pusht.envs.pusht import PushTEnv
 from uva_jax.data.pusht_demos import load_demos
 from uva_jax.envs.pusht import PushT, initial_state
 from uva_jax.envs.workers import WorkerError, WorkerProcess
+from uva_jax.runtime.errors import UserError
 
 # First rows of `data/state` of episodes 0, 1 and 2 of the human demonstrations: recorded by the
 # original environment under seeds 0, 1 and 2.
@@ -98,12 +99,16 @@ def test_worker_modules_import_neither_jax_nor_torch():
 
 
 def test_a_worker_that_fails_or_is_killed_says_so_at_once():
-    failing = WorkerProcess("uva_jax.data.pusht_demos:RenderWorker", "/nowhere", 10**9)
-    failing.send("render", 0)
-    with pytest.raises(WorkerError, match="1000000000 demonstrations were asked for"):
+    refused = WorkerProcess("uva_jax.data.pusht_demos:RenderWorker", "/nowhere", 10**9)
+    refused.send("render", 0)
+    with pytest.raises(UserError, match="1000000000 demonstrations were asked for"):
+        refused.receive()
+    refused.close()
+    failing = WorkerProcess("uva_jax.envs.pusht:PushTTask", "an argument too many")
+    with pytest.raises(WorkerError, match="takes no arguments"):
         failing.receive()
     failing.close()
-    killed = WorkerProcess("uva_jax.envs.pusht:RolloutWorker")
+    killed = WorkerProcess("uva_jax.envs.pusht:PushTTask")
     os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="killed by signal 9"):
         killed.receive()

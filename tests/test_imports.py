@@ -44,7 +44,10 @@ DEFERRED = {
     "convert.__main__",
 }
 # Optional packages, imported where they are needed.
-OPTIONAL = {"cv2", "h5py", "imagecodecs", "numcodecs", "tokenizers", "torch", "wandb"}
+OPTIONAL = {
+    *("cv2", "h5py", "imagecodecs", "msgpack", "numcodecs", "tokenizers", "torch", "wandb"),
+    "websockets",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "settings": ("uva_jax.cli.settings", "every setting with its default, range and comment"),
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
     "sample": ("uva_jax.cli.sample", "predicted video and actions, compared with the recording"),
+    "evaluate": ("uva_jax.cli.evaluate", "compare policies in a simulator, until it is decided"),
     "ablate": ("uva_jax.cli.ablate", "time and score of each part of a policy's training"),
     "worth": ("uva_jax.cli.worth", "a graft against its teacher, by head, recipe and data"),
     "bench": ("uva_jax.cli.bench", "speed of conversion and of training steps"),

@@ -16,8 +16,8 @@ import numpy as np
 
 from uva_jax.data.replay_buffer import Progress, ReplayBuffer
 from uva_jax.data.replay_writer import ReplayBufferWriter
-from uva_jax.data.rotations import actions_to_10d
 from uva_jax.data.zarr_container import not_hdf5
+from uva_jax.envs.rotations import actions_to_10d
 from uva_jax.runtime.errors import UserError
 
 _LIBERO_FILE = "_demo.hdf5"

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from uva_jax.data.rotations import axis_angle_to_matrix, pose_from_9d, pose_matrix, pose_to_9d
 from uva_jax.data.source import DataOptions, WindowReader
 from uva_jax.data.windows import WindowSpec
+from uva_jax.envs.rotations import axis_angle_to_matrix, pose_from_9d, pose_matrix, pose_to_9d
 
 STRIDE = 3  # steps of the recording (59.94 Hz) per step of a window
 _POSE = {"robot0_eef_pos": 3, "robot0_eef_rot_axis_angle": 3, "robot0_gripper_width": 1}

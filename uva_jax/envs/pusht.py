@@ -6,6 +6,8 @@ it: they should start within a second and not use an accelerator.
 """
 
 import os
+from collections.abc import Collection
+from typing import ClassVar
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # before pygame is imported: no display needed
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -131,96 +133,33 @@ class PushT:
         return np.ascontiguousarray(small[..., 2::-1])
 
 
-class _Episode:
-    """One environment under UVA's multi-step protocol: observation history, chunks of actions."""
+class PushTTask:
+    """PushT as a `Simulator`: the reward is the goal's coverage over 0.95, at most 1."""
 
-    def __init__(
-        self, seed: int, record: bool, n_obs_steps: int, chunk: int, frames: tuple, fix_goal: bool
-    ):
-        self.env = PushT()
-        self.env.reset(seed, fix_goal=fix_goal)
-        self.best_coverage = 0.0
-        self.reward = 0.0
-        self.done = False
-        self.positions = [self.env.agent_position]
-        self._n_obs_steps = n_obs_steps
-        self._frame_indices = np.array(frames)
-        self._record = record
-        self._chunk = chunk
-        # Steps modulo the chunk whose pictures a later observation includes.
-        self._phases = {(i - n_obs_steps + 1) % chunk for i in frames}
-        self._pictures = {0: self.env.render()}
+    observes: ClassVar = {"image": (IMAGE_SIZE, IMAGE_SIZE, 3), "agent_pos": (2,)}
+    action_dim = 2
+    tasks = ()
+    task = 0
+    fix_goal = True
 
-    def run(self, actions: np.ndarray, max_steps: int) -> None:
-        for action in actions:
-            coverage, success = self.env.step(action)
-            self.positions.append(self.env.agent_position)
-            step = len(self.positions) - 1
-            self.best_coverage = max(self.best_coverage, coverage)
-            self.reward = max(self.reward, min(coverage / SUCCESS_COVERAGE, 1.0))
-            self.done = success or step >= max_steps
-            wanted = not self.done and step % self._chunk in self._phases
-            if wanted or self._record:
-                self._pictures[step] = self.env.render()
-            if self.done:
-                return
-
-    def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns pictures uint8 (f, 96, 96, 3) and agent positions float32 (n_obs_steps, 2).
-
-        The first observation is repeated for steps before the start.
-        """
-        now = len(self.positions) - 1
-        steps = np.maximum(now - self._n_obs_steps + 1 + np.arange(self._n_obs_steps), 0)
-        pictures = [self._pictures[i] for i in steps[self._frame_indices].tolist()]
-        positions = [self.positions[i] for i in steps.tolist()]
-        return np.stack(pictures), np.array(positions, np.float32)
-
-    def video(self) -> np.ndarray | None:
-        return np.stack(list(self._pictures.values())) if self._record else None
-
-
-class RolloutWorker:
-    """Runs several episodes in a worker process; `eval.rollout` calls its methods."""
-
-    def __init__(self, fix_goal: bool = True):
+    def reset(self, seed: int) -> None:
+        """Starts UVA's episode of a seed."""
         cv2.setNumThreads(1)  # the processes are the parallelism
-        self._fix_goal = fix_goal
-        self._episodes: list[_Episode] = []
+        self._env = PushT()
+        self._env.reset(seed, fix_goal=self.fix_goal)
 
-    def start(self, seeds, records, n_obs_steps, chunk, frames):
-        """Starts one episode per seed and observes all of them; see `step` for the result.
+    def observe(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Returns "image" and "agent_pos", which is in pixels of the 512 canvas."""
+        read = {"image": self._env.render, "agent_pos": lambda: self._env.agent_position}
+        return {name: read[name]() for name in names}
 
-        Args:
-          seeds: of the episodes.
-          records: for each episode whether it is recorded as video.
-          n_obs_steps: steps of the observation history.
-          chunk: actions per call of `step`.
-          frames: indices of the history whose pictures are observed.
-        """
-        self._episodes = [
-            _Episode(seed, record, n_obs_steps, chunk, frames, self._fix_goal)
-            for seed, record in zip(seeds, records, strict=True)
-        ]
-        return self._observe(range(len(seeds)))
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        """Moves towards the target `action` (2,), in pixels; see `Simulator.step`."""
+        coverage, success = self._env.step(action)
+        return min(coverage / SUCCESS_COVERAGE, 1.0), success
 
-    def step(self, actions: np.ndarray, max_steps: int):
-        """Runs a chunk of actions (n, chunk, 2), in pixels, in every unfinished episode.
 
-        Returns:
-          the indices of unfinished episodes, and lists of their pictures uint8 (f, 96, 96, 3) and
-          agent positions float32 (n_obs_steps, 2).
-        """
-        running = [i for i, episode in enumerate(self._episodes) if not episode.done]
-        for i in running:
-            self._episodes[i].run(actions[i], max_steps)
-        return self._observe([i for i in running if not self._episodes[i].done])
+class PushTMultitask(PushTTask):
+    """PushT-M: every seed has another goal."""
 
-    def results(self):
-        """Returns for every episode (score in 0..1, best coverage, steps, video or None)."""
-        episodes, self._episodes = self._episodes, []
-        return [(e.reward, e.best_coverage, len(e.positions) - 1, e.video()) for e in episodes]
-
-    def _observe(self, running):
-        observed = [self._episodes[i].observe() for i in running]
-        return list(running), [o[0] for o in observed], [o[1] for o in observed]
+    fix_goal = False

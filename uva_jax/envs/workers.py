@@ -13,6 +13,8 @@ import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from uva_jax.runtime.errors import UserError
+
 
 def usable_cores() -> int:
     """Returns the number of cores that this process may use."""
@@ -36,7 +38,8 @@ class WorkerProcess:
     def __init__(self, target: str, *args):
         """Starts the process; `target` is "module:Class", `args` go to its constructor."""
         ours, theirs = socket.socketpair()
-        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        # The parent's path, for simulators that users bring.
+        paths = [str(Path(__file__).resolve().parents[2]), *sys.path]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -80,11 +83,15 @@ class WorkerProcess:
 
         Raises:
           WorkerError: the process has ended.
+          UserError: the call, or the object's constructor, raised it.
         """
         try:
-            return self.connection.recv()
+            result = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
+        if isinstance(result, UserError):
+            raise result
+        return result
 
     def close(self) -> None:
         """Ends the process by closing its connection, and kills it if that takes 5 s."""
@@ -111,13 +118,20 @@ def serve(descriptor: int, target: str) -> None:
     """Runs the worker's side of `WorkerProcess`: answers calls until the connection closes."""
     connection = Connection(descriptor)
     module, name = target.split(":")
-    served = None
+    served = refused = None
     while True:
         try:
             method, args = connection.recv()
         except (EOFError, ConnectionResetError):
             return
-        if method == "__init__":
-            served = getattr(importlib.import_module(module), name)(*args)
-            continue
-        connection.send(getattr(served, method)(*args))
+        try:
+            if method == "__init__":
+                served = getattr(importlib.import_module(module), name)(*args)
+                continue
+            result = refused or getattr(served, method)(*args)
+        except UserError as error:
+            result = error
+            if method == "__init__":  # which has no answer: the calls that follow get it
+                refused = error
+                continue
+        connection.send(result)

@@ -11,19 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from uva_jax.data import source
-from uva_jax.data.windows import Strips, WindowSpec
+from uva_jax.data.windows import Strips
+from uva_jax.envs.episode import Outcome
 from uva_jax.eval import actions, video
-from uva_jax.eval.rollout import RolloutPool, RolloutResult
+from uva_jax.eval.acting import Language, LocalPolicy
+from uva_jax.eval.rollout import RolloutPool
+from uva_jax.eval.scores import ScoreFile
 from uva_jax.eval.statistics import mean_interval, paired_difference, verdict
-from uva_jax.models.actor import PolicyCall
-from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
-from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_bytes, write_json
 
 MARGIN = 0.02  # loss of score that the verdict of a run accepts
+# Options of `python -m uva_jax evaluate` with the names of settings.
+_OPTIONS = "simulator simulator_files max_steps sampling_steps sampler noise_seed".split()
 
 
 def evaluate(
@@ -32,8 +34,9 @@ def evaluate(
     options: EvaluateOptions,
     folder: Path,
     metrics: MetricsWriter,
+    language: Language | None = None,
 ) -> dict:
-    """Evaluates every policy; writes metrics.json and videos/. A killed run resumes by policy.
+    """Evaluates every policy; writes metrics.json and videos/. A killed run resumes by seed.
 
     Args:
       policies: "teacher", "graft_stage1", "graft" and, if there is one, "graft_shortened".
@@ -41,6 +44,7 @@ def evaluate(
       options: of rollouts and action samples.
       folder: of the stage.
       metrics: writer of progress and messages.
+      language: gives the latents of the simulator's tasks, for policies that read them.
 
     Returns:
       the content of metrics.json: the results of each policy and, with rollouts,
@@ -48,19 +52,14 @@ def evaluate(
       "_shortened".
 
     Raises:
-      UserError: the simulator does not provide the policy's observations.
+      UserError: the simulator lacks what a policy reads.
     """
     found: dict = {name: {} for name in policies}
     if windows is not None:
         for name, policy in policies.items():
             found[name]["actions"] = _act(name, policy, *windows, options, folder, metrics)
     if seeds := rollout_seeds(options):
-        if WindowSpec.of(policies["teacher"].config).more_than_images:
-            raise UserError(
-                f"config.evaluate.simulator={options.simulator!r} provides only images, but this "
-                "policy observes more: set it to ''"
-            )
-        _roll_out_all(policies, found, seeds, options, folder, metrics)
+        _roll_out_all(policies, found, seeds, options, folder, metrics, language)
     write_json(folder / "metrics.json", found)
     return found
 
@@ -81,24 +80,32 @@ def summary(found: Mapping) -> dict:
     return result
 
 
-def say_verdict(found: Mapping, policies: Sequence[Path], metrics, start_seed: int) -> None:
+def say_verdict(
+    found: Mapping, policies: Sequence[Path], out: Path, options: EvaluateOptions, metrics
+) -> None:
     """Prints a verdict and, if the seeds did not decide, the command that goes on.
 
     Args:
       found: the verdict, from metrics.json.
-      policies: folder of the policy and of its reference.
+      policies: folder of the reference and of the policy.
+      out: folder of the command's results.
+      options: of the rollouts.
       metrics: writer of messages.
-      start_seed: the first seed of the rollouts.
     """
     metrics.say(found["sentence"])
     if found["kind"] == "undecided":
         # Room for twice the estimated number, which is rough; the command stops when it is decided.
         count = 2 * (found["seeds"] + (found["seeds_needed"] or 500))
-        chosen = " ".join(f"--policy {shlex.quote(str(path))}" for path in policies)
+        first, usual = options.start_seed, EvaluateOptions()
+        words = [word for path in policies for word in ("--policy", str(path))]
+        words += ["--seeds", f"{first}:{first + math.ceil(count / 100) * 100}", "--until-decided"]
+        words += ["--margin", f"{found['margin']:g}"]
+        for name in _OPTIONS:
+            if (value := getattr(options, name)) != getattr(usual, name):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--out", str(out)]
         metrics.say(
-            f"to roll out seeds until it is decided: python -m uva_jax evaluate {chosen} "
-            f"--seeds {start_seed}:{start_seed + math.ceil(count / 100) * 100} --until-decided "
-            f"--margin {found['margin']:g}"
+            f"to roll out seeds until it is decided: python -m uva_jax evaluate {shlex.join(words)}"
         )
 
 
@@ -125,16 +132,27 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
     return found
 
 
-def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> None:
+def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, language) -> None:
     """Adds the scores of every policy and the paired differences to `results`."""
     recorded = seeds[: options.videos]
-    fix_goal = options.simulator != "pusht_multitask"
-    with RolloutPool(options.workers or None, fix_goal=fix_goal) as pool:
+    with RolloutPool(
+        options.workers or None, simulator=options.simulator, files=options.simulator_files
+    ) as pool:
         for name, policy in policies.items():
             found = read_json(folder / f"{name}.json")
             if found is None:
-                found = _rollout(pool, name, policy, seeds, recorded, options, folder, metrics)
-                write_json(folder / f"{name}.json", found)
+                actor = LocalPolicy(
+                    name,
+                    policy,
+                    pool.simulator,
+                    sampling_steps=options.sampling_steps,
+                    sampler=options.sampler,
+                    noise_seed=options.noise_seed,
+                    max_steps=options.max_steps,
+                    language=language,
+                )
+                found = _rollout(pool, name, actor, seeds, recorded, options, folder, metrics)
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)  # the result holds its content
             results[name] |= found
             metrics.say(
                 f"{name}: test_mean_score {found['test_mean_score']:.3f} "
@@ -165,45 +183,56 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics) -> N
 
 
 def _rollout(
-    pool, name, policy, seeds, recorded, options: EvaluateOptions, folder, metrics
+    pool, name, actor: LocalPolicy, seeds, recorded, options: EvaluateOptions, folder, metrics
 ) -> dict:
-    config = policy.config
-    with metrics.progress(options.max_steps, unit="steps", desc=name) as bar:
-        done = 0
+    """Returns the scores of one policy; stored, so that a resumed run reuses them."""
+    file = ScoreFile(folder / f"{name}.jsonl")
+    episodes = [(seed, number) for number, seed in enumerate(seeds)]
 
-        def progress(step: int, total: int) -> None:
+    def film(outcome: Outcome) -> None:
+        if outcome.video is not None:
+            path = folder / "videos" / f"{name}_{outcome.seed}.mp4"
+            video.write_mp4(path, outcome.video)
+            # On a full disk, np.save to a file raises an error without errno.
+            content = io.BytesIO()
+            np.save(content, outcome.video)
+            write_bytes(path.with_suffix(".npy"), content.getvalue())
+
+    done = file.count(episodes)
+    with metrics.progress(len(seeds), unit="episodes", desc=name, initial=done) as bar:
+
+        def progress(now: int, total: int) -> None:
             nonlocal done
             del total
-            bar.update(step - done)
-            done = step
+            bar.update(now - done)
+            done = now
 
-        result: RolloutResult = pool.run(
-            PolicyCall(policy, options.sampling_steps, options.noise_seed, options.sampler),
-            seeds,
-            max_steps=options.max_steps,
-            n_obs_steps=config.n_obs_steps,
-            n_action_steps=config.n_action_steps,
-            frame_indices=frame_indices(config.n_obs_steps, config.mar.n_frames),
+        file.roll_out(
+            pool,
+            actor,
+            episodes,
+            spec=actor.spec,
+            slots=options.slots,
             record_seeds=recorded,
+            ended=film,
             progress=progress,
         )
-    videos = folder / "videos"
-    for seed, frames in result.videos.items():
-        video.write_mp4(videos / f"{name}_{seed}.mp4", frames)
-        content = io.BytesIO()  # on a full disk, np.save to a file raises an error without errno
-        np.save(content, frames)
-        write_bytes(videos / f"{name}_{seed}.npy", content.getvalue())
-    interval = mean_interval(result.scores, seed=0)
-    return {
-        "test_mean_score": result.mean,
+    scores = [file.scores[episode] for episode in episodes]
+    values = np.array([s.score for s in scores])
+    interval = mean_interval(values, seed=0)
+    found = {
+        "test_mean_score": float(values.mean()),
         "ci95": [interval.low, interval.high],
-        "success_rate": float(result.success.mean()),
-        "seeds": [int(s) for s in result.seeds],
-        "scores": [float(s) for s in result.scores],
-        "steps": [int(s) for s in result.steps],
-        "seconds": result.seconds,
-        "policy_seconds": result.policy_seconds,
+        "success_rate": float(np.mean([s.success for s in scores])),
+        "seeds": seeds,
+        "scores": values.tolist(),
+        "steps": [s.steps for s in scores],
+        "seconds": file.times.total,
+        "policy_seconds": file.times.policy,
+        "simulator_seconds": file.times.simulator,
     }
+    write_json(folder / f"{name}.json", found)
+    return found
 
 
 def _side_by_side(folder, recorded: list[int]) -> None:

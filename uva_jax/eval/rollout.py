@@ -1,23 +1,47 @@
-"""UVA's PushT evaluation: a batched policy, environments in parallel processes.
+"""UVA's evaluation in a simulator: a batched policy, and episodes in parallel processes.
 
-The protocol is that of upstream's PushT runner: the policy observes the last 16 steps (the first is
+The protocol is that of upstream's runners: the policy observes the last 16 steps (the first is
 repeated before the start) and all of its 8 actions are executed before the next call. An episode
-ends with success or after 300 steps, also within a chunk of actions. Its score is the largest
-reward, which is the goal's coverage over 0.95, at most 1.
+ends with success or after `max_steps`, also within a chunk of actions. Its score is the largest
+reward.
+
+The batch has a fixed number of slots, and a slot whose episode has ended gets the next seed. It is
+divided in two halves: while the policy acts on one, the processes step the other.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from uva_jax.data.replay_buffer import Progress
-from uva_jax.envs.pusht import IMAGE_SIZE, SUCCESS_COVERAGE
+from uva_jax.envs.episode import Job, Outcome, RolloutSpec, Turn
+from uva_jax.envs.simulator import SimulatorInfo
 from uva_jax.envs.workers import WorkerProcess, usable_cores
+from uva_jax.models.actor import cameras
+from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy_config import PolicyConfig
 
-# predict(obs, seed_index, call_index) -> actions; see `RolloutPool.run`
-Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
+SLOTS = 32
+_HALVED = 4  # slots from which on they are divided
+EMPTY = -1  # seed_index of a slot without an episode
+# predict(obs, seed_index, call_index, batch) -> actions; see `RolloutPool.run`
+Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray, int], np.ndarray]
+
+
+class Times(NamedTuple):
+    """Wall time of rollouts in seconds: all, in `predict`, and waiting for the simulator."""
+
+    total: float = 0.0
+    policy: float = 0.0
+    simulator: float = 0.0
+
+    def plus(self, other: "Times") -> "Times":
+        """Returns the sum of two times."""
+        return Times(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -26,37 +50,95 @@ class RolloutResult:
 
     seeds: np.ndarray  # (n,) int64
     scores: np.ndarray  # (n,) float64: largest reward, 0..1
-    coverage: np.ndarray  # (n,) float64: largest coverage, 0..1
+    success: np.ndarray  # (n,) booleans: the task was solved
     steps: np.ndarray  # (n,) int64: actions executed
-    seconds: float  # wall time of the whole run
-    policy_seconds: float  # of these, the time in `predict`
-    videos: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> uint8 (t, 96, 96, 3)
+    times: Times
+    videos: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> uint8 (t, h, w, 3)
 
     @property
     def mean(self) -> float:
         """UVA's `test_mean_score`."""
         return float(self.scores.mean())
 
+
+def spec_of(config: PolicyConfig, max_steps: int = 300) -> RolloutSpec:
+    """Returns what a policy observes and executes in each call."""
+    mar = config.mar
+    states = config.proprio_keys if mar.proprio_dim else ()
+    return RolloutSpec(
+        names=(*cameras(config), *states, *(("text_latents",) if mar.text_dim else ())),
+        n_obs_steps=config.n_obs_steps,
+        frames=frame_indices(config.n_obs_steps, mar.n_frames),
+        chunk=config.n_action_steps,
+        past_actions=mar.n_actions if mar.history_action else 0,
+        max_steps=max_steps,
+    )
+
+
+class _Half:
+    """Half of the slots: what their episodes observe, in arrays of constant shape."""
+
+    def __init__(self, number: int, slots: Sequence[int]):
+        self.number, self.slots = number, list(slots)
+        self.jobs: list[Job | None] = [None] * len(slots)
+        self.calls = np.zeros(len(slots), np.int32)
+        self.moving = False  # its turn has been sent and not received
+        self._obs: dict[str, np.ndarray] = {}
+
     @property
-    def success(self) -> np.ndarray:
-        """(n,) booleans: the full score was reached, that is, a coverage of at least 0.95."""
-        return (self.scores >= 1.0) & (self.coverage >= SUCCESS_COVERAGE)
+    def running(self) -> bool:
+        return any(self.jobs)
+
+    @property
+    def obs(self) -> dict[str, np.ndarray]:
+        # Copies, because jax may read a numpy array in place, and these are overwritten.
+        return {name: x.copy() for name, x in self._obs.items()}
+
+    @property
+    def seed_index(self) -> np.ndarray:
+        return np.array([EMPTY if job is None else job.number for job in self.jobs], np.int32)
+
+    def take(self, row: int, turn: Turn) -> None:
+        """Writes the result of a slot's turn to its row."""
+        self.calls[row] = 0 if turn.job else self.calls[row] + 1
+        if turn.job or turn.ended:
+            self.jobs[row] = turn.job
+        for name, value in (turn.obs or {}).items():
+            if name not in self._obs:
+                self._obs[name] = np.zeros((len(self.slots), *value.shape), value.dtype)
+            self._obs[name][row] = value
+        if turn.obs is None:
+            for values in self._obs.values():
+                values[row] = 0
 
 
 class RolloutPool:
-    """Worker processes that run environments, for several policies; a context manager."""
+    """Worker processes that run episodes, for several policies; a context manager.
 
-    def __init__(self, workers: int | None = None, *, fix_goal: bool = True):
+    Attributes:
+      simulator: what the simulator provides.
+    """
+
+    def __init__(self, workers: int | None = None, *, simulator: str = "pusht", files: str = ""):
         """Starts the processes.
 
         Args:
           workers: number of processes; by default one per core that this process may use.
-          fix_goal: False: every seed has another goal, as in PushT-M.
+          simulator: its name, or "package.module:Class".
+          files: path that the simulator reads; "": none.
+
+        Raises:
+          UserError: the simulator cannot be made.
         """
         if workers is not None and workers < 1:
             raise ValueError(f"a rollout pool needs at least one worker, got {workers}")
-        target = "uva_jax.envs.pusht:RolloutWorker"
-        self._workers = [WorkerProcess(target, fix_goal) for _ in range(workers or usable_cores())]
+        target, count = "uva_jax.envs.episode:EpisodeWorker", workers or usable_cores()
+        self._workers = [WorkerProcess(target, simulator, files) for _ in range(count)]
+        try:
+            self.simulator: SimulatorInfo = self._all("describe")[0]
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "RolloutPool":
         return self
@@ -75,117 +157,144 @@ class RolloutPool:
         predict: Predict,
         seeds: Sequence[int],
         *,
-        max_steps: int = 300,
-        n_obs_steps: int = 16,
-        n_action_steps: int = 8,
-        frame_indices: Sequence[int] = (3, 7, 11, 15),
+        numbers: Sequence[int] | None = None,
+        spec: RolloutSpec | None = None,
+        slots: int | None = None,
         record_seeds: Sequence[int] = (),
+        ended: Callable[[Outcome, Times], None] | None = None,
         progress: Progress | None = None,
     ) -> RolloutResult:
-        """Rolls out one policy on all seeds in parallel.
+        """Rolls out one policy on all seeds.
 
         Args:
-          predict: called as `predict(obs, seed_index, call_index)`. `obs` holds `image` uint8
-            (n, f, 96, 96, 3) and `agent_pos` float32 (n, n_obs_steps, 2), in pixels of the 512
-            canvas; `seed_index` int32 (n,) and `call_index` number seeds and calls, to derive noise
-            from. It returns target positions in 0..512, (n, n_action_steps, 2). The shape of the
-            batch is constant: finished episodes keep their last observation.
+          predict: called as `predict(obs, seed_index, call_index, batch)`. `obs` holds what `spec`
+            names, as `Episode.observe` returns it, with a leading axis of n rows. `seed_index`
+            int32 (n,) numbers the episodes (-1: the row is empty) and `call_index` int32 (n,) the
+            calls in each, to derive noise from. `batch` says which half of the slots the rows are.
+            It returns actions (n, chunk, action_dim) in raw units.
           seeds: of the episodes.
-          max_steps: limit of an episode's length; the last chunk is truncated there.
-          n_obs_steps: steps of the observation.
-          n_action_steps: actions per call.
-          frame_indices: indices of the observed steps whose pictures are rendered.
+          numbers: number of each episode's noise; by default the index of its seed.
+          spec: what the policy observes, and the length of episodes.
+          slots: episodes that run at a time, which is the policy's batch; by default 32, or the
+            number of seeds if that is smaller.
           record_seeds: seeds that are rendered at every step and returned as videos.
-          progress: called after every chunk with (steps so far, max_steps).
+          ended: called with every finished episode, in the order in which they end, and the time
+            until then.
+          progress: called in every turn with (episodes that have ended, number of seeds).
 
         Raises:
-          ValueError: actions have a wrong shape or are not finite.
+          ValueError: actions have a wrong shape or are not finite, or an episode is given twice.
           WorkerError: a worker died. After an error the pool is closed.
         """
-        started = time.perf_counter()
-        if not len(seeds) or len(set(seeds)) != len(seeds):
+        keys = list(zip(seeds, numbers, strict=True)) if numbers is not None else list(seeds)
+        if not keys or len(set(keys)) != len(keys):
             raise ValueError("rollouts need at least one seed, each at most once")
+        numbers, record = range(len(seeds)) if numbers is None else numbers, set(record_seeds)
+        jobs = [Job(int(s), int(i), s in record) for s, i in zip(seeds, numbers, strict=True)]
         if not self._workers:
             raise ValueError("this rollout pool is closed")
-        if not set(frame_indices) <= set(range(n_obs_steps)):
-            raise ValueError(f"frame_indices {tuple(frame_indices)} exceed 0..{n_obs_steps - 1}")
         try:
-            return self._run(
-                predict,
-                [int(seed) for seed in seeds],
-                max_steps,
-                (n_obs_steps, n_action_steps, tuple(frame_indices)),
-                set(record_seeds),
-                progress,
-                started,
-            )
+            slots = slots or min(SLOTS, len(jobs))
+            return self._run(predict, jobs, spec or RolloutSpec(), slots, ended, progress)
         except BaseException:
             self.close()  # results may still arrive, so these workers cannot be used again
             raise
 
-    def _run(self, predict, seeds, max_steps, protocol, record, progress, started):
-        n_obs_steps, chunk, frames = protocol
-        n = len(seeds)
-        # Seeds are assigned round-robin, so that long episodes spread over the workers.
-        shares = [list(range(n))[w :: len(self._workers)] for w in range(len(self._workers))]
-        images = np.empty((n, len(frames), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        positions = np.empty((n, n_obs_steps, 2), np.float32)
+    def _run(self, predict, jobs, spec, slots, ended, progress) -> RolloutResult:
+        begun, policy_seconds, simulator_seconds = time.perf_counter(), 0.0, 0.0
+        self._all("begin", spec)
+        count = 2 if slots >= _HALVED else 1
+        size = -(-slots // count)
+        halves = [_Half(i, range(i * size, (i + 1) * size)) for i in range(count)]
+        waiting, found = deque(jobs), {}
 
-        def collect() -> int:
-            active = 0
-            for worker, share in zip(self._workers, shares, strict=True):
-                running, new_images, new_positions = worker.receive()
-                active += len(running)
-                for i, image, position in zip(running, new_images, new_positions, strict=True):
-                    images[share[i]] = image
-                    positions[share[i]] = position
-            return active
+        def times() -> Times:
+            return Times(time.perf_counter() - begun, policy_seconds, simulator_seconds)
 
-        for worker, share in zip(self._workers, shares, strict=True):
-            mine = [seeds[i] for i in share]
-            worker.send("start", mine, [s in record for s in mine], *protocol)
-        active = collect()
-        call, policy_seconds = 0, 0.0
-        while active:
-            before = time.perf_counter()
-            # Copies, because jax may read a numpy array in place, and these are overwritten.
-            obs = {"image": images.copy(), "agent_pos": positions.copy()}
-            actions = np.asarray(predict(obs, np.arange(n, dtype=np.int32), call), np.float64)
-            policy_seconds += time.perf_counter() - before
-            if actions.shape != (n, chunk, 2):
-                raise ValueError(
-                    f"the policy returned actions of shape {actions.shape} instead of "
-                    f"{(n, chunk, 2)}"
-                )
-            if not np.isfinite(actions).all():
-                raise ValueError(f"the policy returned actions that are not finite (call {call})")
-            for worker, share in zip(self._workers, shares, strict=True):
-                worker.send("step", actions[share], max_steps)
-            active = collect()
-            call += 1
+        def finish(half: _Half) -> None:
+            """Receives a half's turn."""
+            nonlocal simulator_seconds
+            before, outcomes, unused = time.perf_counter(), [], []
+            for worker, rows in self._shares(half):
+                turns, left = worker.receive()
+                unused += left
+                for row, turn in zip(rows, turns, strict=True):
+                    half.take(row, turn)
+                    if turn.ended:
+                        outcomes.append(turn.ended)
+            waiting.extendleft(reversed(unused))
+            half.moving = False
+            simulator_seconds += time.perf_counter() - before
+            for outcome in outcomes:
+                found[outcome.seed, outcome.number] = outcome
+                if ended is not None:
+                    ended(outcome, times())
             if progress is not None:
-                progress(min(call * chunk, max_steps) if active else max_steps, max_steps)
-        results = [None] * n
-        for worker in self._workers:
-            worker.send("results")
-        for worker, share in zip(self._workers, shares, strict=True):
-            for i, result in zip(share, worker.receive(), strict=True):
-                results[i] = result
-        scores, coverage, steps, videos = zip(*results, strict=True)
+                progress(len(found), len(jobs))
+
+        for half in halves:
+            self._send(half, None, waiting)
+        while len(found) < len(jobs):
+            for half in halves:
+                if half.moving:
+                    finish(half)
+                actions = None
+                if half.running:
+                    before = time.perf_counter()
+                    actions = predict(half.obs, half.seed_index, half.calls.copy(), half.number)
+                    policy_seconds += time.perf_counter() - before
+                    actions = self._checked(actions, half, spec)
+                if half.running or waiting:
+                    self._send(half, actions, waiting)
+        outcomes = [found[seed, number] for seed, number, _ in jobs]
         return RolloutResult(
-            seeds=np.array(seeds),
-            scores=np.array(scores),
-            coverage=np.array(coverage),
-            steps=np.array(steps),
-            seconds=time.perf_counter() - started,
-            policy_seconds=policy_seconds,
-            videos={s: v for s, v in zip(seeds, videos, strict=True) if v is not None},
+            seeds=np.array([o.seed for o in outcomes]),
+            scores=np.array([o.score for o in outcomes]),
+            success=np.array([o.success for o in outcomes]),
+            steps=np.array([o.steps for o in outcomes]),
+            times=times(),
+            videos={o.seed: o.video for o in outcomes if o.video is not None},
         )
+
+    def _shares(self, half: _Half) -> list[tuple[WorkerProcess, list[int]]]:
+        """Returns the rows of each worker; it always runs the same slots."""
+        rows = range(len(half.slots))
+        shares = [(w, list(rows[i :: len(self._workers)])) for i, w in enumerate(self._workers)]
+        return [(worker, mine) for worker, mine in shares if mine]
+
+    def _send(self, half: _Half, actions: np.ndarray | None, waiting: deque[Job]) -> None:
+        """Starts a turn of a half's slots; each worker gets as many waiting jobs as it may need."""
+        for worker, rows in self._shares(half):
+            empty = sum(half.jobs[row] is None for row in rows)
+            # The other shares may need jobs too.
+            wanted = min(len(rows), empty + max(2, len(waiting) // 4), len(waiting))
+            spare = [waiting.popleft() for _ in range(wanted)]
+            slots = [half.slots[row] for row in rows]
+            worker.send("play", slots, None if actions is None else actions[rows], spare)
+        half.moving = True
+
+    def _checked(self, actions: np.ndarray, half: _Half, spec: RolloutSpec) -> np.ndarray:
+        actions = np.asarray(actions, np.float64)
+        wanted = (len(half.slots), spec.chunk, self.simulator.action_dim)
+        if actions.shape != wanted:
+            raise ValueError(
+                f"the policy returned actions of shape {actions.shape} instead of {wanted}"
+            )
+        bad = ~np.isfinite(actions).all(axis=(1, 2)) & (half.seed_index != EMPTY)
+        if bad.any():
+            call = half.calls[np.flatnonzero(bad)[0]]
+            raise ValueError(f"the policy returned actions that are not finite (call {call})")
+        return actions
+
+    def _all(self, method: str, *args) -> list:
+        for worker in self._workers:
+            worker.send(method, *args)
+        return [worker.receive() for worker in self._workers]
 
 
 def run_rollouts(
-    predict: Predict, seeds: Sequence[int], *, workers: int | None = None, **protocol
+    predict: Predict, seeds: Sequence[int], *, workers: int | None = None, **options
 ) -> RolloutResult:
-    """Calls `RolloutPool.run` in a new pool; `protocol` are that method's further arguments."""
+    """Calls `RolloutPool.run` in a new pool; `options` are that method's further arguments."""
     with RolloutPool(min(workers or usable_cores(), max(len(seeds), 1))) as pool:
-        return pool.run(predict, seeds, **protocol)
+        return pool.run(predict, seeds, **options)

@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 
 from uva_jax.eval import report
-from uva_jax.eval.rollout import RolloutPool
+from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.eval.statistics import mean_interval
 from uva_jax.models.actor import PolicyCall
-from uva_jax.models.frames import frame_indices
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import read_metrics
@@ -61,20 +60,12 @@ def scorer(options: ScoreOptions, say: Callable[[str], None]) -> Iterator[Score 
                 actor = PolicyCall(policy, options.sampling_steps, options.noise_seed)
             else:
                 actor.load(policy)
-            config = policy.config
-            result = pool.run(
-                actor,
-                seeds,
-                max_steps=options.max_steps,
-                n_obs_steps=config.n_obs_steps,
-                n_action_steps=config.n_action_steps,
-                frame_indices=frame_indices(config.n_obs_steps, config.mar.n_frames),
-            )
+            result = pool.run(actor, seeds, spec=spec_of(policy.config, options.max_steps))
             mean, low, high = mean_interval(result.scores, seed=0)
             success = float(result.success.mean())
             say(
                 f"score {mean:.3f} (95% CI {low:.3f} to {high:.3f}), success {success:.0%}, on "
-                f"{len(seeds)} seeds in {result.seconds:.0f} s"
+                f"{len(seeds)} seeds in {result.times.total:.0f} s"
             )
             return {"score": mean, "score_low": low, "score_high": high, "success": success}
 

@@ -7,6 +7,7 @@ This module does not import the policy's, which has an actor.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Mapping
 
@@ -78,12 +79,11 @@ class PolicyCall:
         @jax.jit
         def call(variables, moments, frames, index, inputs, seed_index, call_index):
             policy = nnx.merge(graph, variables)
-            base = jax.random.fold_in(jax.random.key(noise_seed), call_index)
-            keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(base, i)))(seed_index)
+            keys = jax.vmap(functools.partial(_keys, noise_seed))(seed_index, call_index)
             latents, eps_keys = {}, {"image": keys[:, 0], "wrist_image": _other(keys[:, 0])}
             for camera, new in frames.items():
                 encoded = zip(moments[camera], encode(policy, new), strict=True)
-                mean, logvar = (jnp.concatenate(both, axis=1)[:, index] for both in encoded)
+                mean, logvar = (_rows(jnp.concatenate(both, axis=1), index) for both in encoded)
                 moments[camera] = mean, logvar
                 eps = normal(eps_keys[camera], mean.shape[1:])
                 latents[camera] = policy.vae.sample(mean, logvar, eps)
@@ -104,7 +104,7 @@ class PolicyCall:
         """Uses the parameters of another policy of the same architecture."""
         self.variables = nnx.state(policy)
         self._latents = policy.latent_shape
-        self._frames = self._moments = None
+        self._kept: dict[int, tuple[dict, dict]] = {}  # batch -> its last frames and moments
 
     def lower(
         self, obs: Mapping[str, jax.ShapeDtypeStruct], sharding: jax.sharding.Sharding
@@ -114,62 +114,66 @@ class PolicyCall:
         It needs only shapes: the policy may be one without arrays (`surgery.abstract_policy`).
         """
         n, total = obs["image"].shape[:2]
-        numbers = jax.ShapeDtypeStruct((n,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        numbers = (jax.ShapeDtypeStruct((n,), jnp.int32),) * 2
         arguments = (
             self.variables,
             jax.eval_shape(lambda: self._nothing(n)),
             {name: obs[name] for name in cameras(self._config)},
-            jax.ShapeDtypeStruct((total,), jnp.int32),
+            jax.ShapeDtypeStruct((n, total), jnp.int32),
             self._inputs(obs),
             *numbers,
         )
         return self._call.lower(*parallel.shapes_on_mesh(arguments, sharding))
 
     def __call__(
-        self, obs: Mapping[str, np.ndarray], seed_index: np.ndarray, call_index: int
+        self,
+        obs: Mapping[str, np.ndarray],
+        seed_index: np.ndarray,
+        call_index: np.ndarray | int,
+        batch: int = 0,
     ) -> np.ndarray:
         """Returns actions (n, n_action_steps, action_dim) in raw units.
 
         Args:
           obs: "image" (n, n_frames, h, w, 3) and the policy's other inputs, as `predict_action`
-            reads them.
+            reads them. In "past_action", rows of NaN have no past actions.
           seed_index: (n,) int32, which noise each observation gets.
-          call_index: number of the call within the episode, which gives it noise of its own.
+          call_index: number of the call within the episode, which gives it noise of its own; (n,)
+            if the rows differ.
+          batch: number of the batch, if calls for several batches of episodes alternate.
         """
         frames = {name: np.asarray(obs[name]) for name in cameras(self._config)}
         n, total = frames["image"].shape[:2]
         fresh = new_frames(self._config)
         kept = total - fresh
-        if self._moments is not None and self._continues(frames, kept):
-            index = np.arange(fresh, fresh + total)
+        before, moments = self._kept.get(batch, ({}, {}))
+        if not before or len(before["image"]) != n:
+            before, moments = {}, self._nothing(n)
+        continues = self._continues(before, frames, kept)
+        # At the start of an episode all frames are equal.
+        starts = np.all([_same(x, x[:, :1]) for x in frames.values()], axis=0)
+        if (continues | starts).all():
+            index = np.where(continues[:, None], np.arange(fresh, fresh + total), total)
             new = {name: x[:, kept:] for name, x in frames.items()}
-        elif all((x == x[:, :1]).all() for x in frames.values()):  # the start of an episode
-            index = np.full(total, total)
-            new = {name: x[:, :fresh] for name, x in frames.items()}
         else:
-            index, new = np.arange(total, 2 * total), frames
-        moments = self._moments if n == self._size else self._nothing(n)
-        actions, self._moments = self._call(
+            index, new = np.tile(np.arange(total, 2 * total), (n, 1)), frames
+        actions, moments = self._call(
             self.variables,
             moments,
             new,
             index.astype(np.int32),
             self._inputs(obs),
-            seed_index,
-            call_index,
+            np.asarray(seed_index, np.int32),
+            np.broadcast_to(np.asarray(call_index, np.int32), (n,)),
         )
-        self._frames = frames
+        self._kept[batch] = frames, moments
         return np.asarray(actions)
 
-    @property
-    def _size(self) -> int:
-        return 0 if self._moments is None else len(self._moments["image"][0])
-
-    def _continues(self, frames: Mapping[str, np.ndarray], kept: int) -> bool:
-        """Returns whether the first `kept` frames are the last ones of the call before."""
-        return kept == 0 or all(
-            np.array_equal(self._frames[name][:, -kept:], x[:, :kept]) for name, x in frames.items()
-        )
+    def _continues(self, before: Mapping, frames: Mapping, kept: int) -> np.ndarray:
+        """Returns for which rows the first `kept` frames are the last ones of the call before."""
+        if not kept or not before:
+            return np.full(len(frames["image"]), not kept)
+        return np.all([_same(before[k][:, -kept:], x[:, :kept]) for k, x in frames.items()], axis=0)
 
     def _nothing(self, n: int) -> dict:
         empty = jnp.zeros(self._latents(n))
@@ -179,6 +183,22 @@ class PolicyCall:
         """Returns the inputs beside images."""
         names = ("text_latents", "past_action", *self._config.proprio_keys)
         return {name: obs[name] for name in names if name in obs}
+
+
+def _keys(noise_seed: int, index: jax.Array, call: jax.Array) -> jax.Array:
+    """Returns the two keys of one observation's noise: of the VAE and of the action head."""
+    base = jax.random.fold_in(jax.random.key(noise_seed), call)
+    return jax.random.split(jax.random.fold_in(base, index))
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns for each row of x (n, t, ...) the entries `index` (n, t')."""
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def _same(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns which rows of x and y (n, ...) are equal, (n,) booleans."""
+    return (x == y).all(axis=tuple(range(1, x.ndim)))
 
 
 def _other(keys: jax.Array) -> jax.Array:

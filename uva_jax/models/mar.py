@@ -146,7 +146,8 @@ class MAR(nnx.Module):
           cond: (b, t, s, token_dim) history; not used in inverse_model.
           task_mode: one of TASK_MODES.
           nactions: (b, n_actions, action_dim) in [-1, 1]; used in dynamic_model.
-          history_nactions: (b, n_actions, action_dim); None: placeholder.
+          history_nactions: (b, n_actions, action_dim); None, and steps of NaN without a key:
+            placeholder.
           proprio: (b, proprio_steps, proprio_dim).
           proprio_tokens, wrist_tokens: (b, t, s, token_dim), the wrist camera's past and future.
           text_latents: (b, text_dim).
@@ -195,7 +196,9 @@ class MAR(nnx.Module):
                 past = fake
             else:
                 past = self.history_action_proj_cond(history_nactions)
-                if key is not None:
+                if key is None:  # rollouts, in whose batches some episodes have just begun
+                    past = jnp.where(jnp.isnan(history_nactions[..., :1]), fake, past)
+                else:
                     draw = (uniforms or {}).get("history")
                     if draw is None:
                         draw = jax.random.uniform(sub_key(key, 1), (batch, c.n_actions))

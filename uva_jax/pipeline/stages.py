@@ -7,6 +7,7 @@ configuration into options, calls `graft/` or `eval/`, and saves the result.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from convert.from_torch import from_torch
 from convert.to_torch import export_policy
 from uva_jax.data import source
 from uva_jax.data.check import check_split
+from uva_jax.data.language import task_latents
 from uva_jax.data.windows import plan_strips
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
@@ -180,7 +182,10 @@ def run_evaluate(context: Context) -> dict:
         return {}
     options = section(config.evaluate, evaluate.EvaluateOptions)
     windows = held_out_windows(context, policies["teacher"])
-    found = evaluate.evaluate(policies, windows, options, folder, context.metrics)
+    language = functools.partial(
+        task_latents, path=config.data.language, vocabulary=config.data.vocabulary
+    )
+    found = evaluate.evaluate(policies, windows, options, folder, context.metrics, language)
     shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
         folder / "report.html",
@@ -192,8 +197,9 @@ def run_evaluate(context: Context) -> dict:
     )
     context.metrics.say(f"report: {path}")
     if "verdict" in found:
-        both = [inputs[stage] / "policy" for stage in ("finetune", "convert")]
-        evaluate.say_verdict(found["verdict"], both, context.metrics, options.start_seed)
+        both = [inputs[stage] / "policy" for stage in ("convert", "finetune")]
+        out = context.workdir / "compared"
+        evaluate.say_verdict(found["verdict"], both, out, options, context.metrics)
     return evaluate.summary(found)
 
 

@@ -78,7 +78,7 @@ class MetricsWriter:
         self._wandb = _import_wandb(config) if enabled else None
         self._file = None
         if enabled:
-            self._file = _open_for_lines(self._workdir / METRICS_FILE)
+            self._file = open_for_lines(self._workdir / METRICS_FILE)
             if fresh:
                 shutil.rmtree(self._events_dir, ignore_errors=True)
                 self._write_line({"time": time.time(), "stage": stage, "event": "start"})
@@ -189,9 +189,7 @@ class MetricsWriter:
         return self._stream or sys.stdout
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if self._file.write(line) != len(line):  # unbuffered: a short write means a full disk
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._workdir))
+        write_line(self._file, record)
 
     def _log_to_wandb(self, step: int, values: Mapping[str, float]) -> None:
         if self._wandb_run is None:
@@ -215,16 +213,9 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
       workdir: the run's folder.
       stage: only this stage; all stages by default.
     """
-    path = Path(workdir) / METRICS_FILE
-    if not path.exists():
-        return []
     stages: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # an incomplete line of a killed run
-            continue
-        if not isinstance(record, dict) or "stage" not in record:
+    for record in read_lines(Path(workdir) / METRICS_FILE):
+        if "stage" not in record:
             continue
         steps = stages.setdefault(record["stage"], {})
         if record.get("event") == "start":
@@ -300,7 +291,7 @@ def _import_wandb(config: Mapping | None) -> Any:
         ) from error
 
 
-def _open_for_lines(path: Path) -> Any:
+def open_for_lines(path: Path) -> Any:
     """Opens a file for appending whole lines, unbuffered; first ends an incomplete last line."""
     file = open(path, "ab+", buffering=0)
     if file.seek(0, os.SEEK_END) > 0:
@@ -308,6 +299,26 @@ def _open_for_lines(path: Path) -> Any:
         if file.read(1) != b"\n":
             file.write(b"\n")
     return file
+
+
+def write_line(file: Any, record: Mapping[str, Any]) -> None:
+    """Writes a record as one line to a file of `open_for_lines`, by a single system call."""
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    if file.write(line) != len(line):  # unbuffered: a short write means a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a file of lines; incomplete lines of a killed run are skipped."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def _scalars_text(scalars: Mapping[str, float]) -> str:

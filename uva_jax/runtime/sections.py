@@ -17,6 +17,12 @@ from uva_jax.runtime.respacing import SAMPLERS, TRAIN_STEPS, space_timesteps
 
 EMBEDDED = "embedded"  # the small PushT policy, or the demonstrations, that ship with the package
 LARGEST_SEED = 2**31 - 10  # stages add small numbers to it
+SIMULATORS = {  # name -> "module:Class"; see envs/simulator.py
+    "pusht": "uva_jax.envs.pusht:PushTTask",
+    "pusht_multitask": "uva_jax.envs.pusht:PushTMultitask",
+    "libero": "uva_jax.envs.robomimic:Libero",
+    "robomimic": "uva_jax.envs.robomimic:Robomimic",
+}
 
 
 def no_schedule(steps: str) -> str | None:
@@ -26,6 +32,13 @@ def no_schedule(steps: str) -> str | None:
     except UserError as error:
         return f"{error}".rstrip(".")
     return None
+
+
+def no_simulator(name: str) -> str | None:
+    """Returns what is wrong with a simulator's name ("": none), or None."""
+    if not name or name in SIMULATORS or all(name.partition(":")):
+        return None
+    return f"can be {', '.join(map(repr, SIMULATORS))}, a class as 'package.module:Class', or ''"
 
 
 def _no_file_name(name: str) -> str | None:
@@ -167,9 +180,15 @@ class EvaluateOptions(Section):
 
     simulator: str = setting(
         "pusht",
-        "rollouts in gym-pusht: 'pusht', 'pusht_multitask' (each seed has another goal), or '': "
-        "none",
-        choices=("", "pusht", "pusht_multitask"),
+        "environment of the rollouts: 'pusht', 'pusht_multitask' (each seed has another goal), "
+        "'libero', 'robomimic', your own class as 'package.module:Class', or '': none",
+        refuses=no_simulator,
+    )
+    simulator_files: str = setting(
+        "",
+        "path that the simulator reads: Libero's folder of HDF5 files, robomimic's file, or what "
+        "your class takes",
+        added=True,
     )
     windows: int = setting(
         256, "held-out windows for action error, accuracy and mAP (0: none)", least=0
@@ -192,6 +211,9 @@ class EvaluateOptions(Section):
     )
     videos: int = setting(4, "seeds recorded as video", least=0)
     workers: int = setting(0, "simulator processes (0: one per core)", least=0)
+    slots: int = setting(
+        32, "episodes that run at a time, which is the policy's batch", above=0, added=True
+    )
 
 
 @dataclass(frozen=True)

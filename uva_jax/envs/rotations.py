@@ -56,3 +56,15 @@ def actions_to_10d(actions: np.ndarray) -> np.ndarray:
     rotation = matrix_to_rotation_6d(axis_angle_to_matrix(actions[..., 3:6]))
     parts = [actions[..., :3], rotation, actions[..., 6:]]
     return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def actions_from_10d(actions: np.ndarray) -> np.ndarray:
+    """Converts actions of one or two arms back, (..., 10) or (..., 20) to (..., 7) or (..., 14).
+
+    The inverse of `actions_to_10d`: position, rotation vector and gripper of each arm.
+    """
+    arms = rearrange(np.asarray(actions, np.float64), "... (arm k) -> ... arm k", k=10)
+    matrices = rotation_6d_to_matrix(arms[..., 3:9])
+    vectors = Rotation.from_matrix(matrices.reshape(-1, 3, 3)).as_rotvec()
+    parts = [arms[..., :3], vectors.reshape(*arms.shape[:-1], 3), arms[..., 9:]]
+    return rearrange(np.concatenate(parts, axis=-1), "... arm k -> ... (arm k)")

@@ -1,0 +1,250 @@
+"""`python -m uva_jax evaluate`: the pipeline's scores, resuming, servers, gates and bad input."""
+
+import json
+import shutil
+import threading
+from types import SimpleNamespace
+
+import msgpack
+import numpy as np
+import pytest
+from variants import VARIANTS
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import serve
+
+from uva_jax.cli.evaluate import main, parse_gate, parse_seeds
+from uva_jax.envs.simulator import SimulatorInfo
+from uva_jax.eval import compare, server
+from uva_jax.eval.acting import LocalPolicy
+from uva_jax.models import surgery
+from uva_jax.pipeline import inputs
+from uva_jax.runtime.errors import UserError
+
+
+class Reacher:
+    """A simulator of microseconds: reach a goal on a line, which the picture shows."""
+
+    observes = {"image": (8, 8, 3), "position": (1,)}
+    action_dim = 1
+    tasks = ("reach the goal",)
+
+    def reset(self, seed):
+        self.position, self.goal = 0.0, 2.0 + seed % 5
+
+    def observe(self, names):
+        picture = np.full((8, 8, 3), int(self.goal), np.uint8)
+        return {n: {"image": picture, "position": np.array([self.position])}[n] for n in names}
+
+    def step(self, action):
+        self.position += float(action[0])
+        away = abs(self.goal - self.position)
+        return max(0.0, 1 - away / self.goal), away < 0.1
+
+
+def openpi_pack(message):
+    """Packs as openpi's msgpack_numpy does."""
+
+    def array(x):
+        if isinstance(x, np.ndarray):
+            kind = {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str}
+            return kind | {b"shape": x.shape}
+        return x
+
+    return msgpack.packb(message, default=array)
+
+
+def openpi_unpack(data):
+    def array(x):
+        if b"__ndarray__" in x:
+            return np.ndarray(x[b"shape"], np.dtype(x[b"dtype"]), x[b"data"])
+        return x
+
+    return msgpack.unpackb(data, object_hook=array)
+
+
+class Server:
+    """A policy server as openpi's, which dies after a number of calls; a context manager."""
+
+    def __init__(self, infer, calls=10**9):
+        self.infer, self.left, self.seen = infer, calls, []
+
+    def _handle(self, connection):
+        connection.send(openpi_pack({"robot": "line"}))
+        try:
+            while True:
+                obs = openpi_unpack(connection.recv())
+                self.seen.append(obs)
+                self.left -= 1
+                if self.left < 0:
+                    return
+                answer = self.infer(obs)
+                text = isinstance(answer, str)
+                connection.send(answer if text else openpi_pack({"actions": answer}))
+        except ConnectionClosed:
+            pass
+
+    def __enter__(self):
+        self._server = serve(self._handle, "127.0.0.1", 0, compression=None, max_size=None)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        port = self._server.socket.getsockname()[1]
+        self.address = f"ws://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+
+
+def approach(obs, share=0.5):
+    """Goes a share of the way to the goal in each of 4 steps."""
+    goal = float(obs["image"][0, 0, 0])
+    return np.full((4, 1), (goal - obs["position"][0]) * share / 4, np.float32)
+
+
+REACHER = ["--simulator", f"{__name__}:Reacher", "--workers", "1", "--action-steps", "4"]
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_the_command_gives_the_pipelines_scores_and_reuses_its_episodes(
+    finished, tmp_path, capsys, monkeypatch
+):
+    first = json.loads((finished.workdir / "eval" / "metrics.json").read_text())
+    teacher, copy = finished.workdir / "teacher" / "policy", tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    out, command = tmp_path / "out", ["--sampling-steps", "4", "--max-steps", "16"]
+    command += ["--policy", str(teacher), "--policy", str(copy), "--workers", "1"]
+    command += ["--out", str(out)]
+    assert main([*command, "--seeds", "100000:100002"]) == 0
+    found = results(out)
+    assert found["policies"][0]["scores"] == first["teacher"]["scores"]
+    (compared,) = found["comparisons"]
+    assert compared["paired_difference"] == 0 and compared["mcnemar"] == 1
+    assert compared["verdict"]["kind"] == "undecided" and compared["verdict"]["seeds_needed"]
+    shown = capsys.readouterr().out
+    assert "more would" in shown and "score  95% interval" in shown
+    assert main([*command, "--seeds", "100000:100002", "--gate", "not-worse:.02"]) == 1
+    assert "the gate not-worse:.02 fails: " in capsys.readouterr().out
+    again = results(out)
+    assert again == found  # nothing was rolled out: even the times are those of the first run
+
+
+def test_a_server_gets_observations_and_gives_chunks(tmp_path, capsys):
+    with Server(approach) as good, Server(lambda obs: approach(obs, 0.1)) as bad:
+        command = ["--policy", good.address, "--policy", bad.address, *REACHER, "--slots", "4"]
+        command += ["--seeds", "0:400", "--max-steps", "16", "--out", str(tmp_path)]
+        assert main([*command, "--until-decided", "--gate", "not-worse:.02"]) == 1
+        found = results(tmp_path)
+        assert found["comparisons"][0]["verdict"]["kind"] == "worse"
+        assert len(found["seeds"]) % 8 == 0 and len(found["seeds"]) < 400
+        assert found["policies"][0]["mean"] > 0.9 and found["policies"][1]["mean"] < 0.5
+        obs = good.seen[0]
+        assert obs["prompt"] == "reach the goal" and obs["position"].dtype == np.float32
+        assert obs["image"].shape == (8, 8, 3) and obs["image"].dtype == np.uint8
+    assert "is worse than" in capsys.readouterr().out
+
+
+def test_the_seeds_that_are_done_are_kept_when_a_server_dies(tmp_path, capsys):
+    command = [*REACHER, "--slots", "2", "--max-steps", "8", "--seeds", "0:6", "--draws", "2"]
+    names = ["--observation", "observation/state=position", "--observation", "pic=image"]
+
+    def infer(obs):
+        assert obs.keys() == {"observation/state", "pic", "prompt"}
+        return approach({"image": obs["pic"], "position": obs["observation/state"]})
+
+    with Server(infer, calls=9) as dying:
+        address = dying.address
+        command += ["--policy", address, "--out", str(tmp_path), *names]
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"the policy server {address} cannot be reached" in said and said.count("\n") == 1
+    assert "the seeds that are done are kept" in said
+    (file,) = (tmp_path / "episodes").glob("*.jsonl")
+    kept = file.read_text().splitlines()
+    assert 0 < len(kept) < 12
+    port = int(address.rpartition(":")[2])
+    healthy = Server(infer)
+    healthy_serve = serve(healthy._handle, "127.0.0.1", port, compression=None, max_size=None)
+    with healthy_serve as again:
+        threading.Thread(target=again.serve_forever, daemon=True).start()
+        assert main(command) == 0
+    assert file.read_text().splitlines()[: len(kept)] == kept
+    assert len(results(tmp_path)["policies"][0]["scores"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("infer", "message"),
+    [
+        (lambda obs: "Traceback ...\nKeyError: 'state'\n", "failed: KeyError: 'state'"),
+        (lambda obs: np.zeros((2, 1)), r"actions of shape \(2, 1\), but 4 actions of 1 numbers"),
+        (lambda obs: np.full((4, 1), np.nan), "returned actions of nan or inf"),
+    ],
+)
+def test_answers_that_are_no_actions_are_explained(infer, message):
+    info = SimulatorInfo("line", Reacher.observes, 1, Reacher.tasks)
+    obs = {"image": np.zeros((1, 1, 8, 8, 3), np.uint8), "position": np.zeros((1, 1, 1))}
+    numbers = np.zeros(1, np.int32)
+    with Server(infer) as running:
+        with server.ServerPolicy(running.address, info, action_steps=4) as policy:
+            assert policy.metadata == {"robot": "line"}
+            with pytest.raises(UserError, match=message):
+                policy(obs | {"task": numbers}, numbers, numbers, 0)
+            with pytest.raises(UserError, match="lacks wrist_image"):
+                server.ServerPolicy(running.address, info, observation={"a": "wrist_image"})
+
+
+def test_noise_depends_on_the_seed_alone_and_is_that_of_the_pipeline():
+    assert [compare.noise_number(100_000 + i, 0) for i in range(3)] == [0, 1, 2]
+    numbers = {compare.noise_number(seed, draw) for seed in range(2000) for draw in range(8)}
+    assert len(numbers) == 16_000 and min(numbers) >= 0 and max(numbers) < 2**31
+
+
+def test_seeds_and_gates_are_read():
+    assert parse_seeds("5,1:3") == [5, 1, 2]
+    assert parse_gate("not-worse:.05", 0.02) == (("better", "not worse"), 0.05)
+    assert parse_gate("not-worse", 0.02)[1] == 0.02 and parse_gate("better", 0.02)[0] == ("better",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1:5,3"], "holds the seed 3 twice"),
+        (["--seeds", "1-5"], "should be like 100000:100500"),
+        (["--seeds", "5:5"], "holds no seed"),
+        (["--seeds=-3"], "exceeds 0 to"),
+        (["--gate", "good"], "--gate is 'good', but should be better, or like not-worse:.02"),
+        (["--gate", "not-worse:2"], "--gate is 'not-worse:2'"),
+        (["--margin", "-1"], "--margin is -1"),
+        (["--draws", "0"], "--draws should be at least 1"),
+        (["--policy", "a.ckpt"], "--policy a.ckpt is given twice"),
+        (["--policy", "b.ckpt"], "a.ckpt is a policy of the task pusht and b.ckpt one of libero10"),
+        (["--simulator", "nosuch"], "--simulator is 'nosuch', but can be 'pusht'"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, tmp_path, capsys, monkeypatch):
+    tasks = {"a.ckpt": "pusht", "b.ckpt": "libero10"}
+
+    def load(name, weights):
+        return SimpleNamespace(config=SimpleNamespace(task=tasks[name]))
+
+    monkeypatch.setattr(inputs, "any_policy", load)
+    assert main(["--policy", "a.ckpt", "--out", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    command = ["--policy", "ws://127.0.0.1:9", "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert "no simulator is known for a policy server: give --simulator" in capsys.readouterr().err
+    assert main([*command, *REACHER]) == 2
+    assert "the policy server ws://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
+
+
+def test_a_simulator_that_lacks_what_a_policy_reads_is_named():
+    policy = surgery.abstract_policy(VARIANTS["everything"])
+    info = SimulatorInfo("pusht", {"image": (96, 96, 3), "agent_pos": (2,)}, 2, ())
+    with pytest.raises(UserError, match="lacks wrist_image, robot0_.*, which the graft reads; it"):
+        LocalPolicy("the graft", policy, info)

@@ -1,0 +1,91 @@
+"""The finished episodes of one policy, a line of JSON each, with which a killed run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from uva_jax.data.replay_buffer import Progress
+from uva_jax.envs.episode import Outcome, RolloutSpec
+from uva_jax.eval.rollout import SLOTS, Predict, RolloutPool, Times
+from uva_jax.runtime.metrics import open_for_lines, read_lines, write_line
+
+
+class Score(NamedTuple):
+    """The result of one episode: score in 0..1, whether the task was solved, and its length."""
+
+    score: float
+    success: bool
+    steps: int
+
+
+class ScoreFile:
+    """The scores of one policy, stored as each episode ends.
+
+    Attributes:
+      path: of the file, whose folder exists.
+      scores: by (seed, number of the noise).
+      times: of the rollouts that are stored.
+    """
+
+    def __init__(self, path: Path):
+        """Reads what an earlier run stored."""
+        self.path, self.scores, self.times = path, {}, Times()
+        for line in read_lines(path):
+            key = line["seed"], line["number"]
+            self.scores[key] = Score(line["score"], line["success"], line["steps"])
+            self.times = Times(*line["times"])
+
+    def count(self, episodes: Iterable[tuple[int, int]]) -> int:
+        """Returns how many of these (seed, number of the noise) are stored."""
+        return sum(episode in self.scores for episode in episodes)
+
+    def roll_out(
+        self,
+        pool: RolloutPool,
+        predict: Predict,
+        episodes: Iterable[tuple[int, int]],
+        *,
+        spec: RolloutSpec,
+        slots: int = SLOTS,
+        record_seeds: Sequence[int] = (),
+        ended: Callable[[Outcome], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Runs the episodes that are not stored yet.
+
+        Args:
+          pool: of the simulator.
+          predict: the policy; see `RolloutPool.run`, as for the further arguments.
+          episodes: (seed, number of the noise) of each.
+          ended: called with every finished episode before it is stored.
+          progress: called in every turn with (episodes done, all episodes).
+        """
+        episodes = list(episodes)
+        missing = [key for key in episodes if key not in self.scores]
+        if not missing:
+            return
+        known, before = len(episodes) - len(missing), self.times
+        with open_for_lines(self.path) as file:
+
+            def store(outcome: Outcome, times: Times) -> None:
+                if ended is not None:
+                    ended(outcome)
+                seed, number, score, success, steps, _ = outcome
+                self.times = Times(*(round(t, 3) for t in before.plus(times)))
+                line = {"seed": seed, "number": number, "score": score, "success": success}
+                write_line(file, line | {"steps": steps, "times": self.times})
+                self.scores[seed, number] = Score(score, success, steps)
+
+            pool.run(
+                predict,
+                [seed for seed, _ in missing],
+                numbers=[number for _, number in missing],
+                spec=spec,
+                # Not fewer in a resumed run: XLA's last bits may depend on the size of the batch.
+                slots=min(slots, len(episodes)),
+                record_seeds=record_seeds,
+                ended=store,
+                progress=progress and (lambda done, _: progress(known + done, len(episodes))),
+            )
