@@ -52,9 +52,9 @@ class Browser:
         self._from, write_end = os.pipe()
         # The browser reads commands from descriptor 3 and writes answers to descriptor 4.
         command = (
-            f'exec "{program}" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage '
-            f'--user-data-dir="{profile}" --remote-debugging-pipe about:blank '
-            f"3<&{read_end} 4>&{write_end}"
+            f'exec "{program}" --headless=new --hide-scrollbars --no-sandbox --disable-gpu '
+            f'--disable-dev-shm-usage --user-data-dir="{profile}" --remote-debugging-pipe '
+            f"about:blank 3<&{read_end} 4>&{write_end}"
         )
         self._process = subprocess.Popen(
             ["bash", "-c", command],

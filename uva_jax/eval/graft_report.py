@@ -13,6 +13,7 @@ from uva_jax.models.diffusion import make_schedule
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.sections_graft import FAMILIES
 from uva_jax.runtime.settings import leaves, section
 from uva_jax.storage.atomic import read_json
 
@@ -24,7 +25,6 @@ _SHOWN = (
 _SUFFIXES = {"graft": "", "graft_stage1": "_stage1", "graft_shortened": "_shortened"}
 _PAIR = ("teacher", "graft")
 _EPS_ERROR = "eps_error_"
-_HELD_OUT = "held_out/"
 
 
 def write_graft_report(
@@ -144,26 +144,21 @@ def _cost(name: str, policy: Policy, figures: Mapping, wanted: str) -> dict:
 
 def _curves(workdir: Path) -> list[dict]:
     """Returns the plots of what the stages logged, with one for each family of operators."""
+    logged = _logged(workdir, "distill")
     families: dict[str, dict[str, str]] = {}  # label of each curve by the scalar's name
-    for key in _logged(workdir, "distill"):
-        family, _, part = key.removeprefix("blocks/").partition("/")
-        families.setdefault(family, {})[key] = part.replace("block", "block ")
-    for labels in families.values():  # the mean is left out where there are curves of the blocks
-        blocks = {key: label for key, label in labels.items() if label.startswith("block ")}
-        if blocks:
-            labels.clear()
-            labels |= blocks
-    tuned = _logged(workdir, "finetune")
+    for family in FAMILIES:
+        labels = {key: key.rpartition("/")[2] for key in logged if family in key.split("/")}
+        # The mean is left out where there are curves of the blocks.
+        blocks = {key: label for key, label in labels.items() if label.startswith("block")}
+        families[family] = blocks or labels
+    kept = _done(workdir / "finetune").get("metrics", {}).get("kept_step")
+    best = "" if kept is None else f"; step {kept} was kept"
     groups = [
         *(("distill", f"Stage 1: {f}, scaled loss", labels) for f, labels in families.items()),
         ("finetune", "Stage 2: loss", ("loss", "mse", "vb")),
         ("finetune", "Stage 2: squared distance to the teacher’s output", ("distance",)),
-        (
-            "finetune",
-            "Stage 2: error of held-out samples",
-            {key: key.removeprefix(_HELD_OUT) for key in tuned if key.startswith(_HELD_OUT)},
-        ),
-        ("shorten", "Stage 3: few evaluations", {key: key for key in _logged(workdir, "shorten")}),
+        ("finetune", f"Stage 2: error of held-out samples{best}", ("held_out_error",)),
+        ("shorten", "Stage 3: few evaluations", _logged(workdir, "shorten")),
     ]
     plots = []
     for stage, title, keys in groups:

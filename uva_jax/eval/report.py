@@ -229,12 +229,15 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     total = {"name": "Total", "seconds": sum(r.get("seconds") or 0 for r in rows)}
-    return html.table(columns, [*rows, total], last_is_total=True)
+    found = html.table(columns, [*rows, total], last_is_total=True)
+    if any(row.get("memory") for row in rows):
+        found += html.note("Memory of the run’s own process, or of its fullest accelerator.")
+    return found
 
 
 def _config(data: ReportData) -> str:
     def code(value: str) -> str:
-        return f"<code>{escape(value[:16])}</code>"
+        return f"<code>{escape(value[:12])}</code>"
 
     columns = [Column("Setting", "name"), Column("Value", "value")]
     rows = [{"name": name, "value": html.plain_text(value)} for name, value in data.config.items()]

@@ -173,7 +173,7 @@ def seconds(value: float) -> str:
 
 def milliseconds(value: float) -> str:
     """Returns a duration given in seconds."""
-    return f"{1000 * value:.1f} ms"
+    return f"{1000 * value:.1f}&nbsp;ms"
 
 
 def memory(value: float) -> str:

@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: .92rem; min-width: 60%; }
 th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th, td { padding: .42rem 1.5rem .42rem 0; border-bottom: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: .25rem; }
-td { overflow-wrap: break-word; }
+td { overflow-wrap: break-word; } td:not(:first-child):not(.n) { overflow-wrap: anywhere; }
 td.n { white-space: nowrap; } .n { text-align: right; }
 .total td { font-weight: 600; border-bottom: 0; }
 .track { position: relative; display: inline-block; width: 9rem; height: .5rem;
