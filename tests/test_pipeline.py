@@ -72,6 +72,7 @@ def test_stages_run_in_order_and_end_with_done_json(tmp_path):
     done = json.loads((tmp_path / "operators" / "done.json").read_text())
     assert done["config"] == {"distill.lr": 0.1, "distill.epochs": 2, "seed": 0}
     assert done.keys() >= {"metrics", "config_hash", "inputs_hash", "seconds", "versions"}
+    assert done["peak_memory"] > 10e6
     assert json.loads((tmp_path / "config.json").read_text()) == make_config().to_dict()
 
 

@@ -1,6 +1,7 @@
 """The report page, its videos, and the metrics of frames."""
 
 import base64
+import os
 import re
 import resource
 from html.parser import HTMLParser
@@ -9,8 +10,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from uva_jax.eval import report
-from uva_jax.eval.report import ReportData, curve_series, stage_rows, write_report
+from uva_jax.eval import report_html
+from uva_jax.eval.report import write_report
+from uva_jax.eval.report_data import ReportData, curve_series, hash_rows, stage_rows
 from uva_jax.eval.video import psnr, ssim, tile, write_mp4
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.atomic import write_json
@@ -66,8 +68,9 @@ def full_data(tmp_path):
         scores=[
             {"policy": "teacher", "score": 0.9, "ci": (0.8, 1.0), "success": 0.7, "episodes": 9}
         ],
-        paired={"difference": -0.05, "ci": (-0.09, -0.01)},
-        per_seed={"seeds": [1, 2, 3], "teacher": [0.9, 0.8, 1.0], "graft": [0.8, 0.9, 1.0]},
+        verdict={"kind": "worse", "sentence": "The graft is worse <than> its teacher."},
+        comparisons=[{"policy": "graft", "difference": -0.05, "ci": (-0.09, -0.01)}],
+        per_seed={"teacher": [0.9, 0.8, 1.0], "graft": [0.8, 0.9, 1.0]},
         videos=[{"path": write_mp4(tmp_path / "a.mp4", clip()), "caption": "seed 1"}],
     )
 
@@ -76,7 +79,7 @@ def test_the_page_nests_escapes_and_asks_the_network_nothing(tmp_path):
     path = write_report(tmp_path / "eval" / "report.html", full_data(tmp_path))
     html = path.read_text()
     page = Page(html)
-    assert len(page.addresses) == 2 * 2 + 1  # two plots in two themes, one video
+    assert len(page.addresses) == 3 * 2 + 1  # three plots in two themes, one video
     assert all(address.startswith("data:") for address in page.addresses)
     assert "http" not in html and "@import" not in html and "<script" not in html
     assert "Graft <tiny> & co" in page.text
@@ -91,12 +94,20 @@ def test_the_page_shows_every_table(tmp_path):
     assert "−0.050" in shown and "−0.090 to −0.010" in shown
 
 
+def test_the_verdict_is_the_first_sentence(tmp_path):
+    html = write_report(tmp_path / "r.html", full_data(tmp_path)).read_text()
+    sentence = "The graft is worse <than> its teacher."
+    page = Page(html)
+    assert page.text.index(sentence) < page.text.index("Scores")
+    assert '<p class="verdict worse">' in html
+
+
 def test_sections_without_data_are_left_out(tmp_path):
     path = write_report(tmp_path / "r.html", ReportData(title="Empty"))
     assert Page(path.read_text()).headings == []
     stages = [{"name": "capture", "done": False, "seconds": None}]
     path = write_report(tmp_path / "r.html", ReportData(title="Stages", stages=stages))
-    assert Page(path.read_text()).headings == ["Stages"]
+    assert Page(path.read_text()).headings == ["Time and memory"]
 
 
 def test_an_embedded_video_is_the_file(tmp_path):
@@ -108,7 +119,7 @@ def test_an_embedded_video_is_the_file(tmp_path):
 
 def test_videos_beyond_the_limit_and_missing_ones_are_named_not_embedded(tmp_path, monkeypatch):
     first, second = (write_mp4(tmp_path / f"{n}.mp4", clip()) for n in "ab")
-    monkeypatch.setattr(report, "MAX_VIDEO_BYTES", first.stat().st_size + 10)
+    monkeypatch.setattr(report_html, "MAX_VIDEO_BYTES", first.stat().st_size + 10)
     videos = [{"path": p, "caption": p.name} for p in (first, second, tmp_path / "gone.mp4")]
     page = Page(write_report(tmp_path / "r.html", ReportData("Videos", videos=videos)).read_text())
     assert len(page.addresses) == 1
@@ -118,7 +129,7 @@ def test_videos_beyond_the_limit_and_missing_ones_are_named_not_embedded(tmp_pat
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     path = write_report(tmp_path / "r.html", ReportData(title="Old"))
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
         write_report(path, ReportData(title="New"))
     assert "Old" in path.read_text()
@@ -142,6 +153,18 @@ def test_stage_rows_come_from_done_json(tmp_path):
     assert [(r["name"], r["done"], r["seconds"]) for r in rows] == [
         ("capture", True, 2.5),
         ("distill", False, None),
+    ]
+
+
+def test_hashes_come_from_what_a_stage_recorded(tmp_path):
+    record = {"config_hash": "aa", "inputs_hash": "bb", "inputs": {"capture": "cc", "file x": "dd"}}
+    write_json(tmp_path / "done" / "done.json", record)
+    write_json(tmp_path / "begun" / "started.json", record | {"inputs": {}})
+    folders = {name: tmp_path / name for name in ("done", "begun", "missing")}
+    assert hash_rows(folders) == [
+        {"name": "done", "config": "aa", "inputs": "bb"},
+        {"name": "done: file x", "inputs": "dd"},
+        {"name": "begun", "config": "aa", "inputs": "bb"},
     ]
 
 

@@ -23,7 +23,15 @@ FOLDERS = dict(zip(STAGES, STAGES, strict=True)) | {
 _STORES = ("latents", "activations")  # written chunk by chunk under their final names
 _RECORDS = {"done.json", "started.json", "report.html"}
 _STATES = ("states", "states_decoder", "cross_attn_state", "blocks_state", "phase0")
-_OF_THE_RUN = {"seconds", "policy_seconds", "simulator_seconds", "time", "source", "file"}
+_OF_THE_RUN = {
+    "seconds",
+    "policy_seconds",
+    "simulator_seconds",
+    "peak_memory",
+    "time",
+    "source",
+    "file",
+}
 
 
 def digests(workdir: Path, stage: str) -> dict[str, str]:

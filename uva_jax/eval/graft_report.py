@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from uva_jax.eval import report
 from uva_jax.eval.evaluate import EvaluateOptions, rollout_seeds
+from uva_jax.eval.report import write_report
+from uva_jax.eval.report_data import ReportData, curve_series, hash_rows, stage_rows
 from uva_jax.models import surgery
+from uva_jax.models.diffusion import make_schedule
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime.metrics import read_metrics
+from uva_jax.runtime.sections_graft import FAMILIES
 from uva_jax.runtime.settings import leaves, section
 from uva_jax.storage.atomic import read_json
 
@@ -17,6 +21,10 @@ _SHOWN = (
     "teacher.checkpoint data.path capture.num_samples distill.epochs distill.lr head.memory "
     "head.start finetune.steps finetune.lr finetune.data_fraction evaluate.sampling_steps seed"
 ).split()
+
+_SUFFIXES = {"graft": "", "graft_stage1": "_stage1", "graft_shortened": "_shortened"}
+_PAIR = ("teacher", "graft")
+_EPS_ERROR = "eps_error_"
 
 
 def write_graft_report(
@@ -44,27 +52,16 @@ def write_graft_report(
     options = section(config.evaluate, EvaluateOptions)
     seeds = rollout_seeds(options)
     teacher, graft = policies["teacher"], policies["graft"]
-    distilled = {}
-    if "distill" in stages:
-        distilled = (read_json(stages["distill"] / "done.json") or {}).get("metrics", {})
-    curves = []
-    for stage, title in (
-        ("distill", "Stage 1: distillation"),
-        ("finetune", "Stage 2: fine-tuning"),
-        ("shorten", "Stage 3: few evaluations"),
-    ):
-        keys = sorted(
-            {k for line in read_metrics(workdir, stage) for k in line} - {"time", "stage", "step"}
-        )
-        wanted = [k for k in keys if stage != "finetune" or k in ("loss", "mse", "vb")]
-        if wanted:
-            curves.append({"title": title, "series": report.curve_series(workdir, stage, wanted)})
+    exist = {k: v for k, v in stages.items() if v.exists()}
+    distilled = _done(stages.get("distill")).get("metrics", {})
     shown = leaves(config)
-    paired = found.get("paired_difference")
-    data = report.ReportData(
+    data = ReportData(
         title=f"Graft of {teacher.config.task}: {workdir.name}",
+        verdict=found.get("verdict", {}),
         config={k: shown[k] for k in _SHOWN},
-        stages=report.stage_rows({k: v for k, v in stages.items() if v.exists()}),
+        hashes=hash_rows(exist | {"evaluate": path.parent}),
+        versions=_done(stages.get("convert")).get("versions", {}),
+        stages=stage_rows(exist),
         architecture=[
             {
                 "part": part,
@@ -73,39 +70,120 @@ def write_graft_report(
             }
             for part in ("vae", "mar", "action_head")
         ],
-        operators=distilled.get("operators", ()),
-        curves=curves,
-        scores=[
-            {
-                "policy": name,
-                "score": found[name]["test_mean_score"],
-                "ci": tuple(found[name]["ci95"]),
-                "success": found[name]["success_rate"],
-                "episodes": len(seeds),
-            }
+        costs=[
+            _cost(name, policies[name], found[name], options.sampling_steps)
             for name in policies
             if seeds
         ],
-        paired={"difference": paired["mean"], "ci": tuple(paired["ci95"])} if paired else {},
+        operators=distilled.get("operators", ()),
+        timesteps={
+            " to ".join(key.removeprefix(_EPS_ERROR).split("_")): value
+            for key, value in distilled.get("head", {}).items()
+            if key.startswith(_EPS_ERROR)
+        },
+        curves=_curves(workdir),
+        scores=[_score(name, found[name]) for name in policies if seeds],
+        comparisons=[
+            _comparison(name, found, suffix)
+            for name, suffix in _SUFFIXES.items()
+            if seeds and name in policies
+        ],
         actions=[
             {"policy": name} | found[name]["actions"]
             for name in policies
             if "actions" in found[name]
         ],
         per_seed={
-            "seeds": seeds,
             "teacher": found["teacher"]["scores"],
             "graft": found["graft"]["scores"],
         }
         if seeds
         else {},
-        videos=[
-            {"path": clip, "caption": f"seed {seed}: teacher, graft"}
-            for seed in seeds[: options.videos]
-            if (clip := path.parent / "videos" / f"seed_{seed}.mp4").exists()
-        ],
+        videos=_videos(path.parent / "videos", found) if seeds else (),
     )
-    return report.write_report(path, data)
+    return write_report(path, data)
+
+
+def _done(folder: Path | None) -> dict:
+    return (folder and read_json(folder / "done.json")) or {}
+
+
+def _score(name: str, figures: Mapping) -> dict:
+    return {
+        "policy": name,
+        "score": figures["test_mean_score"],
+        "ci": figures["ci95"],
+        "success": figures["success_rate"],
+        "success_ci": figures.get("success_ci95"),
+        "episodes": len(figures["scores"]),
+    }
+
+
+def _comparison(name: str, found: Mapping, suffix: str) -> dict:
+    paired, verdict = found["paired_difference" + suffix], found.get("verdict" + suffix, {})
+    return {
+        "policy": name,
+        "difference": paired["mean"],
+        "ci": paired["ci95"],
+        "mcnemar": paired.get("mcnemar"),
+        # The graft's stands at the top of the page.
+        "verdict": verdict.get("sentence") if suffix else None,
+    }
+
+
+def _cost(name: str, policy: Policy, figures: Mapping, wanted: str) -> dict:
+    calls = sum(-(-steps // policy.config.n_action_steps) for steps in figures["steps"])
+    head = policy.config.action_head
+    return {
+        "policy": name,
+        "steps": len(make_schedule(steps_of(head, wanted), head.train_steps)),
+        "seconds": figures["policy_seconds"] / calls,
+        "parameters": _count(policy.action_head),
+    }
+
+
+def _curves(workdir: Path) -> list[dict]:
+    """Returns the plots of what the stages logged, with one for each family of operators."""
+    logged = _logged(workdir, "distill")
+    families: dict[str, dict[str, str]] = {}  # label of each curve by the scalar's name
+    for family in FAMILIES:
+        labels = {key: key.rpartition("/")[2] for key in logged if family in key.split("/")}
+        # The mean is left out where there are curves of the blocks.
+        blocks = {key: label for key, label in labels.items() if label.startswith("block")}
+        families[family] = blocks or labels
+    kept = _done(workdir / "finetune").get("metrics", {}).get("kept_step")
+    best = "" if kept is None else f"; step {kept} was kept"
+    groups = [
+        *(("distill", f"Stage 1: {f}, scaled loss", labels) for f, labels in families.items()),
+        ("finetune", "Stage 2: loss", ("loss", "mse", "vb")),
+        ("finetune", "Stage 2: squared distance to the teacher’s output", ("distance",)),
+        ("finetune", f"Stage 2: error of held-out samples{best}", ("held_out_error",)),
+        ("shorten", "Stage 3: few evaluations", _logged(workdir, "shorten")),
+    ]
+    plots = []
+    for stage, title, keys in groups:
+        labels = keys if isinstance(keys, dict) else {key: key for key in keys}
+        series = curve_series(workdir, stage, list(labels))
+        plots.append({"title": title, "series": {labels[key]: x for key, x in series.items()}})
+    return plots
+
+
+def _logged(workdir: Path, stage: str) -> list[str]:
+    names = {name for line in read_metrics(workdir, stage) for name in line}
+    return sorted(names - {"time", "stage", "step"})
+
+
+def _videos(folder: Path, found: Mapping) -> list[dict]:
+    """Returns the recorded seeds with their scores; those that differ most come first."""
+    both = [dict(zip(found[k]["seeds"], found[k]["scores"], strict=True)) for k in _PAIR]
+    rows = []
+    for clip in folder.glob("seed_*.mp4"):
+        seed = int(clip.stem.removeprefix("seed_"))
+        if seed in both[0]:
+            first, second = (scores[seed] for scores in both)
+            caption = f"Seed {seed}: teacher {first:.3f}, graft {second:.3f}"
+            rows.append((abs(second - first), {"path": clip, "caption": caption}))
+    return [row for _, row in sorted(rows, key=lambda row: -row[0])]
 
 
 def _count(module) -> int:

@@ -21,6 +21,7 @@ _SERIES = {
 }
 _TEXT = {"light": "#334155", "dark": "#cbd5e1"}
 _GRID = {"light": "#e2e8f0", "dark": "#334155"}
+_SIZE = (4.8, 3.1)  # inches: its text is legible on a phone
 _SMOOTHED_FROM = 60  # from so many points on, a running mean is drawn over the faint curve
 
 
@@ -42,13 +43,15 @@ def curves_plot(
     Args:
       series: (steps, values) by label; None values leave gaps.
       ylabel: label of the value axis.
-      log: use a logarithmic axis if all values are positive.
+      log: use a logarithmic axis if all values are positive and span a decade.
     """
     arrays = {
         label: (np.asarray(steps, float), np.asarray(values, float))
         for label, (steps, values) in series.items()
     }
-    log = log and all(np.nanmin(v, initial=np.inf) > 0 for _, v in arrays.values())
+    least = min(np.nanmin(v, initial=np.inf) for _, v in arrays.values())
+    most = max(np.nanmax(v, initial=-np.inf) for _, v in arrays.values())
+    log = log and 0 < 10 * least < most
 
     def draw(figure: Figure, theme: str) -> None:
         axes = figure.add_subplot()
@@ -67,42 +70,101 @@ def curves_plot(
         axes.set_ylabel(ylabel)
         if len(arrays) > 1:
             columns = 1 if len(arrays) <= 6 else 2
-            axes.legend(frameon=False, loc="upper right", ncols=columns)
+            axes.legend(frameon=False, ncols=columns)
 
-    return _render(draw, (5.4, 3.3))
+    return _render(draw)
 
 
-def paired_plot(seeds: Sequence[int], teacher: Sequence[float], graft: Sequence[float]) -> Plot:
-    """Draws both scores of every seed, joined by a line, in the order of the teacher's scores."""
+def paired_plots(teacher: Sequence[float], graft: Sequence[float]) -> tuple[Plot, Plot]:
+    """Draws two policies' scores on the same seeds, in the same order.
+
+    Returns:
+      both scores of every seed, joined by a line, in the order of the teacher's scores; and the
+      graft's scores against the teacher's.
+    """
     first, second = np.asarray(teacher, float), np.asarray(graft, float)
     order = np.lexsort((second, first))
-    names = np.asarray(seeds)[order]
     first, second = first[order], second[order]
-    position = np.arange(len(names))
+    position = np.arange(len(first))
+    low, high = min(first.min(), second.min()), max(1.0, first.max(), second.max())
+    limits = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    size = 22 if len(first) <= 100 else 8
+
+    def ordered(figure: Figure, theme: str) -> None:
+        blue, orange, gray = (_SERIES[theme][i] for i in (0, 1, 6))
+        axes = figure.add_subplot()
+        axes.vlines(position, first, second, color=gray, linewidth=1.2, alpha=0.7)
+        axes.scatter(position, first, s=size, color=orange, marker="D", label="teacher", zorder=3)
+        axes.scatter(position, second, s=size, color=blue, label="graft", zorder=3)
+        axes.set_xticks([])
+        axes.set_xlabel(f"{len(first)} seeds, ordered by the teacher's score")
+        axes.set_ylabel("score")
+        axes.set_ylim(limits)
+        axes.legend(frameon=False, loc="lower right")
+
+    def square(figure: Figure, theme: str) -> None:
+        axes = figure.add_subplot()
+        axes.plot([low, high], [low, high], color=_SERIES[theme][6], linewidth=1, linestyle="--")
+        axes.scatter(first, second, s=size, color=_SERIES[theme][0], alpha=0.6)
+        axes.set_xlim(limits)
+        axes.set_ylim(limits)
+        axes.set_aspect("equal")
+        axes.set_xlabel("teacher")
+        axes.set_ylabel("graft")
+
+    return _render(ordered), _render(square)
+
+
+def interval_plot(
+    series: Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]],
+    xlabel: str,
+    ylabel: str,
+) -> Plot:
+    """Draws points (x, y, interval of y) of each label, joined, on a logarithmic x axis."""
 
     def draw(figure: Figure, theme: str) -> None:
-        blue, orange, gray = (_SERIES[theme][i] for i in (0, 1, 6))
-        axes, square = figure.subplots(1, 2, width_ratios=(2.6, 1))
-        axes.vlines(position, first, second, color=gray, linewidth=1.2, alpha=0.7)
-        axes.scatter(position, first, s=22, color=orange, marker="D", label="teacher", zorder=3)
-        axes.scatter(position, second, s=24, color=blue, label="graft", zorder=3)
-        axes.set_xticks(position if len(names) <= 60 else [])
-        axes.set_xticklabels(names if len(names) <= 60 else [], rotation=90, fontsize=6.5)
-        axes.set_xlabel("seed, ordered by the teacher's score")
-        axes.set_ylabel("score")
-        axes.set_xlim(-1, len(names))
-        axes.legend(frameon=False, loc="lower right")
-        low, high = min(first.min(), second.min()), max(1.0, first.max(), second.max())
-        margin = 0.05 * (high - low)
-        square.plot([low, high], [low, high], color=gray, linewidth=1, linestyle="--")
-        square.scatter(first, second, s=20, color=blue, alpha=0.75)
-        for limits in (square.set_xlim, square.set_ylim, axes.set_ylim):
-            limits(low - margin, high + margin)
-        square.set_aspect("equal")
-        square.set_xlabel("teacher")
-        square.set_ylabel("graft")
+        axes = figure.add_subplot()
+        for index, (label, points) in enumerate(series.items()):
+            x, y, bounds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            low, high = np.transpose(
+                [(v, v) if b is None else b for v, b in zip(y, bounds, strict=True)]
+            )
+            spread = np.maximum([np.subtract(y, low), np.subtract(high, y)], 0)
+            color = _SERIES[theme][index % len(_SERIES[theme])]
+            # Labels are moved apart a little, so that their intervals do not hide each other.
+            axes.errorbar(
+                np.array(x) * 1.03**index,
+                y,
+                yerr=spread,
+                color=color,
+                marker="o",
+                ms=4,
+                capsize=3,
+                label=label,
+            )
+        ticks = sorted({x for points in series.values() for x, _, _ in points})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(series) > 1:
+            axes.legend(frameon=False)
 
-    return _render(draw, (10.6, 3.7))
+    return _render(draw)
+
+
+def bars_plot(values: Mapping[str, float], xlabel: str, ylabel: str) -> Plot:
+    """Draws a bar for each label."""
+
+    def draw(figure: Figure, theme: str) -> None:
+        axes = figure.add_subplot()
+        bars = axes.bar(list(values), list(values.values()), color=_SERIES[theme][0], width=0.6)
+        axes.bar_label(bars, fmt="{:.3g}", padding=2, color=_TEXT[theme])
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+
+    return _render(draw)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -115,7 +177,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
 
 
-def _render(draw: Callable[[Figure, str], Any], size: tuple[float, float]) -> Plot:
+def _render(draw: Callable[[Figure, str], Any]) -> Plot:
     pictures = {}
     for theme in ("light", "dark"):
         text, grid = _TEXT[theme], _GRID[theme]
@@ -137,10 +199,10 @@ def _render(draw: Callable[[Figure, str], Any], size: tuple[float, float]) -> Pl
             "ytick.minor.size": 0,
         }
         with rc_context(style):
-            figure = Figure(figsize=size, layout="constrained")
+            figure = Figure(figsize=_SIZE, layout="constrained")
             FigureCanvasAgg(figure)
             draw(figure, theme)
             buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=144, transparent=True)
+            figure.savefig(buffer, format="png", dpi=160, transparent=True)
         pictures[theme] = buffer.getvalue()
     return Plot(**pictures)

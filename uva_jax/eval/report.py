@@ -1,107 +1,41 @@
 """The report of a run: one self-contained HTML page, which loads nothing from the network.
 
-The caller passes plain dictionaries; a section without data is left out. `report_style.py` has the
-style sheet and `plots.py` the plots.
+A section without data is left out. `report_data.py` says what a page may hold; `report_html.py` has
+its pieces, `report_style.py` the style sheet and `plots.py` the plots.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from uva_jax.eval.plots import Plot, curves_plot, paired_plot
+from uva_jax.eval import plots
+from uva_jax.eval import report_html as html
+from uva_jax.eval.report_data import ReportData
+from uva_jax.eval.report_html import Column
 from uva_jax.eval.report_style import STYLE
-from uva_jax.runtime.metrics import read_metrics
-from uva_jax.storage.atomic import read_json, write_bytes
-
-MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of one page
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """The content of a report. Rows are dictionaries; a missing key or None is shown as a dash.
-
-    Attributes:
-      title: heading of the page.
-      config: the run's main settings by name, about a dozen.
-      stages: rows of `name`, `seconds`, `done` (bool), optionally `note`.
-      architecture: rows of `part`, `teacher`, `graft` (numbers of parameters).
-      operators: rows of `operator`, `block`, `raw`, `scaled`, `shuffled` (the scaled loss when the
-        operator gets other samples' inputs), `fvu` (fraction of variance unexplained).
-      curves: rows of `title`, `series` (label to (steps, values)), optionally `ylabel`, `log`.
-      scores: rows of `policy`, `score`, `ci` (low, high), `success` (share), `episodes`.
-      paired: `difference` (graft - teacher), `ci` (low, high).
-      actions: rows of `policy`, `mse`, `map`, `accuracy` (tolerance to share); see `actions.py`.
-      per_seed: `seeds`, `teacher`, `graft`, lists of equal length.
-      videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
-      notes: sentences shown below the heading.
-    """
-
-    title: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    stages: Sequence[Mapping[str, Any]] = ()
-    architecture: Sequence[Mapping[str, Any]] = ()
-    operators: Sequence[Mapping[str, Any]] = ()
-    curves: Sequence[Mapping[str, Any]] = ()
-    scores: Sequence[Mapping[str, Any]] = ()
-    paired: Mapping[str, Any] = field(default_factory=dict)
-    actions: Sequence[Mapping[str, Any]] = ()
-    per_seed: Mapping[str, Any] = field(default_factory=dict)
-    videos: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-
-
-def stage_rows(folders: Mapping[str, str | os.PathLike]) -> list[dict[str, Any]]:
-    """Returns the rows of the stage table from the done.json of each stage's folder."""
-    rows = []
-    for name, folder in folders.items():
-        done = read_json(Path(folder) / "done.json") or {}
-        note = "resumed; time of the last run" if done.get("resumed") else ""
-        row = {"name": name, "done": bool(done), "seconds": done.get("seconds"), "note": note}
-        rows.append(row)
-    return rows
-
-
-def curve_series(
-    workdir: str | os.PathLike, stage: str, names: Sequence[str]
-) -> dict[str, tuple[list[int], list[float | None]]]:
-    """Returns (steps, values) by name of scalars that a stage has logged.
-
-    Args:
-      workdir: holds metrics.jsonl.
-      stage: name of the stage.
-      names: of the scalars; those that were never logged are absent from the result.
-    """
-    records = read_metrics(workdir, stage)
-    series = {}
-    for name in names:
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            series[name] = ([step for step, _ in points], [value for _, value in points])
-    return series
+from uva_jax.storage.atomic import write_bytes
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> Path:
-    """Writes the page atomically and returns its path.
-
-    The page names videos that are missing or exceed MAX_VIDEO_BYTES instead of embedding them.
-    """
+    """Writes the page atomically and returns its path."""
     sections = [
         _headline(data),
-        _section("Scores", _scores(data)),
-        _section("Actions on held-out windows", _actions(data.actions)),
-        _section("Rollouts", _videos(data.videos)),
-        _section("Stage 1: operators", _operators(data.operators)),
-        _section("Training", _curves(data.curves)),
-        _section("Architecture", _architecture(data.architecture)),
-        _section("Stages", _stages(data.stages)),
-        _section("Configuration", _config(data.config)),
+        html.section("Scores", _scores(data)),
+        html.section("Seed by seed", _per_seed(data.per_seed)),
+        html.section("Episodes that differ most", html.videos(data.videos)),
+        html.section("Score against sampling steps", _sampling(data.sampling)),
+        html.section("Actions on held-out windows", _actions(data.actions)),
+        html.section("Predicted video", _frames(data.frames)),
+        html.section("Stage 1: operators", _operators(data)),
+        html.section("Training", _curves(data.curves)),
+        html.section("Cost of a call", _costs(data.costs)),
+        html.section("Parameters", _architecture(data.architecture)),
+        html.section("Time and memory", _stages(data.stages)),
+        html.section("Configuration and hashes", _config(data)),
     ]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -115,238 +49,210 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
 
 
 def _headline(data: ReportData) -> str:
-    cards = [
-        (row["policy"], _score(row["score"]), _interval(row.get("ci")), "")
+    said = ""
+    if data.verdict:
+        tone = data.verdict["kind"].replace(" ", "-")
+        said = f'<p class="verdict {tone}">{escape(data.verdict["sentence"])}</p>'
+    cards = "".join(
+        f'<div class="card"><span>{escape(str(row["policy"]))}</span>'
+        f"<strong>{html.score(row['score'])}</strong>"
+        f"<small>{html.interval(row.get('ci'))}</small></div>"
         for row in data.scores
         if row.get("score") is not None
-    ]
-    if data.paired:
-        interval, verdict = _interval(data.paired.get("ci")), _verdict(data.paired)
-        cards.append(("graft − teacher", _signed(data.paired["difference"]), interval, verdict))
-    html = "".join(
-        f'<div class="card {tone}"><span>{escape(str(name))}</span><strong>{value}</strong>'
-        f"<small>{interval}</small></div>"
-        for name, value, interval, tone in cards
     )
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in data.notes)
-    cards_html = f'<div class="cards">{html}</div>' if html else ""
-    return f"<header><h1>{escape(data.title)}</h1>{notes}{cards_html}</header>"
+    notes = "".join(map(html.note, data.notes))
+    cards = f'<div class="cards">{cards}</div>' if cards else ""
+    return f"<header><h1>{escape(data.title)}</h1>{said}{notes}{cards}</header>"
 
 
 def _scores(data: ReportData) -> str:
     columns = [
-        _Column("Policy", "policy"),
-        _Column("Test mean score", "score", _score),
-        _Column("95 % interval", "ci", _interval),
-        _Column("", "ci", _track),
-        _Column("Success", "success", _percent),
-        _Column("Episodes", "episodes", _integer),
+        Column("Policy", "policy"),
+        Column("Mean score", "score", html.score),
+        Column("95 % interval", "ci", html.interval),
+        Column("", "ci", html.track),
+        Column("Success", "success", html.percent),
+        Column("95 % interval", "success_ci", html.percent_interval),
+        Column("Episodes", "episodes", html.integer),
     ]
-    html = _table(columns, data.scores)
-    if html and data.paired:
-        html += (
-            "<p>Paired on the same seeds and noise, graft − teacher: "
-            f"<strong>{_signed(data.paired['difference'])}</strong>, 95 % interval "
-            f"{_interval(data.paired.get('ci'))}.</p>"
+    found = html.table(columns, data.scores)
+    if data.comparisons:
+        columns = [
+            Column("Against the teacher", "policy"),
+            Column("Difference", "difference", html.signed),
+            Column("95 % interval", "ci", html.interval),
+            Column("p of success", "mcnemar", html.score),
+        ]
+        found += html.table(columns, data.comparisons)
+        found += "".join(
+            f"<p>{escape(row['verdict'])}</p>" for row in data.comparisons if row.get("verdict")
         )
-    if data.per_seed:
-        plot = paired_plot(**{key: data.per_seed[key] for key in ("seeds", "teacher", "graft")})
-        html += (
-            f'<div class="wide">{_figure(plot, "Score of teacher and graft on every seed")}</div>'
+    if found:
+        found += html.note(
+            "Score: the largest reward of an episode, 0 to 1. Differences are paired by seed and "
+            "noise. Intervals in the tables: bootstrap for scores, Wilson for success, each for "
+            "one look at the seeds; p: exact McNemar test. The sentences rest on a confidence "
+            "sequence, which is wider because it holds however often one looks and if rare "
+            "failures were not seen yet."
         )
-    return html
+    return found
+
+
+def _per_seed(per_seed: Mapping[str, Any]) -> str:
+    if not per_seed:
+        return ""
+    ordered, square = plots.paired_plots(per_seed["teacher"], per_seed["graft"])
+    return html.figures(
+        [
+            (ordered, "Both scores of every seed, in the order of the teacher’s"),
+            (square, "Graft against teacher; above the diagonal the graft is better"),
+        ]
+    )
+
+
+def _sampling(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    series: dict[str, list] = {}
+    for row in rows:
+        point = row["steps"], row["score"], row.get("ci")
+        series.setdefault(str(row["policy"]), []).append(point)
+    columns = [
+        Column("Policy", "policy"),
+        Column("Sampling steps", "steps", html.integer),
+        Column("Mean score", "score", html.score),
+        Column("95 % interval", "ci", html.interval),
+    ]
+    plot = plots.interval_plot(series, "sampling steps", "mean score")
+    return html.figures([(plot, "Mean score and interval")]) + html.table(columns, rows)
 
 
 def _actions(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     columns = [
-        _Column("Policy", "policy"),
-        _Column("Mean squared error", "mse", _loss),
-        _Column("mAP", "map", _score),
-        *(_Column(f"Within {t}", t, _percent) for t in rows[0]["accuracy"]),
+        Column("Policy", "policy"),
+        Column("Mean squared error", "mse", html.loss),
+        Column("mAP", "map", html.score),
+        *(Column(f"Within {t}", t, html.percent) for t in rows[0]["accuracy"]),
     ]
-    return _table(columns, [dict(row) | dict(row["accuracy"]) for row in rows]) + (
-        '<p class="note">In normalised units, against the demonstrated actions. Within d: share of '
-        "steps whose distance to the demonstrated one is at most d. mAP: average precision, "
-        "ranked by the spread of a policy’s samples (less is surer), averaged over d.</p>"
+    return html.table(columns, [dict(row) | dict(row["accuracy"]) for row in rows]) + html.note(
+        "In normalised units, against the demonstrated actions. Within d: share of steps whose "
+        "distance to the demonstrated one is at most d. mAP: average precision, ranked by the "
+        "spread of a policy’s samples (less is surer), averaged over d."
     )
 
 
-def _operators(rows: Sequence[Mapping[str, Any]]) -> str:
+def _frames(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = [
-        _Column("Operator", "operator"),
-        _Column("Block", "block", _integer),
-        _Column("Raw loss", "raw", _loss),
-        _Column("Scaled loss", "scaled", _loss),
-        _Column("Shuffled input", "shuffled", _loss),
-        _Column("Unexplained variance", "fvu", _percent),
+        Column("Policy", "policy"),
+        Column("Videos", "videos", html.integer),
+        Column("FVD", "fvd", lambda value: f"{value:.1f}"),
+        Column("95 % interval", "ci", lambda bounds: f"{bounds[0]:.1f} to {bounds[1]:.1f}"),
+        Column("PSNR, dB", "psnr", lambda value: f"{value:.1f}"),
+        Column("SSIM", "ssim", html.score),
     ]
-    if not rows:
-        return ""
-    return _table(columns, rows) + (
-        '<p class="note">On held-out samples. The scaled loss is the loss divided by the target’s '
-        "scale. Shuffled input is the scaled loss when the operator gets the input of another "
-        "sample: it is far larger for an operator that uses its input.</p>"
-    )
+    return html.table(columns, rows)
+
+
+def _operators(data: ReportData) -> str:
+    columns = [
+        Column("Operator", "operator"),
+        Column("Block", "block", html.integer),
+        Column("Raw loss", "raw", html.loss),
+        Column("Scaled loss", "scaled", html.loss),
+        Column("Shuffled input", "shuffled", html.loss),
+        Column("Unexplained", "fvu", html.percent),
+    ]
+    found = html.table(columns, data.operators)
+    if found:
+        found += html.note(
+            "On held-out samples. The scaled loss is the loss divided by the target’s scale. "
+            "Shuffled input is the scaled loss when the operator gets the input of another "
+            "sample: it is far larger for an operator that uses its input. Unexplained: share of "
+            "the target’s variance."
+        )
+    if data.timesteps:
+        plot = plots.bars_plot(data.timesteps, "timestep t", "relative error of eps")
+        caption = "Distance of the graft’s predicted noise to the teacher’s after Stage 1"
+        found += html.figures([(plot, caption)])
+    return found
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> str:
-    figures = [
-        _figure(
-            curves_plot(c["series"], c.get("ylabel", "loss"), c.get("log", True)), str(c["title"])
-        )
-        for c in curves
-        if c["series"]
+    return html.figures(
+        [
+            (
+                plots.curves_plot(c["series"], c.get("ylabel", "loss"), c.get("log", True)),
+                str(c["title"]),
+            )
+            for c in curves
+            if c["series"]
+        ]
+    )
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = [
+        Column("Policy", "policy"),
+        Column("Time", "seconds", html.milliseconds),
+        Column("Evaluations of the head", "steps", html.integer),
+        Column("Head’s parameters", "parameters", html.integer),
     ]
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+    found = html.table(columns, rows)
+    return found and found + html.note(
+        "Mean time of a call for one episode, measured in the rollouts, where calls of several "
+        "episodes form a batch."
+    )
 
 
 def _architecture(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = [
-        _Column("Part", "part"),
-        _Column("Teacher parameters", "teacher", _integer),
-        _Column("Graft parameters", "graft", _integer),
+        Column("Part", "part"),
+        Column("Teacher", "teacher", html.integer),
+        Column("Graft", "graft", html.integer),
     ]
     if not rows:
         return ""
     total = {key: sum(row.get(key) or 0 for row in rows) for key in ("teacher", "graft")}
-    return _table(columns, [*rows, {"part": "Total", **total}], last_is_total=True)
+    return html.table(columns, [*rows, {"part": "Total", **total}], last_is_total=True)
 
 
 def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = [
-        _Column("Stage", "name"),
-        _Column("State", "done", lambda done: "done" if done else "not finished", number=False),
-        _Column("Time", "seconds", _seconds),
+        Column("Stage", "name"),
+        Column("State", "done", lambda done: "done" if done else "not finished", number=False),
+        Column("Time", "seconds", html.seconds),
+        Column("Peak memory", "memory", html.memory),
+        Column("", "note"),
     ]
-    if any(row.get("note") for row in rows):
-        columns.append(_Column("", "note"))
     if not rows:
         return ""
-    total = {"name": "Total", "done": None, "seconds": sum(r.get("seconds") or 0 for r in rows)}
-    return _table(columns, [*rows, total], last_is_total=True)
+    total = {"name": "Total", "seconds": sum(r.get("seconds") or 0 for r in rows)}
+    found = html.table(columns, [*rows, total], last_is_total=True)
+    if any(row.get("memory") for row in rows):
+        found += html.note("Memory of the run’s own process, or of its fullest accelerator.")
+    return found
 
 
-def _config(config: Mapping[str, Any]) -> str:
-    rows = [{"name": name, "value": _plain_text(value)} for name, value in config.items()]
-    return _table([_Column("Name", "name"), _Column("Value", "value")], rows)
+def _config(data: ReportData) -> str:
+    def code(value: str) -> str:
+        return f"<code>{escape(value[:12])}</code>"
 
-
-def _videos(videos: Sequence[Mapping[str, Any]]) -> str:
-    figures, left_out, spent = [], [], 0
-    for video in videos:
-        path, caption = Path(video["path"]), escape(str(video.get("caption", "")))
-        size = path.stat().st_size if path.exists() else None
-        if size is None or spent + size > MAX_VIDEO_BYTES:
-            why = "missing" if size is None else f"{size / 2**20:.1f} MB, not embedded"
-            left_out.append(f"<li>{caption}: <code>{escape(str(path))}</code> ({why})</li>")
-            continue
-        spent += size
-        source = base64.b64encode(path.read_bytes()).decode()
-        figures.append(
-            '<figure><video controls loop muted playsinline preload="auto" '
-            f'src="data:video/mp4;base64,{source}"></video><figcaption>{caption}</figcaption>'
-            "</figure>"
+    columns = [Column("Setting", "name"), Column("Value", "value")]
+    rows = [{"name": name, "value": html.plain_text(value)} for name, value in data.config.items()]
+    found = html.table(columns, rows)
+    columns = [
+        Column("Result", "name"),
+        Column("Settings", "config", code, number=False),
+        Column("Inputs", "inputs", code, number=False),
+    ]
+    if data.hashes:
+        found += html.table(columns, data.hashes)
+        found += html.note(
+            "The first digits of SHA-256 hashes of the settings and of the inputs that each result "
+            "depends on. All settings are in config.json in the run’s folder."
         )
-    html = f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-    if left_out:
-        limit = f"{MAX_VIDEO_BYTES / 2**20:.0f} MB"
-        html += f"<p>Not embedded, because a page holds at most {limit} of videos:</p>"
-        html += f"<ul>{''.join(left_out)}</ul>"
-    return html
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column: heading, key of the row, and how a value becomes HTML (default: escaped)."""
-
-    heading: str
-    key: str
-    show: Callable[[Any], str] | None = None
-    number: bool = True  # right-aligned, if `show` is given
-
-    def cell(self, row: Mapping[str, Any]) -> str:
-        value = row.get(self.key)
-        if value is None:
-            return "–" if self.heading else ""
-        return self.show(value) if self.show else escape(str(value))
-
-    @property
-    def css(self) -> str:
-        return ' class="n"' if self.show and self.number else ""
-
-
-def _table(
-    columns: Sequence[_Column], rows: Sequence[Mapping[str, Any]], last_is_total: bool = False
-) -> str:
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col"{c.css}>{escape(c.heading)}</th>' for c in columns)
-    body = []
-    for index, row in enumerate(rows):
-        total = ' class="total"' if last_is_total and index == len(rows) - 1 else ""
-        cells = "".join(f"<td{c.css}>{c.cell(row)}</td>" for c in columns)
-        body.append(f"<tr{total}>{cells}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _section(title: str, html: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{html}</section>" if html else ""
-
-
-def _figure(plot: Plot, caption: str) -> str:
-    light, dark = (base64.b64encode(png).decode() for png in (plot.light, plot.dark))
-    return (
-        '<figure><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="data:image/png;base64,{dark}"><img alt="{escape(caption)}" '
-        f'src="data:image/png;base64,{light}"></picture>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _score(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}".replace("-", "−")
-
-
-def _verdict(paired: Mapping[str, Any]) -> str:
-    low, high = paired.get("ci") or (-1.0, 1.0)
-    return "better" if low > 0 else "worse" if high < 0 else "even"
-
-
-def _track(bounds: Sequence[float]) -> str:
-    """Draws an interval of a score on a line from 0 to 1."""
-    low, high = (100 * min(max(bound, 0.0), 1.0) for bound in bounds)
-    return f'<span class="track"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i></span>'
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _integer(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.2e}"
-
-
-def _seconds(value: float) -> str:
-    minutes, seconds = divmod(value, 60)
-    return f"{minutes:.0f} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
-
-
-def _plain_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if data.versions:
+        found += html.note(", ".join(f"{name} {of}" for name, of in data.versions.items()))
+    return found

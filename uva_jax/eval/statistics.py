@@ -300,7 +300,7 @@ def _sentence(sequence, kind, difference, needed, policy, reference) -> str:
     numbers = [f"{round(value, 3) + 0.0:+.3f}" for value in difference]
     said += (
         f" (difference {numbers[0]}, {100 * (1 - sequence.level):g}% interval {numbers[1]} to "
-        f"{numbers[2]}, {seeds})"
+        f"{numbers[2]}{f', {seeds}' if kind != 'undecided' else ''})"
     )
     if kind == "undecided":
         more = f"about {_rounded(needed)} more would" if needed else "far more are needed"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-from uva_jax.eval import report
+from uva_jax.eval.report import write_report
+from uva_jax.eval.report_data import ReportData, curve_series
 from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.eval.statistics import mean_interval
 from uva_jax.models.actor import PolicyCall
@@ -82,7 +83,7 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
     """
     lines = read_metrics(workdir, "pretrain")
     names = sorted({k for line in lines for k in line})
-    vae = report.curve_series(
+    vae = curve_series(
         workdir, "vae", [f"{part}/{k}" for part in ("vae", "decoder") for k in _VAE_LOSSES]
     )
     groups = (
@@ -98,12 +99,12 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
     scored = [line for line in lines if "policy/score" in line]
     shown = leaves(config)
     curves = [{"title": "VAE", "series": vae}] if vae else []
-    data = report.ReportData(
+    data = ReportData(
         title=f"Training of {task}: {workdir.name}",
         config={k: shown[k] for k in _SHOWN},
         curves=curves
         + [
-            {"title": title, "series": report.curve_series(workdir, "pretrain", keys), **more}
+            {"title": title, "series": curve_series(workdir, "pretrain", keys), **more}
             for title, keys, more in groups
             if keys
         ],
@@ -121,7 +122,7 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
         if scored
         else [],
     )
-    return report.write_report(workdir / "pretrain" / "report.html", data)
+    return write_report(workdir / "pretrain" / "report.html", data)
 
 
 def _with(loss: str, names: list[str]) -> list[str]:

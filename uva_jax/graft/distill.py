@@ -88,7 +88,7 @@ def condition_loss(head: GraftedHead, arrays: Arrays, kind: str) -> Callable:
         errors = stream_errors(surgery.replace(head, arrays | params), batch, scale)
         losses = [jnp.mean(distance(kind, e)) for e in errors]
         loss = losses[-1] + 0.1 * sum(losses[:-1])
-        return loss, {"loss": losses[-1]}
+        return loss, {"loss": losses[-1]} | {f"block{i}": x for i, x in enumerate(losses)}
 
     return loss_fn
 

@@ -110,7 +110,7 @@ def distill_blocks(
         found = block_inputs(teacher, batch, key if options.fresh_noise else None)
         e_t = head.time_embed(found["t"])[:, None]
         predicted = batch["predicted"].astype(jnp.float32)
-        losses: dict[str, list[jax.Array]] = {}
+        losses: dict[str, dict[int, jax.Array]] = {}  # by family and block
         for number, (group, stack) in enumerate(zip(groups, stacks, strict=True)):
 
             def one(block_arrays, h, residual, scale, group=group):
@@ -126,11 +126,12 @@ def distill_blocks(
                 rows = np.array(group.blocks)
                 inputs = (inputs[0], inputs[1][:, rows], inputs[2][:, rows], scale[rows])
             for family, loss in jax.vmap(one, in_axes=(0, 1, 1, 0))(*inputs).items():
-                losses.setdefault(family, []).append(loss)
-        by_family = {f: jnp.concatenate(x) for f, x in losses.items()}
+                losses.setdefault(family, {}).update(zip(group.blocks, loss, strict=True))
+        by_family = {f: jnp.stack(list(x.values())) for f, x in losses.items()}
+        by_block = {f"{f}/block{i}": x for f, found in losses.items() for i, x in found.items()}
         return (
             sum(jnp.sum(v) for v in by_family.values()),
-            {k: jnp.mean(v) for k, v in by_family.items()},
+            {k: jnp.mean(v) for k, v in by_family.items()} | by_block,
         )
 
     params = fit(

@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from uva_jax.runtime import memory
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import end_if_stopped, full_disk_as_user_error, locked, stop_signals
 from uva_jax.runtime.metrics import MetricsWriter
@@ -210,6 +211,7 @@ class _Engine:
             return done["metrics"]
         resumes = done is None and identity.matches(started)
         clock = time.monotonic()
+        memory.restart_peak()
         with MetricsWriter(
             self.workdir, name, config=self.config, fresh=not resumes, enabled=self.is_primary
         ) as writer:
@@ -240,6 +242,7 @@ class _Engine:
                     **identity.record(),
                     "metrics": metrics,
                     "seconds": round(seconds, 3),
+                    "peak_memory": memory.peak(),
                     "resumed": resumes,
                     "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     "versions": _versions(),
