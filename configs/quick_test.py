@@ -35,4 +35,6 @@ def get_config(operators: str = "runs/tiny/operators"):
     config.finetune.warmup = 5
     config.finetune.batch = 32
     config.finetune.log_every = 10
+    config.finetune.check_every = 15
+    config.finetune.check_windows = 32
     return config

@@ -154,6 +154,7 @@ def make_config(shared, checkpoint, buffer) -> Callable[..., ConfigDict]:
         config.distill.update(epochs=2, batch=8, lr=1e-3, warmup=2, log_every=4)
         config.distill.sampling_steps = "4"
         config.finetune.update(steps=4, batch=8, warmup=1, log_every=2, reuse_cache=True)
+        config.finetune.update(check_windows=4, check_every=2)
         config.finetune.freeze = ("mar",)
         config.shorten.update(evaluations=1, epochs=2, noises=2, target_steps="4", batch=8, lr=1e-3)
         config.shorten.update(warmup=2, log_every=4)

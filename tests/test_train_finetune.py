@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax.graft import assemble, finetune
+from uva_jax.graft import assemble, finetune, held_out
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.lora import init_lora, merge_lora
 from uva_jax.runtime import parallel
@@ -32,6 +32,7 @@ OPTIONS = finetune.FinetuneOptions(
     freeze_encoder=True,
     freeze=("mar",),
     unfreeze_at={},
+    keep_best=False,
     dropout=False,
     noise_draws=2,
     teacher_weight=0.0,
@@ -70,14 +71,16 @@ def tokens():
     }
 
 
-def train(graft, tokens, folder, teacher=None, **changes):
+def train(graft, tokens, folder, teacher=None, held_out=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
     folder.mkdir(exist_ok=True)
     trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0, teacher)
     batches = finetune.token_batches(tokens, options, 0)
     with MetricsWriter(folder, "finetune") as metrics:
-        tuned = trainer.run(batches, folder=folder, metrics=metrics)
-    return surgery.flatten(tuned)
+        tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=held_out)
+    if best is None:
+        return surgery.flatten(tuned)
+    return surgery.flatten(tuned) | {"step": best.step, "error": best.error, "start": best.start}
 
 
 def test_frozen_parameters_stay_to_the_bit_and_the_head_moves(graft, tokens, tmp_path):
@@ -87,8 +90,10 @@ def test_frozen_parameters_stay_to_the_bit_and_the_head_moves(graft, tokens, tmp
     assert "action_head/blocks/0/mlp/fc1/kernel" in moved
 
 
-def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkeypatch):
-    whole = train(graft, tokens, tmp_path / "whole")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkeypatch, keeps):
+    how = {"held_out": tokens, "check_every": 1, "lr": 1e-3} if keeps else {}
+    whole = train(graft, tokens, tmp_path / "whole", **how)
 
     class Killed(BaseException):
         pass
@@ -101,11 +106,48 @@ def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkey
 
     monkeypatch.setattr(loop.Checkpoints, "save", save_and_die)
     with pytest.raises(Killed):
-        train(graft, tokens, tmp_path / "cut")
+        train(graft, tokens, tmp_path / "cut", **how)
     monkeypatch.setattr(loop.Checkpoints, "save", saved)
-    resumed = train(graft, tokens, tmp_path / "cut")
+    resumed = train(graft, tokens, tmp_path / "cut", **how)
     for path, x in whole.items():
         np.testing.assert_array_equal(x, resumed[path], err_msg=path)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, tmp_path):
+    how = {
+        "held_out": tokens,
+        "check_every": 2,
+        "steps": 5,
+        "freeze": ("mar", "action_head/memory"),
+    }
+    # What trains only from step 3 on is as it was when the best state was found.
+    worse = train(
+        graft, tokens, tmp_path, lr=0.1, unfreeze_at={"3": ("action_head/memory",)}, **how
+    )
+    assert worse["step"] == 0 and worse["error"] == worse["start"]
+    for path, x in surgery.flatten(graft).items():
+        np.testing.assert_array_equal(x, worse[path], err_msg=path)
+    lines = [r for r in read_metrics(tmp_path, "finetune") if "held_out_error" in r]
+    checked = {r["step"]: r["held_out_error"] for r in lines}
+    assert checked.keys() == {0, 2, 4, 5} and min(checked.values()) == checked[0]
+    better = train(graft, tokens, tmp_path / "better", lr=3e-3, **how | {"steps": 20})
+    assert better["step"] > 0 and better["error"] < better["start"]
+
+
+def test_the_energy_score_is_smallest_for_the_true_distribution():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(4000, 3, 2))
+    scores = {
+        spread: float(
+            held_out.energy_scores(spread * rng.normal(size=(6, 4000, 3, 2)), truth).mean()
+        )
+        for spread in (0.0, 0.7, 1.0, 1.3)
+    }
+    assert min(scores, key=scores.get) == 1.0
+    # By hand, for two samples of one window: mean distance to 0 is 2, half of their distance 1.
+    found = held_out.energy_scores(jnp.array([[[[1.0]]], [[[3.0]]]]), jnp.zeros((1, 1, 1)))
+    assert found == 1.0
 
 
 def test_phases_open_further_parameters_at_their_step(graft):

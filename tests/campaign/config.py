@@ -27,6 +27,7 @@ def get_config():
     config.distill.update(epochs=1, batch=8, lr=1e-3, warmup=2, log_every=2)
     config.distill.update(checkpoint_every=EVERY, sampling_steps="4")
     config.finetune.update(batch=8, log_every=3, reuse_cache=True, freeze=("mar",), **loop)
+    config.finetune.update(check_windows=8)
     config.evaluate.update(num_seeds=2, max_steps=16, sampling_steps="4", videos=1, workers=1)
     config.evaluate.update(windows=6, draws=2)
     return config

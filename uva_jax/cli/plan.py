@@ -335,8 +335,8 @@ def run(config, topology: str, name: str | None, only: Sequence[str], jobs: int 
         f"{teacher.task}: {programs.parameters(teacher) / 1e6:.1f} M parameters, "
         f"{teacher.image_size} px, {teacher.mar.n_tokens} tokens per window\n"
     )
-    # With cross_attention="residual" there is no condition to fit.
-    fitted = config.head.cross_attention == "condition"
+    # With cross_attention="residual", or without a graft, there is no condition to fit.
+    fitted = config.head.replace and config.head.cross_attention == "condition"
     keys = list(dict.fromkeys(only)) or [k for k in PROGRAMS if fitted or k != "distill"]
     print(f"compiling {', '.join(keys)}", flush=True)
     found = {}

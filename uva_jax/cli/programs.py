@@ -114,10 +114,10 @@ def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
     del dtype  # Stage 1 computes in float32
     options = section(config.distill, distill.DistillOptions)
     head = _grafted(config, surgery.abstract_policy(teacher)).action_head
-    if head.config.cross_attention != "condition":
+    if not config.head.replace or head.config.cross_attention != "condition":
         raise UserError(
-            "the condition fit needs config.head.cross_attention='condition': set it, or leave the "
-            "fit out of --only"
+            "the condition fit needs config.head.replace=True and cross_attention='condition': set "
+            "them, or leave the fit out of --only"
         )
     samples = config.capture.num_samples
     z = jax.ShapeDtypeStruct((samples, teacher.mar.n_tokens, head.config.z_channels), jnp.float32)
@@ -137,8 +137,11 @@ def condition_fit(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
 
 
 def _grafted(config, teacher: Policy) -> Policy:
-    """Returns the assembled graft without arrays."""
-    head = assemble.grafted_config(teacher, section(config.head, assemble.HeadOptions))
+    """Returns the assembled graft without arrays; the teacher if nothing is grafted."""
+    options = section(config.head, assemble.HeadOptions)
+    if not options.replace:
+        return teacher
+    head = assemble.grafted_config(teacher, options)
     grafted = dataclasses.replace(teacher.config, action_head=head)
     return surgery.abstract_policy(grafted, dtype=teacher.dtype)
 

@@ -9,6 +9,7 @@ head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from uva_jax.data import source
 from uva_jax.data.episodes import select_episodes
 from uva_jax.data.windows import Strips
+from uva_jax.graft.held_out import error_of
 from uva_jax.models import surgery
 from uva_jax.models.layers import sub_key
 from uva_jax.models.lora import PREFIX, init_lora, merge_lora
@@ -99,8 +101,7 @@ def graft_loss(
 
     def objective(params: Flat, frozen: Flat, batch, key, step):
         del step
-        own = {k: v for k, v in frozen.items() if not k.startswith(f"{_TEACHER}/")}
-        arrays, held = merge_lora(params | own), None
+        arrays, held = _policy_arrays(params, frozen), None
         if teacher is not None:
             known = part(frozen, _TEACHER)
             rest = {k: v for k, v in arrays.items() if not k.startswith("action_head/")}
@@ -109,6 +110,12 @@ def graft_loss(
         return scalars["loss"], scalars
 
     return objective
+
+
+def _policy_arrays(params: Flat, frozen: Flat) -> Flat:
+    """Returns the graft's arrays, with adapters merged, from its trained and its frozen ones."""
+    own = {k: v for k, v in frozen.items() if not k.startswith(f"{_TEACHER}/")}
+    return merge_lora(params | own)
 
 
 def teacher_arrays(arrays: Flat, phases: Sequence[Phase]) -> Flat:
@@ -201,6 +208,7 @@ class Trainer:
         if teacher is not None:
             held = teacher_arrays(read(teacher), self.phases)
         self.held = place(held, parallel.shardings_for(held, mesh))
+        self._structure = surgery.abstract_policy(policy.config, dtype=policy.dtype)
         loss = loss_on_tokens if self.tokens else loss_on_images
         self.loss = graft_loss(policy, loss, options, teacher)
 
@@ -212,21 +220,40 @@ class Trainer:
     def lower(self, phase: Phase, batch: Mapping) -> jax.stages.Lowered:
         """Lowers one step of a phase, as `run` compiles it, from the shapes of a whole batch."""
         return loop.lower_step(
-            self.loss, *self.parts(phase), batch, options=self.options, mesh=self.mesh
+            self.loss,
+            *self.parts(phase),
+            batch,
+            options=self.options,
+            mesh=self.mesh,
+            keep=self.options.keep_best,
         )
 
-    def run(self, batches: Callable[[int], Mapping], *, folder: Path, metrics) -> Policy:
+    def run(
+        self,
+        batches: Callable[[int], Mapping],
+        *,
+        folder: Path,
+        metrics,
+        held_out: Mapping[str, np.ndarray] | None = None,
+    ) -> tuple[Policy, loop.Best | None]:
         """Trains to `options.steps` and returns the policy with averaged parameters.
 
         Args:
           batches: step -> this process's share of its batch, as host arrays.
           folder: holds resumable states, by phase.
           metrics: writer of progress and messages.
+          held_out: windows for `held_out.error_of`; the policy is then the one of the check with
+            the smallest error, without them that of the last step.
+
+        Returns:
+          the policy, and with `held_out` the result of the checks.
 
         Raises:
           UserError: training diverged.
         """
-        total, state = self.options.steps, None
+        total, state, error = self.options.steps, None, None
+        if held_out is not None:
+            error = error_of(self._build, held_out, self.mesh, self.seed)
         stops = [*(phase.start for phase in self.phases[1:]), total]
         for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
             params, frozen = self.parts(phase)
@@ -241,9 +268,19 @@ class Trainer:
                 folder=folder / f"phase{index}",
                 metrics=metrics,
                 steps=range(phase.start, min(stop, total)),
+                keep=error and loop.Keep(partial(error, frozen), check_every(self.options)),
             )
-        arrays = merge_lora(self.arrays | state.ema)
-        return surgery.replace(surgery.abstract_policy(self.policy.config), arrays)
+        found = state.ema if state.best is None else state.best.params
+        arrays = merge_lora(self.arrays | found)
+        return surgery.replace(surgery.abstract_policy(self.policy.config), arrays), state.best
+
+    def _build(self, frozen: Flat, params: Flat) -> Policy:
+        return surgery.replace(self._structure, _policy_arrays(params, frozen))
+
+
+def check_every(options: FinetuneOptions) -> int:
+    """Returns the steps between checks of `keep_best`: a tenth of all unless they are given."""
+    return options.check_every or -(-options.steps // 10)
 
 
 def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):

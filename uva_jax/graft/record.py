@@ -34,6 +34,7 @@ def capture_activations(
     *,
     seed: int,
     origin: str,
+    episodes: np.ndarray | None = None,
     is_primary: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
 ) -> dict:
@@ -45,6 +46,7 @@ def capture_activations(
       folder: of the stage.
       metrics: writer of progress and messages.
       seed: of the choice of windows and of all draws.
+      episodes: (e,) mask of the training episodes; by default all that are not held out.
       is_primary, barrier: see `Site`.
 
     Returns:
@@ -55,6 +57,7 @@ def capture_activations(
     """
     check_split(reader.buffer, reader.options)
     train, held_out = source.split(reader.buffer, reader.options)
+    train = train if episodes is None else episodes
     result = {}
     for name, mask, samples in (
         ("train", train, options.num_samples),

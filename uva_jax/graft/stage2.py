@@ -7,14 +7,16 @@ windows that are captured first, or from the windows themselves.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from uva_jax.data import source
 from uva_jax.data.windows import Strips, plan_strips
-from uva_jax.graft import finetune, record
+from uva_jax.graft import finetune, held_out, record
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
@@ -65,40 +67,68 @@ def fine_tune(
       is_primary, barrier: see `Site`.
 
     Returns:
-      the policy with averaged parameters, and metrics that JSON can hold.
+      the policy with averaged parameters, and metrics that JSON can hold: with `keep_best`
+      "kept_step", and "held_out_error" and "held_out_error_before", of that step and of the graft
+      as it was given (see `held_out.sample_error`).
 
     Raises:
-      UserError: `reuse_cache` is set, but parameters before the head train; or there are too few
-        windows.
+      UserError: `reuse_cache` is set, but parameters before the head train; there are too few
+        windows; or `keep_best` is set, but no episode is held out.
     """
+    inputs = dataclasses.replace(inputs, reader=functools.cache(inputs.reader))
     teacher = inputs.teacher() if options.teacher_weight else None
     trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
+
+    def tokens(name: str, strips: Strips, draws: int) -> dict[str, np.ndarray]:
+        samples, strip = strips.current.size, strips.current.shape[1]
+        cache = record.capture_cache(
+            Site(folder / name, metrics, is_primary, barrier),
+            inputs.teacher(),
+            strips,
+            inputs.reader(),
+            dataclasses.replace(capture, num_samples=samples, strip=strip, blocks=False),
+            seed=draws,
+            origin=inputs.origin,
+        )
+        return finetune.cached_tokens(cache.folder)
+
     if options.reuse_cache:
-        tokens = finetune.cached_tokens(inputs.cache / "train")
-        batches = finetune.token_batches(tokens, options, seed)
+        cached = finetune.cached_tokens(inputs.cache / "train")
+        batches = finetune.token_batches(cached, options, seed)
     else:
         reader = inputs.reader()
         strips = _windows(reader, options, metrics, capture.strip if trainer.tokens else 1, seed)
         if trainer.tokens:
-            cache = record.capture_cache(
-                Site(folder / "tokens", metrics, is_primary, barrier),
-                inputs.teacher(),
-                strips,
-                reader,
-                dataclasses.replace(capture, num_samples=strips.current.size, blocks=False),
-                seed=seed + 2,
-                origin=inputs.origin,
-            )
-            batches = finetune.token_batches(finetune.cached_tokens(cache.folder), options, seed)
+            batches = finetune.token_batches(tokens("tokens", strips, seed + 2), options, seed)
         else:
             batches = finetune.image_batches(reader, strips, options, seed)
+    windows = None
+    if options.keep_best:
+        count = held_out.whole_batches(options.check_windows, mesh)
+        if trainer.tokens and inputs.cache is not None:
+            windows = held_out.cached_windows(inputs.cache / "held_out", count)
+        else:
+            strips = held_out.strips(inputs.reader(), count, seed)
+            windows = (
+                tokens("tokens_held_out", strips, seed + 3)
+                if trainer.tokens
+                else source.single_windows(inputs.reader().read(strips, np.arange(count)))
+            )
     count = sum(trainer.arrays[k].size for k in trainer.phases[0].trainable)
     metrics.say(
         f"{count / 1e6:.2f} M of {sum(x.size for x in trainer.arrays.values()) / 1e6:.2f} M "
         f"parameters train, on {'cached tokens' if trainer.tokens else 'frames'}"
     )
-    tuned = trainer.run(batches, folder=folder, metrics=metrics)
-    return tuned, {"trainable_parameters": count, "steps": options.steps}
+    tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=windows)
+    found = {"trainable_parameters": count, "steps": options.steps}
+    if best is not None:
+        kept, error, before = int(best.step), float(best.error), float(best.start)
+        found |= {"kept_step": kept, "held_out_error": error, "held_out_error_before": before}
+        metrics.say(
+            f"kept the state of step {kept} of {options.steps}: its error of action samples on "
+            f"held-out windows is {error:.5f}, before fine-tuning {before:.5f}"
+        )
+    return tuned, found
 
 
 def _windows(reader, options, metrics, strip: int, seed: int) -> Strips:

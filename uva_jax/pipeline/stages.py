@@ -105,7 +105,8 @@ def run_assemble(context: Context) -> dict:
 def run_finetune(context: Context) -> dict:
     """Fine-tunes the assembled policy (Stage 2) and writes finetune/policy."""
     config = context.config
-    policy = load_policy(context.inputs["assemble"] / "policy", config)
+    start = context.inputs.get("assemble", context.inputs["convert"])
+    policy = load_policy(start / "policy", config)
     tuned, found = stage2.fine_tune(
         stage2.Inputs(
             policy,
@@ -165,15 +166,21 @@ def _save_like_teacher(context: Context, policy: Policy) -> None:
 def run_evaluate(context: Context) -> dict:
     """Evaluates the teacher and the graft after each stage, on held-out windows and in rollouts."""
     config, folder, inputs = context.config, context.folder, context.inputs
-    policies = {"teacher": "convert", "graft_stage1": "assemble", "graft": "finetune"}
-    if "shorten" in inputs:
-        policies["graft_shortened"] = "shorten"
-    policies = {k: load_policy(inputs[v] / "policy", config) for k, v in policies.items()}
+    policies = {
+        name: load_policy(inputs[stage] / "policy", config)
+        for name, stage in (
+            ("teacher", "convert"),
+            ("graft_stage1", "assemble"),
+            ("graft", "finetune"),
+            ("graft_shortened", "shorten"),
+        )
+        if stage in inputs
+    }
     if not context.is_primary:
         return {}
     found = evaluate.evaluate(
         policies,
-        _held_out_windows(context, policies["teacher"]),
+        held_out_windows(context, policies["teacher"]),
         section(config.evaluate, evaluate.EvaluateOptions),
         folder,
         context.metrics,
@@ -191,7 +198,7 @@ def run_evaluate(context: Context) -> dict:
     return evaluate.summary(found)
 
 
-def _held_out_windows(context: Context, policy: Policy):
+def held_out_windows(context: Context, policy: Policy):
     """Returns (reader, windows of the held-out episodes), or None if the settings ask for none."""
     if not (count := context.config.evaluate.windows):
         return None
@@ -338,16 +345,24 @@ _STAGES = (
 def stages(config) -> tuple[Stage, ...]:
     """Returns the stages of a configuration.
 
-    If all operators are given, capture and distillation are left out; if only a policy's decoder
-    trains, the encoding of latents is; and without evaluations of a shortened head, its training.
+    If all operators are given, or nothing is grafted, capture and distillation are left out; if
+    only a policy's decoder trains, the encoding of latents is; and without evaluations of a
+    shortened head, its training.
     """
     skipped = set() if config.pretrain.steps else {"encode"}
     if not config.shorten.evaluations:
         skipped.add("shorten")
-    if any(config.head.init_paths.values()):
+    if not config.head.replace:
+        skipped.add("assemble")
+    if any(config.head.init_paths.values()) or not config.head.replace:
         skipped |= {"distill"} if config.finetune.reuse_cache else {"capture", "distill"}
     table = [s for s in _STAGES if s.name not in skipped]
     names = {s.name for s in table}
+
+    def present(stage: Stage, kind: str) -> tuple[str, ...]:
+        return tuple(name for name in getattr(stage, kind) if name in names)
+
     return tuple(
-        dataclasses.replace(s, needs=tuple(n for n in s.needs if n in names)) for s in table
+        dataclasses.replace(s, **{kind: present(s, kind) for kind in ("needs", "derived")})
+        for s in table
     )

@@ -26,6 +26,11 @@ class HeadOptions(Section):
 
     at: ClassVar[str] = "head"
 
+    replace: bool = setting(
+        True,
+        "False: graft nothing; Stage 2 fine-tunes the teacher with its own head, for comparison",
+        added=True,
+    )
     cross_attention: str = setting(
         "condition",
         "'condition': cross-attention builds each action step's condition, once per observation; "
@@ -176,6 +181,15 @@ class FinetuneOptions(LoopOptions):
         "noisy actions, added to the diffusion loss (0: diffusion loss alone)",
         least=0,
     )
+    keep_best: bool = setting(
+        True,
+        "return the state whose action samples on held-out windows have the smallest error, the "
+        "start included, in place of the last one; a part of every check is cheap sampling",
+    )
+    check_every: int = setting(
+        0, "steps between the checks of keep_best (0: a tenth of finetune.steps)", least=0
+    )
+    check_windows: int = setting(128, "held-out windows of such a check", above=0)
     use_lora: bool = setting(False, "train low-rank adapters instead of the targets' kernels")
     lora_rank: int = setting(64, "rank of the adapters", above=0)
     lora_targets: tuple[str, ...] = setting(

@@ -57,6 +57,13 @@ class Settings(sections.Section):
     export: sections.ExportOptions = field(default_factory=sections.ExportOptions)
     wandb: sections.WandbOptions = field(default_factory=sections.WandbOptions)
 
+    def __post_init__(self):
+        if self.shorten.evaluations and not self.head.replace:
+            raise UserError(
+                "config.shorten.evaluations shortens a grafted head, but config.head.replace=False "
+                "keeps the teacher's: change one of the two"
+            )
+
 
 @functools.cache
 def specs() -> Mapping[str, Spec]:

@@ -36,12 +36,40 @@ Flat = dict[str, jax.Array]
 Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mapping]]
 
 
+class Best(NamedTuple):
+    """The averaged parameters with the smallest error so far; numbers are arrays of shape ().
+
+    `step` is negative before the first check, and `start` is the error before the first step.
+    """
+
+    params: Flat
+    step: jax.Array
+    error: jax.Array
+    start: jax.Array
+
+
 class LoopState(NamedTuple):
-    """The state that a step changes: trained parameters, their average, the optimiser's state."""
+    """The state of training: trained parameters, their average, the optimiser's state.
+
+    `best` is None unless the loop keeps the best parameters; steps do not change it.
+    """
 
     params: Flat
     ema: Flat
     moments: object
+    best: Best | None = None
+
+
+class Keep(NamedTuple):
+    """Tells `run_loop` to keep the averaged parameters with the smallest error.
+
+    Attributes:
+      error: averaged parameters -> their error, always the same number for the same parameters.
+      every: steps between checks; there is also one before the first step and after the last.
+    """
+
+    error: Callable[[Flat], float]
+    every: int
 
 
 def part(params: Mapping, name: str) -> dict:
@@ -99,7 +127,8 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
             updates, moments = optimizer.update(grads, state.moments, state.params)
             params = jax.tree.map(jnp.add, state.params, updates)
             average = ema_update(state.ema, params, step, **ema)
-            return LoopState(params, average, moments), (scalars, health(scalars["loss"], grads))
+            state = LoopState(params, average, moments, state.best)
+            return state, (scalars, health(scalars["loss"], grads))
 
         count = jax.tree.leaves(batches)[0].shape[0]
         if count == 1:  # without a loop, in which convolutions are slow on a CPU
@@ -114,7 +143,14 @@ def make_steps(loss: Loss, options: LoopOptions, mesh: Mesh, shardings) -> Calla
 
 
 def lower_step(
-    loss: Loss, params: Flat, frozen: Flat, batch: Mapping, *, options: LoopOptions, mesh: Mesh
+    loss: Loss,
+    params: Flat,
+    frozen: Flat,
+    batch: Mapping,
+    *,
+    options: LoopOptions,
+    mesh: Mesh,
+    keep: bool = False,
 ) -> jax.stages.Lowered:
     """Lowers one step, as `run_loop` compiles it, from shapes alone.
 
@@ -122,12 +158,15 @@ def lower_step(
       loss, options, mesh: as for `run_loop`.
       params, frozen: shapes with their shardings (`parallel.shapes_on_mesh`).
       batch: shapes of a whole batch, samples first.
+      keep: count the memory of the best parameters, which `run_loop` holds during a step.
     """
     moments = jax.eval_shape(loop_optimizer(options).init, params)
     moments = parallel.shapes_on_mesh(moments, parallel.shardings_for(moments, mesh))
-    state = LoopState(params, params, moments)
-    steps = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
     whole = parallel.replicated(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    best = Best(params, number, number, number) if keep else None
+    state = LoopState(params, params, moments, best)
+    steps = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     key = parallel.shapes_on_mesh(jax.eval_shape(lambda: jax.random.key(0)), whole)
     return make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state)).lower(
@@ -160,10 +199,15 @@ def start_state(
     optimizer = loop_optimizer(options)
     moments = jax.eval_shape(optimizer.init, placed)
     moments = jax.jit(optimizer.init, out_shardings=parallel.shardings_for(moments, mesh))(placed)
+    best = None
     if before is not None:
         average |= before.ema
         moments = carry_optimizer_state(before.moments, moments)
-    return LoopState(placed, average, moments)
+        if before.best is not None:
+            # What trains only from now on was the same when the best parameters were found.
+            opened = {k: jnp.array(v, copy=True) for k, v in placed.items()}
+            best = before.best._replace(params=opened | before.best.params)
+    return LoopState(placed, average, moments, best)
 
 
 def run_loop(
@@ -180,6 +224,7 @@ def run_loop(
     steps: range | None = None,
     desc: str = "",
     judge: Callable[[Flat, int], Mapping[str, float]] | None = None,
+    keep: Keep | None = None,
 ) -> LoopState:
     """Trains; resumes an interrupted run.
 
@@ -196,6 +241,8 @@ def run_loop(
       steps: the steps to run, of `options.steps`; by default all.
       desc: name of what is trained.
       judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
+      keep: keeps the best averaged parameters in the state, which resumable states include, and
+        logs the errors as "held_out_error".
 
     Returns:
       the state after the last step.
@@ -206,26 +253,43 @@ def run_loop(
     steps = range(options.steps) if steps is None else steps
     key = jax.random.key(seed)
     frozen = parallel.on_mesh(frozen, parallel.shardings_for(frozen, mesh))
-    run = make_steps(loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
+    # The steps do not take the best parameters along, which they would not change.
+    shardings = jax.tree.map(lambda x: x.sharding, state._replace(best=None))
+    run = make_steps(loss, options, mesh, shardings)
     prefix = f"{desc}/" if desc else ""
     step, running, recent = steps.start, [], []
+
+    def check(state: LoopState) -> LoopState:
+        error = keep.error(state.ema)
+        metrics.log(step, **{f"{prefix}held_out_error": error})
+        return state._replace(best=_better(state, step, error, mesh))
+
+    if keep is not None and state.best is None:
+        state = state._replace(best=_best(state.ema, -1, math.nan, math.nan, mesh))
     with Checkpoints(folder) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
             if step < steps.stop:
                 metrics.say(f"{desc} resumes at step {step} of {options.steps}".lstrip())
+        if keep is not None and state.best.step < 0:
+            state = check(state)
         with metrics.progress(options.steps, unit="steps", desc=desc, initial=step) as bar:
             while step < steps.stop:
-                before, step = step, _next_stop(step, steps.stop, options)
+                before, step = step, _next_stop(step, steps.stop, options, keep)
                 group = [batches(i) for i in range(before, step)]
                 group = {k: np.stack([batch[k] for batch in group]) for k in group[0]}
                 group = parallel.shard_batch(mesh, group, axis=1)
-                state, scalars, found = run(state, frozen, group, jnp.int32(before), key)
+                best = state.best
+                state, scalars, found = run(
+                    state._replace(best=None), frozen, group, jnp.int32(before), key
+                )
+                state = state._replace(best=best)
                 running.append((before, scalars, found))
+                checks = keep is not None and (step % keep.every == 0 or step == options.steps)
                 saves = step % options.checkpoint_every == 0 or step == steps.stop
                 logs = saves or step // options.log_every > before // options.log_every
                 # One call runs asynchronously, so that the next batch is read meanwhile.
-                while len(running) > (0 if logs else 1):
+                while len(running) > (0 if logs or checks else 1):
                     first, scalars, found = running.pop(0)
                     stop_if_diverged(np.asarray(found), first, desc, options.key("lr"))
                     recent.append({k: float(v) for k, v in scalars.items()})
@@ -233,6 +297,8 @@ def run_loop(
                 if logs:
                     metrics.log(step, **{f"{prefix}{k}": v for k, v in _means(recent).items()})
                     recent = []
+                if checks:
+                    state = check(state)
                 if saves:
                     stop_if_broken(state.params, step, desc, options.key("lr"))
                     checkpoints.save(step, state)
@@ -240,6 +306,27 @@ def run_loop(
                         found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
     return state
+
+
+def _best(params: Flat, step: int, error: float, start: float, mesh: Mesh) -> Best:
+    numbers = {"step": np.int32(step), "error": np.float32(error), "start": np.float32(start)}
+    whole = dict.fromkeys(numbers, parallel.replicated(mesh))
+    # A copy, because the next step donates its parameters.
+    params = {k: jnp.array(v, copy=True) for k, v in params.items()}
+    return Best(params, **parallel.on_mesh(numbers, whole))
+
+
+def _better(state: LoopState, step: int, error: float, mesh: Mesh) -> Best:
+    """Returns the best parameters after a check: the averaged ones now if their error is less.
+
+    An error that is not a number is larger than any other.
+    """
+    best, start = state.best, float(state.best.start)
+    if best.step < 0:
+        start = error
+    elif not (error < float(best.error) or math.isnan(float(best.error))):
+        return best
+    return _best(state.ema, step, error, start, mesh)
 
 
 def health(loss: jax.Array, grads) -> jax.Array:
@@ -284,7 +371,7 @@ def _means(recent: list[dict[str, float]]) -> dict[str, float]:
     return {k: float(np.mean(v)) if v else math.nan for k, v in found.items()}
 
 
-def _next_stop(step: int, stop: int, options: LoopOptions) -> int:
+def _next_stop(step: int, stop: int, options: LoopOptions, keep: Keep | None) -> int:
     """Returns where the call that begins at `step` stops; it is the same after resuming."""
-    ends = (options.steps_per_call, options.checkpoint_every)
+    ends = (options.steps_per_call, options.checkpoint_every) + ((keep.every,) if keep else ())
     return min(stop, *((step // every + 1) * every for every in ends))

@@ -1,0 +1,154 @@
+"""The error of action samples on held-out windows, by which Stage 2 keeps its best state.
+
+The diffusion loss cannot choose: it falls while samples get worse, because a head whose action
+steps see each other denoises better than it samples. So actions are sampled as in a rollout, from
+noise that is always the same, and compared with the demonstration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from uva_jax.data import source
+from uva_jax.data.check import check_split
+from uva_jax.data.windows import Strips, plan_strips
+from uva_jax.models import diffusion
+from uva_jax.models.layers import sub_key
+from uva_jax.models.policy import Policy
+from uva_jax.models.policy_config import steps_of
+from uva_jax.runtime import parallel
+from uva_jax.storage.sample_store import SampleStore
+
+_AT_ONCE = 64  # windows in one call of the program
+_STEPS = "10"  # diffusion steps of a sample
+_DRAWS = 8  # samples of a window
+
+
+def cached_windows(folder: Path, count: int) -> dict[str, np.ndarray]:
+    """Returns "z" and "actions" of windows that are spread evenly over a cache of activations."""
+    found = SampleStore.open(folder).load(["z", "actions"])
+    rows = np.linspace(0, len(found["z"]) - 1, count).round().astype(int)
+    return {k: v[rows] for k, v in found.items()}
+
+
+def strips(reader: source.WindowReader, count: int, seed: int) -> Strips:
+    """Returns windows of the held-out episodes, each as a strip of its own.
+
+    Raises:
+      UserError: no episode is held out.
+    """
+    way_out = "; or set config.finetune.keep_best=False"
+    check_split(reader.buffer, reader.options, way_out)
+    _, mask = source.split(reader.buffer, reader.options)
+    return plan_strips(
+        reader.buffer.episode_ends,
+        mask,
+        strip=1,
+        stride=reader.stride,
+        options=reader.options,
+        seed=seed,
+        count=count,
+    )
+
+
+def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Computes the mean energy score of a policy's action samples, in normalised units.
+
+    Samples are compared over the actions that a rollout executes.
+
+    Args:
+      policy: the policy.
+      windows: "z" (b, tokens, c) and "actions" (b, n, a), or an observation and "action".
+      key: of all noise.
+    """
+    if "z" in windows:
+        z, truth = windows["z"].astype(jnp.float32), windows["actions"]
+    else:
+        cond, streams = policy.condition(windows, key=sub_key(key, 0))
+        z, truth = policy.video_tokens(cond, streams), policy.normalize("action", windows["action"])
+    head, steps = policy.action_head, steps_of(policy.config.action_head, _STEPS)
+    loop = len(diffusion.make_schedule(steps, head.config.train_steps)) + 1
+    noise = jax.random.normal(sub_key(key, 1), (_DRAWS, loop, *truth.shape))
+    condition = head.condition(z)
+    samples = jax.vmap(
+        lambda noise: head.sample_given(
+            condition, noise=noise, temperature=policy.config.temperature, sampling_steps=steps
+        )
+    )(noise)
+    executed = slice(policy.config.n_action_steps)
+    return jnp.mean(energy_scores(samples[:, :, executed], truth[:, executed]))
+
+
+def energy_scores(samples: jax.Array, truth: jax.Array) -> jax.Array:
+    """Computes the energy score (doi 10.1198/016214506000001437) of each window's samples.
+
+    It is the mean distance of a sample to the truth minus half the mean distance between two
+    samples, with the root mean square over steps and channels as distance. The true distribution
+    has the smallest score. A mean squared error would prefer samples with too little spread.
+
+    Args:
+      samples: (draws, b, n, a), at least two draws.
+      truth: (b, n, a).
+
+    Returns:
+      (b,), smaller is better.
+    """
+
+    def distance(a, b):
+        # The gradient is not needed, so a root at 0 does no harm.
+        return jnp.sqrt(jnp.mean((a - b) ** 2, axis=(-2, -1)))
+
+    draws = len(samples)
+    between = distance(samples[:, None], samples[None]).sum(axis=(0, 1)) / (draws * (draws - 1))
+    return distance(samples, truth).mean(axis=0) - between / 2
+
+
+def whole_batches(count: int, mesh: Mesh) -> int:
+    """Returns a number of windows, at least `count`, that `error_of` divides over the mesh."""
+    batch = _batch(count, mesh)
+    return -(-count // batch) * batch
+
+
+def _batch(count: int, mesh: Mesh) -> int:
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(count, _AT_ONCE) // shares) * shares
+
+
+def error_of(
+    build: Callable[..., Policy], windows: Mapping[str, np.ndarray], mesh: Mesh, seed: int
+) -> Callable[..., float]:
+    """Returns a function from parameters to the mean `sample_error` of windows.
+
+    Args:
+      build: from the parameters, which may be several trees, to the policy.
+      windows: see `sample_error`; as many as `whole_batches` returns, equal on every process.
+      mesh: its data axes divide the windows.
+      seed: of all noise.
+    """
+    count = len(next(iter(windows.values())))
+    batch = _batch(count, mesh)
+    keys = [jax.random.fold_in(jax.random.key(seed), start) for start in range(0, count, batch)]
+    parts = [
+        {k: v[start : start + batch] for k, v in windows.items()}
+        for start in range(0, count, batch)
+    ]
+    rows = dict.fromkeys(windows, parallel.batch_sharding(mesh))
+
+    @jax.jit
+    def run(parameters, windows, key):
+        return sample_error(build(*parameters), windows, key)
+
+    def error(*parameters) -> float:
+        found = [
+            run(parameters, parallel.on_mesh(part, rows), key)
+            for part, key in zip(parts, keys, strict=True)
+        ]
+        return float(np.mean([float(x) for x in found]))
+
+    return error
