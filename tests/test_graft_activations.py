@@ -61,6 +61,11 @@ def test_what_was_written_is_read_back(folder):
         np.testing.assert_array_equal(cache.read(name, 6, 19), value[6:19])
 
 
+def test_a_path_may_go_up_a_folder(folder):
+    found = SampleStore.open(folder / ".." / folder.name).read("t")
+    np.testing.assert_array_equal(found, np.arange(N))
+
+
 def test_scattered_rows_are_gathered_in_the_order_asked_for(folder):
     rows = np.random.default_rng(1).integers(0, N, (3, 7))
     found = SampleStore.open(folder).read_rows(("t", "z"), rows)

@@ -387,7 +387,7 @@ def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool
     blosc = {"cname": "zstd", "clevel": 1, "shuffle": shuffle, "typesize": dtype.itemsize}
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
+        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
         "metadata": {
             "shape": list(shape),
             "data_type": _BITS.get(dtype, dtype).name,
