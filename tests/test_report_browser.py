@@ -89,7 +89,7 @@ def page(tmp_path_factory):
         actions=[
             {"policy": name, "mse": 0.012, "map": 0.81, "accuracy": accuracy} for name in names
         ],
-        per_seed=scores,
+        per_seed={"names": ("teacher", "graft"), "scores": tuple(scores.values())},
         videos=[{"path": clip, "caption": f"seed {i}"} for i, clip in enumerate(clips)],
         frames=[
             {
