@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+from PIL import Image
 
 from uva_jax.envs.episode import RolloutSpec
 from uva_jax.eval.recall import Recalled, film, most_different
@@ -51,16 +52,16 @@ def test_chosen_episodes_are_played_again_without_the_policy(pool, tmp_path):
     called = [actor._actor.calls for actor in actors.values()]
     film(pool, actors, SEEDS, [3, 1], slots=32, folder=tmp_path)
     assert [actor._actor.calls for actor in actors.values()] == called
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "seed_100001.mp4",
-        "seed_100003.mp4",
-    ]
+    names = [f"seed_{seed}.{kind}" for seed in (100_001, 100_003) for kind in ("mp4", "png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     again = pool.run(actors["graft"], [SEEDS[3]], numbers=[3], spec=SPEC, record_seeds=[SEEDS[3]])
     assert again.scores[0] == first["graft"].scores[3]
     shown, filmed = frames(tmp_path / "seed_100003.mp4"), again.videos[SEEDS[3]]
     # The right half shows the graft at twice its size, above a caption.
     right = shown[:, -192:, -192:][:, ::2, ::2]
     assert len(right) == len(filmed) and np.abs(right - filmed).mean() < 8
+    strip = np.asarray(Image.open(tmp_path / "seed_100003.png")).astype(int)
+    assert np.abs(strip[:, -shown.shape[2] :] - shown[-1]).mean() < 8  # it ends with the last frame
 
 
 def test_after_an_interruption_the_policy_is_called_again(pool, tmp_path):

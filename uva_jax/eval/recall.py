@@ -16,6 +16,8 @@ from uva_jax.eval import video
 from uva_jax.eval.acting import LocalPolicy
 from uva_jax.eval.rollout import EMPTY, RolloutPool
 
+_STILLS = 4  # frames of an episode that are printed
+
 
 class Recalled:
     """A policy whose actions are kept, so that it is not called twice for the same step.
@@ -67,6 +69,8 @@ def film(
 ) -> None:
     """Writes `seed_<seed>.mp4` with the policies side by side, unless all are there.
 
+    Beside each, `seed_<seed>.png` shows some of its frames, for paper.
+
     Args:
       pool: of the simulator.
       actors: by name, in the order in which they are shown.
@@ -91,4 +95,6 @@ def film(
     ]
     for seed, path in paths.items():
         tiled = video.tile([found[seed] for found in clips], labels=list(actors), scale=2)
+        shown = np.linspace(0, len(tiled) - 1, _STILLS).round().astype(int)
+        video.write_strip(path.with_suffix(".png"), tiled[shown])
         video.write_mp4(path, tiled)
