@@ -99,10 +99,18 @@ class Browser:
         end = time.monotonic() + _SECONDS
         while not self._loaded:
             self._receive(end)
+        return self.evaluate(_PROBE)
+
+    def evaluate(self, expression: str):
+        """Returns the value of a JavaScript expression."""
         result = self._do(
-            "Runtime.evaluate", expression=_PROBE, awaitPromise=True, returnByValue=True
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
         return result["result"]["value"]
+
+    def media(self, name: str) -> None:
+        """Shows the page as on "print" or "screen"; "": as it is."""
+        self._do("Emulation.setEmulatedMedia", media=name)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Writes a picture of the page."""

@@ -68,6 +68,8 @@ def test_a_torn_last_line_does_not_spoil_the_next_one(tmp_path):
 
 def test_a_write_cut_short_by_a_full_disk_is_an_error(tmp_path):
     class Short:
+        name = "metrics.jsonl"
+
         def write(self, data):
             return len(data) - 3
 
@@ -163,6 +165,16 @@ def test_plain_progress_says_count_rate_time_left_and_scalars(tmp_path, monkeypa
     assert len(lines) == 20  # every 10 seconds
     assert lines[-1].startswith("capture: teacher: 100/100 windows (100 %)")
     assert "took 3:20" in lines[-1]
+
+
+def test_plain_progress_before_the_first_unit_says_no_time_left(tmp_path, monkeypatch):
+    clock, stream = Clock(), io.StringIO()
+    monkeypatch.setattr(metrics, "time", clock)
+    with MetricsWriter(tmp_path, "evaluate", stream=stream) as writer:
+        with writer.progress(6, "episodes") as bar:
+            clock.now += 11
+            bar.update(0)
+    assert stream.getvalue() == "evaluate: 0/6 episodes (0 %)\n"
 
 
 def test_plain_progress_of_a_quick_loop_is_a_line_each_tenth(tmp_path, monkeypatch):

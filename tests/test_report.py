@@ -70,7 +70,7 @@ def full_data(tmp_path):
         ],
         verdict={"kind": "worse", "sentence": "The graft is worse <than> its teacher."},
         comparisons=[{"policy": "graft", "difference": -0.05, "ci": (-0.09, -0.01)}],
-        per_seed={"teacher": [0.9, 0.8, 1.0], "graft": [0.8, 0.9, 1.0]},
+        per_seed={"names": ("teacher", "graft"), "scores": ([0.9, 0.8, 1.0], [0.8, 0.9, 1.0])},
         videos=[{"path": write_mp4(tmp_path / "a.mp4", clip()), "caption": "seed 1"}],
     )
 

@@ -8,7 +8,7 @@ from PIL import Image
 from uva_jax.eval.report import write_report
 from uva_jax.eval.report_data import ReportData
 from uva_jax.eval.statistics import verdict
-from uva_jax.eval.video import write_mp4
+from uva_jax.eval.video import write_mp4, write_strip
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium or Chrome is installed")
 
@@ -27,6 +27,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     rng = np.random.default_rng(0)
     clips = [write_mp4(folder / f"{i}.mp4", clip) for i, clip in enumerate(moving(rng, 2))]
+    write_strip(clips[0].with_suffix(".png"), next(moving(rng, 1))[::4])
     scores = {name: rng.beta(5, 1, 120) for name in ("teacher", "graft")}
     names = ("teacher", "graft_stage1", "graft", "graft_shortened")
     steps = list(range(0, 4000, 40))
@@ -89,7 +90,7 @@ def page(tmp_path_factory):
         actions=[
             {"policy": name, "mse": 0.012, "map": 0.81, "accuracy": accuracy} for name in names
         ],
-        per_seed=scores,
+        per_seed={"names": ("teacher", "graft"), "scores": tuple(scores.values())},
         videos=[{"path": clip, "caption": f"seed {i}"} for i, clip in enumerate(clips)],
         frames=[
             {
@@ -123,7 +124,7 @@ def test_everything_loads_and_nothing_needs_sideways_scrolling(
     found = browser.open(page, width, dark=dark)
     assert browser.errors == []
     assert found["title"].startswith("Graft of pusht")
-    assert len(found["pictures"]) == 6 and all(size > 300 for size in found["pictures"])
+    assert len(found["pictures"]) == 7 and all(size > 290 for size in found["pictures"])
     assert found["videos"] == [96, 96]
     assert found["overflow"] == 0 and found["wide"] == []
     browser.screenshot(tmp_path / "page.png")
@@ -154,3 +155,8 @@ def test_it_is_printed_in_few_pages(browser, page):
     printed = browser.pdf()
     assert printed.startswith(b"%PDF")
     assert 2 <= printed.count(b"/Type /Page\n") <= 9
+    shown = "getComputedStyle(document.querySelectorAll('.paper, video')[{}]).display"
+    assert [browser.evaluate(shown.format(i)) for i in range(3)] == ["block", "none", "block"]
+    browser.media("print")
+    assert [browser.evaluate(shown.format(i)) for i in range(3)] == ["none", "block", "block"]
+    browser.media("")

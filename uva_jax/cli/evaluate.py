@@ -194,7 +194,7 @@ def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stac
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rolls out, prints the table and the verdicts, and writes results.json.
+    """Rolls out, prints the table and the verdicts, and writes results.json and report.html.
 
     Returns:
       0, or 1 if there is a gate that a policy does not pass.
@@ -219,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
 
     from uva_jax.envs.workers import WorkerError
     from uva_jax.eval.compare import Comparison, table
+    from uva_jax.eval.compare_report import write_comparison_report
     from uva_jax.eval.rollout import RolloutPool
     from uva_jax.runtime.metrics import MetricsWriter
     from uva_jax.storage.atomic import write_json
@@ -245,10 +246,9 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(f"{error}; the seeds that are done are kept") from error
             figures = comparison.figures(done)
             verdicts = comparison.verdicts(figures, margin)
-            write_json(
-                out / "results.json",
-                {"seeds": done, "draws": args.draws, "policies": figures, "comparisons": verdicts},
-            )
+            results = {"seeds": done, "draws": args.draws}
+            results |= {"policies": figures, "comparisons": verdicts}
+            write_json(out / "results.json", results)
             for row in verdicts:
                 metrics.say(row["verdict"]["sentence"])
             if all(row["verdict"]["kind"] != "undecided" for row in verdicts):
@@ -257,7 +257,8 @@ def run(args: argparse.Namespace) -> int:
     failed = [row for row in verdicts if passing and row["verdict"]["kind"] not in passing]
     for row in failed:
         print(f"the gate {args.gate} fails: {row['verdict']['sentence']}")
-    print(f"wrote {out / 'results.json'}", flush=True)
+    report = write_comparison_report(out / "report.html", results)
+    print(f"wrote {out / 'results.json'} and {report}", flush=True)
     return _FAILED if failed else 0
 
 
@@ -274,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a policy folder, a UVA .ckpt, a .safetensors, 'embedded' or ws://host:port; the "
         "first is the reference",
     )
-    add("--out", required=True, metavar="DIR", help="folder of scores and results.json")
+    add(
+        "--out", required=True, metavar="DIR", help="folder of scores, results.json and report.html"
+    )
     add("--seeds", default="100000:100050", help="like 100000:100050 (default) or 1,2,3")
     add("--draws", type=int, default=1, metavar="N", help="noises for each seed (default: 1)")
     add("--sampling-steps", default="", help="like 100,20,5 (default: the policy's)")

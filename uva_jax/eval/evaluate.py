@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,16 @@ import numpy as np
 
 from uva_jax.data import source
 from uva_jax.data.windows import Strips
-from uva_jax.envs.episode import Outcome
-from uva_jax.eval import actions, video
+from uva_jax.eval import actions, recall
 from uva_jax.eval.acting import Language, LocalPolicy
+from uva_jax.eval.recall import Recalled
 from uva_jax.eval.rollout import RolloutPool
 from uva_jax.eval.scores import ScoreFile
-from uva_jax.eval.statistics import mean_interval, paired_difference, verdict
+from uva_jax.eval.statistics import mcnemar, mean_interval, paired_difference, verdict, wilson
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
-from uva_jax.storage.atomic import read_json, write_bytes, write_json
+from uva_jax.storage.atomic import read_json, write_json
 
 MARGIN = 0.02  # loss of score that the verdict of a run accepts
 # Options of `python -m uva_jax evaluate` with the names of settings.
@@ -134,24 +133,26 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
 
 def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, language) -> None:
     """Adds the scores of every policy and the paired differences to `results`."""
-    recorded = seeds[: options.videos]
+    actors = {}  # of the policies that are filmed
     with RolloutPool(
         options.workers or None, simulator=options.simulator, files=options.simulator_files
     ) as pool:
         for name, policy in policies.items():
+            actor = LocalPolicy(
+                name,
+                policy,
+                pool.simulator,
+                sampling_steps=options.sampling_steps,
+                sampler=options.sampler,
+                noise_seed=options.noise_seed,
+                max_steps=options.max_steps,
+                language=language,
+            )
+            if name in ("teacher", "graft"):
+                actor = actors[name] = Recalled(actor)
             found = read_json(folder / f"{name}.json")
             if found is None:
-                actor = LocalPolicy(
-                    name,
-                    policy,
-                    pool.simulator,
-                    sampling_steps=options.sampling_steps,
-                    sampler=options.sampler,
-                    noise_seed=options.noise_seed,
-                    max_steps=options.max_steps,
-                    language=language,
-                )
-                found = _rollout(pool, name, actor, seeds, recorded, options, folder, metrics)
+                found = _rollout(pool, name, actor, seeds, options, folder, metrics)
             (folder / f"{name}.jsonl").unlink(missing_ok=True)  # the result holds its content
             results[name] |= found
             metrics.say(
@@ -159,44 +160,48 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, lang
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
             )
-    teacher = np.array(results["teacher"]["scores"])
+        scores = [results[name]["scores"] for name in actors]
+        recall.film(
+            pool,
+            actors,
+            seeds,
+            recall.most_different(*scores, options.videos),
+            slots=options.slots,
+            folder=folder / "videos",
+        )
     for name, suffix, words in (
         ("graft_stage1", "_stage1", "the graft after Stage 1"),
         ("graft", "", "the graft"),
         ("graft_shortened", "_shortened", "the graft after Stage 3"),
     ):
-        if name not in policies:
-            continue
-        scores = np.array(results[name]["scores"])
-        interval = paired_difference(scores, teacher)
-        results["paired_difference" + suffix] = {
-            "mean": interval.mean,
-            "ci95": [interval.low, interval.high],
-        }
-        said = verdict(scores - teacher, MARGIN, policy=words, planned=len(seeds))
-        results["verdict" + suffix] = said.as_json()
-        metrics.say(
-            f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
-            f"{interval.high:+.3f}) on the same seeds and noise"
-        )
-    _side_by_side(folder, recorded)
+        if name in policies:
+            _compare(results, name, suffix, words, metrics)
+
+
+def _compare(results: dict, name: str, suffix: str, words: str, metrics) -> None:
+    """Adds a policy's paired difference to the teacher, and its verdict."""
+    mine, teacher = results[name], results["teacher"]
+    gain = np.subtract(mine["scores"], teacher["scores"])
+    interval = paired_difference(mine["scores"], teacher["scores"])
+    results["paired_difference" + suffix] = {
+        "mean": interval.mean,
+        "ci95": [interval.low, interval.high],
+        "mcnemar": mcnemar(mine["success"], teacher["success"]),
+    }
+    said = verdict(gain, MARGIN, policy=words, planned=len(gain))
+    results["verdict" + suffix] = said.as_json()
+    metrics.say(
+        f"{name} - teacher: {interval.mean:+.3f} (95% CI {interval.low:+.3f} to "
+        f"{interval.high:+.3f}) on the same seeds and noise"
+    )
 
 
 def _rollout(
-    pool, name, actor: LocalPolicy, seeds, recorded, options: EvaluateOptions, folder, metrics
+    pool, name, actor: LocalPolicy | Recalled, seeds, options: EvaluateOptions, folder, metrics
 ) -> dict:
     """Returns the scores of one policy; stored, so that a resumed run reuses them."""
     file = ScoreFile(folder / f"{name}.jsonl")
     episodes = [(seed, number) for number, seed in enumerate(seeds)]
-
-    def film(outcome: Outcome) -> None:
-        if outcome.video is not None:
-            path = folder / "videos" / f"{name}_{outcome.seed}.mp4"
-            video.write_mp4(path, outcome.video)
-            # On a full disk, np.save to a file raises an error without errno.
-            content = io.BytesIO()
-            np.save(content, outcome.video)
-            write_bytes(path.with_suffix(".npy"), content.getvalue())
 
     done = file.count(episodes)
     with metrics.progress(len(seeds), unit="episodes", desc=name, initial=done) as bar:
@@ -213,19 +218,20 @@ def _rollout(
             episodes,
             spec=actor.spec,
             slots=options.slots,
-            record_seeds=recorded,
-            ended=film,
             progress=progress,
         )
     scores = [file.scores[episode] for episode in episodes]
     values = np.array([s.score for s in scores])
-    interval = mean_interval(values, seed=0)
+    success = [bool(s.success) for s in scores]
+    interval, rate = mean_interval(values, seed=0), wilson(sum(success), len(success))
     found = {
         "test_mean_score": float(values.mean()),
         "ci95": [interval.low, interval.high],
-        "success_rate": float(np.mean([s.success for s in scores])),
+        "success_rate": rate.mean,
+        "success_ci95": [rate.low, rate.high],
         "seeds": seeds,
         "scores": values.tolist(),
+        "success": success,
         "steps": [s.steps for s in scores],
         "seconds": file.times.total,
         "policy_seconds": file.times.policy,
@@ -233,14 +239,3 @@ def _rollout(
     }
     write_json(folder / f"{name}.json", found)
     return found
-
-
-def _side_by_side(folder, recorded: list[int]) -> None:
-    """Writes one video per seed with teacher and graft side by side."""
-    for seed in recorded:
-        clips = [folder / "videos" / f"{name}_{seed}.npy" for name in ("teacher", "graft")]
-        if all(clip.exists() for clip in clips):
-            tiled = video.tile([np.load(c) for c in clips], labels=["teacher", "graft"], scale=2)
-            video.write_mp4(folder / "videos" / f"seed_{seed}.mp4", tiled)
-    for clip in (folder / "videos").glob("*.npy"):
-        clip.unlink()

@@ -94,8 +94,8 @@ def write_graft_report(
             if "actions" in found[name]
         ],
         per_seed={
-            "teacher": found["teacher"]["scores"],
-            "graft": found["graft"]["scores"],
+            "names": _PAIR,
+            "scores": tuple(found[name]["scores"] for name in _PAIR),
         }
         if seeds
         else {},

@@ -75,14 +75,16 @@ def curves_plot(
     return _render(draw)
 
 
-def paired_plots(teacher: Sequence[float], graft: Sequence[float]) -> tuple[Plot, Plot]:
+def paired_plots(
+    names: tuple[str, str], scores: tuple[Sequence[float], Sequence[float]]
+) -> tuple[Plot, Plot]:
     """Draws two policies' scores on the same seeds, in the same order.
 
     Returns:
-      both scores of every seed, joined by a line, in the order of the teacher's scores; and the
-      graft's scores against the teacher's.
+      both scores of every seed, joined by a line, in the order of the first policy's scores; and
+      the second's scores against the first's.
     """
-    first, second = np.asarray(teacher, float), np.asarray(graft, float)
+    first, second = (np.asarray(row, float) for row in scores)
     order = np.lexsort((second, first))
     first, second = first[order], second[order]
     position = np.arange(len(first))
@@ -94,10 +96,10 @@ def paired_plots(teacher: Sequence[float], graft: Sequence[float]) -> tuple[Plot
         blue, orange, gray = (_SERIES[theme][i] for i in (0, 1, 6))
         axes = figure.add_subplot()
         axes.vlines(position, first, second, color=gray, linewidth=1.2, alpha=0.7)
-        axes.scatter(position, first, s=size, color=orange, marker="D", label="teacher", zorder=3)
-        axes.scatter(position, second, s=size, color=blue, label="graft", zorder=3)
+        axes.scatter(position, first, s=size, color=orange, marker="D", label=names[0], zorder=3)
+        axes.scatter(position, second, s=size, color=blue, label=names[1], zorder=3)
         axes.set_xticks([])
-        axes.set_xlabel(f"{len(first)} seeds, ordered by the teacher's score")
+        axes.set_xlabel(f"{len(first)} seeds, ordered by the first score")
         axes.set_ylabel("score")
         axes.set_ylim(limits)
         axes.legend(frameon=False, loc="lower right")
@@ -109,8 +111,8 @@ def paired_plots(teacher: Sequence[float], graft: Sequence[float]) -> tuple[Plot
         axes.set_xlim(limits)
         axes.set_ylim(limits)
         axes.set_aspect("equal")
-        axes.set_xlabel("teacher")
-        axes.set_ylabel("graft")
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
 
     return _render(ordered), _render(square)
 

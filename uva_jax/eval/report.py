@@ -78,7 +78,7 @@ def _scores(data: ReportData) -> str:
     found = html.table(columns, data.scores)
     if data.comparisons:
         columns = [
-            Column("Against the teacher", "policy"),
+            Column(f"Against the {data.reference}", "policy"),
             Column("Difference", "difference", html.signed),
             Column("95 % interval", "ci", html.interval),
             Column("p of success", "mcnemar", html.score),
@@ -101,11 +101,12 @@ def _scores(data: ReportData) -> str:
 def _per_seed(per_seed: Mapping[str, Any]) -> str:
     if not per_seed:
         return ""
-    ordered, square = plots.paired_plots(per_seed["teacher"], per_seed["graft"])
+    first, second = per_seed["names"]
+    ordered, square = plots.paired_plots((first, second), per_seed["scores"])
     return html.figures(
         [
-            (ordered, "Both scores of every seed, in the order of the teacher’s"),
-            (square, "Graft against teacher; above the diagonal the graft is better"),
+            (ordered, f"Both scores of every seed, in the order of the {first}’s"),
+            (square, f"Above the diagonal the {second} is better"),
         ]
     )
 

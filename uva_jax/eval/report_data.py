@@ -32,11 +32,12 @@ class ReportData:
       curves: rows of `title`, `series` (label to (steps, values)), optionally `ylabel`, `log`.
       scores: rows of `policy`, `score`, `ci` (low, high), `success` (share), `success_ci`,
         `episodes`.
-      comparisons: rows of `policy`, `difference` (to the teacher), `ci`, `mcnemar` (p-value of
+      reference: what `comparisons` compare with.
+      comparisons: rows of `policy`, `difference` (from the reference), `ci`, `mcnemar` (p-value of
         the successes), `verdict` (sentence).
       sampling: rows of `policy`, `steps` (number of sampling steps), `score`, `ci`.
       actions: rows of `policy`, `mse`, `map`, `accuracy` (tolerance to share); see `actions.py`.
-      per_seed: `teacher`, `graft`, scores on the same seeds.
+      per_seed: `names` of two policies and their `scores` on the same seeds.
       videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
       frames: figures of predicted video, rows of `policy`, `fvd`, `ci`, `psnr`, `ssim`, `videos`.
       notes: sentences shown below the heading.
@@ -54,6 +55,7 @@ class ReportData:
     timesteps: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[Mapping[str, Any]] = ()
     scores: Sequence[Mapping[str, Any]] = ()
+    reference: str = "teacher"
     comparisons: Sequence[Mapping[str, Any]] = ()
     sampling: Sequence[Mapping[str, Any]] = ()
     actions: Sequence[Mapping[str, Any]] = ()

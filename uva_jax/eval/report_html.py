@@ -92,7 +92,7 @@ def videos(clips: Sequence[Mapping[str, Any]]) -> str:
     """Returns embedded videos; those that are missing or too much for one page are named.
 
     Args:
-      clips: rows of `path` (an mp4) and `caption`.
+      clips: rows of `path` (an mp4) and `caption`; a png of the same name is what is printed.
     """
     shown, left_out, spent = [], [], 0
     for clip in clips:
@@ -106,8 +106,8 @@ def videos(clips: Sequence[Mapping[str, Any]]) -> str:
         source = base64.b64encode(path.read_bytes()).decode()
         shown.append(
             "<figure><video controls autoplay loop muted playsinline "
-            f'src="data:video/mp4;base64,{source}"></video><figcaption>{caption}</figcaption>'
-            "</figure>"
+            f'src="data:video/mp4;base64,{source}"></video>{_still(path)}'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
     html = _grid(shown)
     if left_out:
@@ -115,6 +115,15 @@ def videos(clips: Sequence[Mapping[str, Any]]) -> str:
         html += f"<p>Not embedded, because a page holds at most {limit} of videos:</p>"
         html += f"<ul>{''.join(left_out)}</ul>"
     return html
+
+
+def _still(clip: Path) -> str:
+    """Returns the picture that stands for a clip on paper, if there is one."""
+    path = clip.with_suffix(".png")
+    if not path.exists():
+        return ""
+    source = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="paper" alt="" src="data:image/png;base64,{source}">'
 
 
 def _grid(parts: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ td.n { white-space: nowrap; } .n { text-align: right; }
   gap: 1.5rem; margin-bottom: .9rem; }
 figure { margin: .5rem 0 0; min-width: 0; }
 img, video { display: block; width: 100%; height: auto; border-radius: .4rem; }
+.paper { display: none; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding: 1.25rem .9rem 2.5rem; }
@@ -68,7 +69,9 @@ code { font-size: .85em; overflow-wrap: anywhere; }
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   section { margin-top: 1.2rem; padding-top: .8rem; }
   h2 { break-after: avoid; } figure, tr, .card, .verdict { break-inside: avoid; }
-  .grid { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
+  .paper { display: block; } video:has(+ .paper) { display: none; }
+  figure:has(.paper) { grid-column: 1 / -1; } .grid { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; }
   .track, .track i, .verdict { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

@@ -19,7 +19,7 @@ from scipy.stats import binomtest, norm
 LEVEL = 0.05  # probability that an interval misses the mean
 PLANNED = 400  # seeds for which a sequence is tuned, unless its caller knows better
 
-_LARGEST_BET = 0.75  # share of the capital that one seed may cost
+_LARGEST_BET = 0.9  # share of the capital that one seed may cost
 _PRIOR_VARIANCE = 0.2  # of one difference before the first seed; affects the width, not validity
 _FURTHEST = 100_000  # seeds up to which the end of an undecided comparison is estimated
 

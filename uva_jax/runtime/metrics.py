@@ -268,11 +268,15 @@ class _Lines:
         parts = [
             f"{self._title}: {self._count}/{self._total} {self._unit} "
             f"({100 * self._count / max(self._total, 1):.0f} %)",
-            f"{rate:.3g} {self._unit}/s" if rate < 1000 else f"{rate:.0f} {self._unit}/s",
-            f"took {_duration(now - self._started)}"
-            if finished
-            else f"{_duration((self._total - self._count) / max(rate, 1e-9))} left",
         ]
+        if rate:
+            parts.append(
+                f"{rate:.3g} {self._unit}/s" if rate < 1000 else f"{rate:.0f} {self._unit}/s"
+            )
+        if finished:
+            parts.append(f"took {_duration(now - self._started)}")
+        elif rate:  # before the first unit is done, nothing is known of the time left
+            parts.append(f"{_duration((self._total - self._count) / rate)} left")
         if self._latest:
             parts.append(_scalars_text(self._latest))
         print(", ".join(parts), file=self._out, flush=True)

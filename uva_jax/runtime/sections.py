@@ -209,7 +209,7 @@ class EvaluateOptions(Section):
     noise_seed: int = setting(
         0, "seed of the samplers' noise, the same for every policy", least=0, most=LARGEST_SEED
     )
-    videos: int = setting(4, "seeds recorded as video", least=0)
+    videos: int = setting(4, "episodes filmed: where teacher and graft differ most", least=0)
     workers: int = setting(0, "simulator processes (0: one per core)", least=0)
     slots: int = setting(
         32, "episodes that run at a time, which is the policy's batch", above=0, added=True

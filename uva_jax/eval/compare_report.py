@@ -1,0 +1,91 @@
+"""The report of `python -m uva_jax evaluate`: the page of a comparison of any policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from uva_jax.eval.report import write_report
+from uva_jax.eval.report_data import ReportData
+from uva_jax.runtime.respacing import space_timesteps
+
+_TRAIN_STEPS = 1000  # of all published policies' action heads
+
+
+def write_comparison_report(path: Path, results: Mapping) -> Path:
+    """Writes the page from the content of results.json; returns its path.
+
+    Args:
+      path: of the page.
+      results: "seeds", "draws", and what `Comparison.figures` ("policies") and
+        `Comparison.verdicts` ("comparisons") return.
+    """
+    figures, compared = results["policies"], results["comparisons"]
+    both = figures[:2]
+    data = ReportData(
+        title="Comparison of " + (", ".join(row["label"] for row in figures)),
+        verdict=compared[0]["verdict"] if compared else {},
+        scores=[
+            {
+                "policy": row["label"],
+                "score": row["mean"],
+                "ci": row["ci95"],
+                "success": row["success_rate"],
+                "success_ci": row["success_ci95"],
+                "episodes": len(row["scores"]) * results["draws"],
+            }
+            for row in figures
+        ],
+        reference="first policy",
+        comparisons=[
+            {
+                "policy": row["label"],
+                "difference": row["paired_difference"],
+                "ci": row["ci95"],
+                "mcnemar": row["mcnemar"],
+                # The first one's stands at the top of the page.
+                "verdict": row["verdict"]["sentence"] if index else None,
+            }
+            for index, row in enumerate(compared)
+        ],
+        sampling=_sampling(figures),
+        per_seed={
+            "names": ("first policy", "second policy"),
+            "scores": tuple(row["scores"] for row in both),
+        }
+        if len(both) == 2
+        else {},
+        config=_settings(results),
+    )
+    return write_report(path, data)
+
+
+def _sampling(figures) -> list[dict]:
+    """Returns the rows of the policies that sampled in several numbers of steps."""
+    rows = [
+        {
+            "policy": f"{row['policy']}, {row['sampler']}",
+            "steps": len(space_timesteps(_TRAIN_STEPS, row["sampling_steps"])),
+            "score": row["mean"],
+            "ci": row["ci95"],
+        }
+        for row in figures
+        if row.get("sampling_steps")
+    ]
+    steps: dict[str, set[int]] = {}
+    for row in rows:
+        steps.setdefault(row["policy"], set()).add(row["steps"])
+    return [row for row in rows if len(steps[row["policy"]]) > 1]
+
+
+def _settings(results: Mapping) -> dict:
+    """Returns what all policies have in common, and the rest by policy."""
+    seeds, figures = results["seeds"], results["policies"]
+    found = {"seeds": f"{len(seeds)}, {min(seeds)} to {max(seeds)}", "draws": results["draws"]}
+    common = ("simulator", "max_steps", "noise_seed")
+    found |= {key: figures[0][key] for key in common if key in figures[0]}
+    own = ("sampling_steps", "sampler", "sha256")
+    for number, row in enumerate(figures, 1):
+        found |= {f"policy {number}": row["policy"]}
+        found |= {f"policy {number}, {key}": row[key] for key in own if row.get(key)}
+    return found
