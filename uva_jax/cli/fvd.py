@@ -10,9 +10,10 @@ Features are kept in the workdir, so that a killed run resumes and more videos c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from uva_jax.cli.sample import add_data_options, given_data_options, open_reader
@@ -23,6 +24,10 @@ from uva_jax.runtime.startup import quiet_libraries
 
 # Modules that take seconds to import are imported by the functions that need them.
 
+_NOTE = (
+    "video_fvd is upstream's figure, of 16 videos, whose covariance has rank 15 of 400: compare it "
+    "only with other figures of upstream's protocol"
+)
 _TITLES = {"predicted": "predicted", "last_frame": "last frame", "reconstruction": "VAE of truth"}
 
 
@@ -81,13 +86,18 @@ def run(args: argparse.Namespace) -> None:
         )
         for name, result in found.items():
             print("\n".join(table(name, result)))
+        print(_NOTE)
         write_json(workdir / "fvd.json", found)
 
 
-def _progress(name: str, done: int, total: int) -> None:
-    end_if_stopped()
-    ends = "\n" if done == total else ""
-    print(f"\r{name}: {done} of {total} videos", end=ends, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    def show(done: int, total: int) -> None:
+        end_if_stopped()
+        ends = "\n" if done == total else ""
+        print(f"\r{name}: {done} of {total} videos", end=ends, file=sys.stderr, flush=True)
+
+    yield show
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -61,7 +62,7 @@ def judge(
     folder: Path,
     origin: Mapping[str, str],
     say: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
 ) -> dict[str, dict]:
     """Measures the videos of policies; those with equal trunks are measured once.
 
@@ -73,7 +74,7 @@ def judge(
       folder: of what is measured; a killed run resumes.
       origin: what the results depend on besides policies and options.
       say: takes messages.
-      progress: is called with a policy's name, the number of finished windows, and of all.
+      progress: opens, for a policy's name, the `progress` of `measure`.
 
     Returns:
       for each policy {"cameras": see `figures`, "windows": their number, "sampling": its options,
@@ -115,19 +116,13 @@ def judge(
                 for window in read_windows(reader, episode[numbers], step[numbers])
             ]
 
-        measured = measure(
-            predictor,
-            read,
-            len(episode),
-            network,
-            folder / digest[:16],
-            lambda done, total, name=name: progress(name, done, total),
-        )
+        with progress(name) as show:
+            measured = measure(predictor, read, len(episode), network, folder / digest[:16], show)
         results[name] = {
             "windows": len(episode),
             "sampling": dataclasses.asdict(sampling),
             "trunk": trunk,
-            "cameras": figures(measured, options.seed),
+            "cameras": figures(measured, episode, options.seed),
         }
     return results
 
@@ -238,17 +233,18 @@ def _clips(camera: Camera) -> dict[str, np.ndarray]:
     return {kind: clips[kind] for kind in KINDS if kind in clips}
 
 
-def figures(measured: Mapping[str, np.ndarray], seed: int) -> dict:
+def figures(measured: Mapping[str, np.ndarray], episode: np.ndarray, seed: int) -> dict:
     """Returns {camera: {kind: figures}} of what `measure` has found.
 
     The figures are "video_fvd", upstream's (of the first 16 videos; with 400 features their
     covariance has rank 15, so that it serves only to compare with upstream's figures), "fvd" of all
-    videos, "fvd_unlimited", the same for unlimited data, with its "ci95", "psnr" (dB, of the mean
-    squared error) and "ssim", and of what is predicted "latent_spread", the largest; see
-    `Prediction`. "last_frame" repeats the last observed frame.
+    videos, "fvd_unlimited", the same for unlimited data, with its "ci95" and what the bootstrap has
+    "resampled", "psnr" (dB, of the mean squared error) and "ssim", and of what is predicted
+    "latent_spread", the largest; see `Prediction`. "last_frame" repeats the last observed frame.
 
     Args:
       measured: see `measure`.
+      episode: (count,) of each window.
       seed: of the extrapolation's subsets and of the bootstrap.
     """
     found: dict = {}
@@ -257,13 +253,14 @@ def figures(measured: Mapping[str, np.ndarray], seed: int) -> dict:
         if figure != "features" or kind == _TRUTH:
             continue
         made, truth = measured[key], measured[f"{camera}/{_TRUTH}/features"]
-        estimate = unlimited(made, truth, seed=seed)
+        estimate = unlimited(made, truth, episode, seed=seed)
         error = np.mean(measured[f"{camera}/{kind}/squared_error"])
         found.setdefault(camera, {})[kind] = {
             "video_fvd": frechet_distance(made[:LIMIT], truth[:LIMIT]),
             "fvd": frechet_distance(made, truth),
             "fvd_unlimited": estimate.value,
             "ci95": [estimate.low, estimate.high],
+            "resampled": "episodes" if estimate.grouped else "windows",
             "psnr": float(10 * np.log10(255.0**2 / max(error, 1e-10))),
             "ssim": float(np.mean(measured[f"{camera}/{kind}/ssim"])),
         }
