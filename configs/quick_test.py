@@ -37,4 +37,5 @@ def get_config(operators: str = "runs/tiny/operators"):
     config.finetune.log_every = 10
     config.finetune.check_every = 15
     config.finetune.check_windows = 32
+    config.shorten.evaluations = 0
     return config

@@ -1,7 +1,7 @@
 """Converts upstream's language latents (`prepared_data/language_latents.pkl`) to a plain .npz file.
 
 The pickle is a dictionary of numpy vectors by task. It is read as records (`pickle_records.py`), so
-that no code in it runs; only numpy's calls are interpreted and others are refused.
+that no code in it runs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.formats.numpy_records import array_of
 from convert.formats.open_file import written_whole
-from convert.formats.pickle_records import Global, Record, loads
+from convert.formats.pickle_records import loads
 from uva_jax.runtime.errors import UserError
 
 MAX_BYTES = 64 << 20
-_ARRAYS = {
-    Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
-}  # numpy 1 and 2
-_DTYPE = Global("numpy", "dtype")
 
 
 def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -43,25 +40,12 @@ def read_latents(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _vector(value: object, name: str) -> np.ndarray:
-    match value:
-        case Record(
-            function=function, state=(_, (int() as width,), dtype, bool(), bytes() as data)
-        ):
-            known = function in _ARRAYS
-        case _:
-            known = False
-    if not known:
-        raise UserError(f"{name} is not a vector of numpy; no code in the file was run")
-    match dtype:
-        case Record(function=kind, args=(("f2" | "f4" | "f8") as code, *_), state=(_, "<", *_)):
-            known = kind == _DTYPE
-        case _:
-            known = False
-    if not known:
-        raise UserError(f"{name} is not a vector of little-endian real numbers")
-    values = np.frombuffer(data[: len(data) // int(code[1]) * int(code[1])], f"<{code}")
-    if values.nbytes != len(data) or len(values) != width or not np.isfinite(values).all():
-        raise UserError(f"{name} is damaged: its {width} numbers are missing or not finite")
+    try:
+        values = array_of(value)
+    except ValueError as error:
+        raise UserError(f"{name} {error}; no code in the file was run") from None
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise UserError(f"{name} is no vector of finite numbers (its shape is {values.shape})")
     return values.astype(np.float32)
 
 

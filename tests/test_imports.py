@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "uva_jax.__main__": {"runtime"},  # imports a command's module by name
     "convert": {"runtime", "storage", "models"},
-    "convert.checks": {"runtime", "storage", "models", "data", "train"},
+    "convert.checks": {"runtime", "storage", "models", "data", "train", "eval"},
     "configs": {"runtime"},
 }
 # Modules with imports inside functions, which save start-up time of commands that do not need them.

@@ -1,7 +1,7 @@
 """The port against reference outputs of the original, kept in tests/goldens/port.
 
 Each file covers one part: schedules, the four aggregators with their networks and losses, the
-full-width VAE, the transformer in all five task modes.
+full-width VAE, the transformer in all five task modes, the network of the Fréchet video distance.
 """
 
 from pathlib import Path
@@ -21,6 +21,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "port"
         ("action_heads", 21),
         ("vae_kl16_formula", 6),
         ("mar_pusht", 44),
+        ("fvd", 20),
     ],
 )
 def test_every_recorded_output_is_within_its_bound(name, outputs):

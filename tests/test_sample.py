@@ -184,8 +184,9 @@ def test_figures_are_those_of_the_definitions():
 
 def test_windows_are_training_windows(folder):
     """Frames 3, 7, ..., 31 of 32 steps, of which the current one is the sixteenth."""
-    from uva_jax.cli.sample import open_reader, read_windows
+    from uva_jax.cli.sample import open_reader
     from uva_jax.data.replay_buffer import ReplayBuffer
+    from uva_jax.eval.recorded import read_windows
 
     keys = {"image_key": "view", "wrist_key": "wrist"}
     reader = open_reader(policy_of("toolhang"), str(folder / "recording.zarr"), keys)

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("uva_jax.cli.plan", "memory, FLOPs and time of a configuration on a TPU slice"),
     "sample": ("uva_jax.cli.sample", "predicted video and actions, compared with the recording"),
     "evaluate": ("uva_jax.cli.evaluate", "compare policies in a simulator, until it is decided"),
+    "fvd": ("uva_jax.cli.fvd", "Fréchet video distance of policies on held-out windows"),
     "ablate": ("uva_jax.cli.ablate", "time and score of each part of a policy's training"),
     "worth": ("uva_jax.cli.worth", "a graft against its teacher, by head, recipe and data"),
     "bench": ("uva_jax.cli.bench", "speed of conversion and of training steps"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from convert.checks import fixtures_data, fixtures_mar, fixtures_parts
+from convert.checks import fixtures_data, fixtures_mar, fixtures_parts, fixtures_video
 from convert.checks.compare import HEADER, Check, Checks
 from convert.checks.golden import Golden
 from uva_jax.runtime.errors import UserError
@@ -41,6 +41,7 @@ def _checker(name: str) -> Callable[[Golden, Checks], None] | None:
         "data_path": fixtures_data.check,
         "diffusion_schedules": fixtures_parts.diffusion_schedules,
         "e2e_pusht": _end_to_end,
+        "fvd": fixtures_video.check,
     }.get(name)
 
 

@@ -223,7 +223,7 @@ def _resize(golden: Golden, checks: Checks) -> None:
     for size in golden.children("resize/"):
         prefix = f"resize/{size}"
         image = golden[f"{prefix}/in_uint8"].astype(np.float32) / np.float32(255)
-        got = resize_bilinear(jnp.asarray(rearrange(image, "c h w -> h w c")), 256)
+        got = resize_bilinear(jnp.asarray(rearrange(image, "c h w -> h w c")), (256, 256))
         got = np.asarray(rearrange(got, "h w c -> c h w"))
         found = {"out": got, "out_channel0_rows_stride3": got[0, ::3], "out_mean": got.mean()}
         for name, value in found.items():

@@ -27,7 +27,10 @@ SINGLE = 2e-5  # relative, for a single pass
 
 
 class Golden:
-    """One `<name>.npz` with its `<name>.json`; arrays are read on demand as float32."""
+    """One `<name>.npz` with its json; arrays are read on demand as float32.
+
+    The json is `<name>.json`, or `<name>_..._fill.json` if there are only weights to fill.
+    """
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
@@ -35,8 +38,9 @@ class Golden:
         if not path.exists():
             raise UserError(f"{path} does not exist: give a folder in the golden format")
         self.arrays = np.load(path, allow_pickle=False)
-        side = folder / f"{name}.json"
-        self.facts: dict = json.loads(side.read_text()) if side.exists() else {}
+        sides = [folder / f"{name}.json", *sorted(folder.glob(f"{name}_*_fill.json"))]
+        side = next((side for side in sides if side.exists()), None)
+        self.facts: dict = json.loads(side.read_text()) if side else {}
         self.used: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
@@ -73,16 +77,20 @@ class Golden:
         return max(20 * entry.get("max_abs_diff", 0.0), least)
 
 
-def hash_fill(index: int, shape: tuple[int, ...], center: float, amp: float) -> np.ndarray:
-    """Returns the deterministic weights of the golden format."""
+def uniform(index: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the golden format's deterministic numbers in [0, 1), float64."""
     x = np.arange(int(np.prod(shape)), dtype=np.uint32) + np.uint32(index * 0x9E3779B9 % 2**32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(13)
     x *= np.uint32(0xC2B2AE35)
     x ^= x >> np.uint32(16)
-    values = center + amp * (2 * (x.astype(np.float64) / 2**32) - 1)
-    return values.astype(np.float32).reshape(shape)
+    return (x.astype(np.float64) / 2**32).reshape(shape)
+
+
+def hash_fill(index: int, shape: tuple[int, ...], center: float, amp: float) -> np.ndarray:
+    """Returns the deterministic weights of the golden format."""
+    return (center + amp * (2 * uniform(index, shape) - 1)).astype(np.float32)
 
 
 def filled(entries: list[Mapping]) -> dict[str, np.ndarray]:

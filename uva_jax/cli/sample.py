@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from uva_jax.data.windows import Strips, WindowSpec, plan_strips
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.respacing import SAMPLERS
 from uva_jax.runtime.settings import section, specs
@@ -51,21 +50,32 @@ def open_reader(policy, path: str, options: Mapping[str, object]):
     from convert.describe import config_file
     from uva_jax.data import source
     from uva_jax.data.readers import open_reader as open_data
+    from uva_jax.eval.recorded import spec_of
 
     module = config_file(policy.config).removesuffix(".py").replace("/", ".")
     config = importlib.import_module(module).get_config()
     data = dataclasses.replace(
         section(config.data, source.DataOptions), path=path, mirror="", **options
     )
-    spec = WindowSpec.of(policy.config)
-    # A camera whose future is predicted is read even if its past is not an input.
-    spec = dataclasses.replace(spec, wrist=spec.wrist or policy.config.mar.wrist)
-    return open_data(data, policy, spec=spec, progress=_rendering)
+    return open_data(data, policy, spec=spec_of(policy.config), progress=_rendering)
 
 
 def _rendering(done: int, total: int) -> None:
     ends = "\n" if done == total else ""
     print(f"\rrendering: {done} of {total} frames", end=ends, file=sys.stderr, flush=True)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each setting of `config.data` that says how data are read."""
+    for name in _DATA:
+        spec = specs()[f"data.{name}"]
+        text = f"{spec.rule.comment} (default: as in configs/)"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=spec.kind, help=text)
+
+
+def given_data_options(args: argparse.Namespace) -> dict[str, object]:
+    """Returns the options of `add_data_options` that were given."""
+    return {name: getattr(args, name) for name in _DATA if getattr(args, name) is not None}
 
 
 def choose(reader, episode: int | None, step: int | None, count: int, seed: int):
@@ -80,7 +90,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     Raises:
       UserError: there is no such episode or step.
     """
-    from uva_jax.data import check, source
+    from uva_jax.eval.recorded import held_out
 
     buffer, options = reader.buffer, reader.options
     if count < 1:
@@ -88,18 +98,7 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
     if episode is None:
         if step is not None:
             raise UserError(f"--step {step} is a step of an episode: give --episode too")
-        check.check_split(buffer, options, "; or say with --episode whose windows")
-        _, held_out = source.split(buffer, options)
-        strips = plan_strips(
-            buffer.episode_ends,
-            held_out,
-            strip=1,
-            stride=reader.stride,
-            options=options,
-            seed=seed,
-            count=count,
-        )
-        return strips.episode, strips.current[:, 0]
+        return held_out(reader, count, seed, "; or say with --episode whose windows")
     if not 0 <= episode < buffer.n_episodes:
         raise UserError(
             f"--episode is {episode}, but {buffer.path} has episodes 0 to {buffer.n_episodes - 1}"
@@ -120,21 +119,6 @@ def choose(reader, episode: int | None, step: int | None, count: int, seed: int)
             f"{step} on reach from {steps[0]} to {steps[-1]}"
         )
     return np.full(count, episode), steps
-
-
-def read_windows(reader, episode: np.ndarray, step: np.ndarray) -> list[Window]:
-    """Reads windows with their future, as strips up to the window that ends with the future."""
-
-    n_frames = reader.spec.n_frames
-    current = step[:, None] + reader.stride * np.arange(n_frames + 1)
-    strips = Strips(episode, current, np.zeros(len(episode), bool))
-    windows: dict[str, np.ndarray] = {}
-    for name, values in reader.read(strips, np.arange(len(episode))).items():
-        if name.endswith("image"):
-            windows[name], windows[f"future_{name}"] = values[:, :n_frames], values[:, n_frames:]
-        else:
-            windows[name] = values[:, 0]
-    return [{k: v[i] for k, v in windows.items()} for i in range(len(episode))]
 
 
 def read_observation(path: str) -> Window:
@@ -216,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
       UserError: an option is wrong or does not fit the policy or the data.
     """
     from uva_jax.eval import film, predict
+    from uva_jax.eval.recorded import read_windows
     from uva_jax.models.losses import VIDEO_MODES
     from uva_jax.pipeline.inputs import any_policy
     from uva_jax.storage.atomic import write_json
@@ -248,8 +233,7 @@ def run(args: argparse.Namespace) -> None:
     if args.obs is not None:
         windows, names = [read_observation(args.obs)], [Path(args.obs).name]
     else:
-        given = {name: getattr(args, name) for name in _DATA if getattr(args, name) is not None}
-        reader = open_reader(policy, args.dataset, given)
+        reader = open_reader(policy, args.dataset, given_data_options(args))
         for note in reader.buffer.notes:
             print(note)
         chosen = choose(reader, args.episode, args.step, args.windows, args.seed)
@@ -330,10 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add("--out", metavar="FILE", help="file to write: .mp4, .gif, .png (one image) or .npz")
     add("--json", metavar="FILE", help="write the table and the settings to FILE")
-    for name in _DATA:
-        spec = specs()[f"data.{name}"]
-        text = f"{spec.rule.comment} (default: as in configs/)"
-        add(f"--{name.replace('_', '-')}", type=spec.kind, help=text)
+    add_data_options(parser)
     return parser
 
 

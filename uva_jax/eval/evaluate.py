@@ -34,6 +34,7 @@ def evaluate(
     folder: Path,
     metrics: MetricsWriter,
     language: Language | None = None,
+    videos: Mapping[str, Mapping] | None = None,
 ) -> dict:
     """Evaluates every policy; writes metrics.json and videos/. A killed run resumes by seed.
 
@@ -44,6 +45,8 @@ def evaluate(
       folder: of the stage.
       metrics: writer of progress and messages.
       language: gives the latents of the simulator's tasks, for policies that read them.
+      videos: what `fvd.judge` has found for each policy; it becomes "video", and upstream's figure
+        "video_fvd".
 
     Returns:
       the content of metrics.json: the results of each policy and, with rollouts,
@@ -54,6 +57,14 @@ def evaluate(
       UserError: the simulator lacks what a policy reads.
     """
     found: dict = {name: {} for name in policies}
+    for name, judged in (videos or {}).items():
+        main = judged["cameras"]["main"]["predicted"]
+        found[name] |= {"video_fvd": main["video_fvd"], "video": judged}
+        metrics.say(
+            f"{name}: video_fvd {main['video_fvd']:.1f}; of {judged['windows']} windows, for "
+            f"unlimited data, {main['fvd_unlimited']:.1f} (95% CI {main['ci95'][0]:.1f} to "
+            f"{main['ci95'][1]:.1f}); PSNR {main['psnr']:.2f} dB"
+        )
     if windows is not None:
         for name, policy in policies.items():
             found[name]["actions"] = _act(name, policy, *windows, options, folder, metrics)

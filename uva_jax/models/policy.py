@@ -51,14 +51,14 @@ def _axis_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return low, np.minimum(low + 1, length - 1), (source - low).astype(np.float32)
 
 
-def resize_bilinear(x: jax.Array, size: int) -> jax.Array:
-    """Resizes (..., h, w, c) to (..., size, size, c), half-pixel centres, no antialiasing.
+def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Resizes (..., h, w, c) to (..., *size, c), half-pixel centres, no antialiasing.
 
     It follows PyTorch's order of operations, because the VAE's group norms magnify differences in
     the last bit of flat image regions.
     """
-    top, bottom, down = _axis_taps(x.shape[-3], size)
-    left, right, across = _axis_taps(x.shape[-2], size)
+    top, bottom, down = _axis_taps(x.shape[-3], size[0])
+    left, right, across = _axis_taps(x.shape[-2], size[1])
     result = None
     for rows, row_weight in ((top, 1 - down), (bottom, down)):
         picked = jnp.take(x, rows, axis=-3)
@@ -118,7 +118,7 @@ class Policy(nnx.Module):
             x = images.astype(jnp.float32)
         size = self.config.image_size
         if x.shape[-3:-1] != (size, size):
-            x = resize_bilinear(x, size)
+            x = resize_bilinear(x, (size, size))
         return _divide(x * 255.0, 127.5) - 1.0
 
     def encode_frames(self, frames: jax.Array, eps: jax.Array) -> jax.Array:

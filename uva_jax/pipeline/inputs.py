@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from convert.architecture import infer_policy
 from convert.formats import torch_file
 from convert.from_torch import convert_checkpoint
+from convert.i3d import load_i3d, weights_file
 from convert.state_dicts import state_tensors
 from uva_jax import assets
 from uva_jax.data import source
@@ -135,6 +136,19 @@ def training_data(config) -> dict:
 def graft_data(config) -> dict:
     """Returns all data that a graft reads, by label: what its teacher reads."""
     return _recording(config, lambda: _teacher_windows(config)) | _language(config)
+
+
+def evaluation_data(config) -> dict:
+    """Returns all data that the evaluation reads, by label: the graft's, and weights of I3D.
+
+    Raises:
+      UserError: the weights are no I3D.
+    """
+    found = graft_data(config)
+    if name := config.evaluate.fvd_weights:
+        found["fvd_weights"] = weights_file(name)
+        load_i3d(name)  # before hours of training
+    return found
 
 
 def _recording(config, spec: Callable[[], WindowSpec], *more: str) -> dict:

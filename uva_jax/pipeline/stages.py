@@ -28,8 +28,16 @@ from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context, Stage
-from uva_jax.pipeline.inputs import graft_data, load_policy, mesh_of, open_data, teacher_checkpoint
+from uva_jax.pipeline.inputs import (
+    evaluation_data,
+    graft_data,
+    load_policy,
+    mesh_of,
+    open_data,
+    teacher_checkpoint,
+)
 from uva_jax.pipeline.training_stages import TRAINING_STAGES
+from uva_jax.pipeline.videos import judge_videos
 from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
@@ -184,9 +192,8 @@ def run_evaluate(context: Context) -> dict:
         return {}
     options = section(config.evaluate, evaluate.EvaluateOptions)
     windows = held_out_windows(context, policies["teacher"])
-    found = evaluate.evaluate(
-        policies, windows, options, folder, context.metrics, language_of(config)
-    )
+    videos, language = judge_videos(context, policies), language_of(config)
+    found = evaluate.evaluate(policies, windows, options, folder, context.metrics, language, videos)
     shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
         folder / "report.html",
@@ -343,7 +350,7 @@ _STAGES = (
         config_keys=("seed", "precision", "data", "evaluate"),
         folder="eval",
         describe="compares teacher and graft, writes the report",
-        fingerprint=graft_data,
+        fingerprint=evaluation_data,
     ),
     Stage(
         "export",

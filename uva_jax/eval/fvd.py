@@ -1,0 +1,269 @@
+"""The Fréchet video distance of policies' predictions, of held frames, and of the VAE.
+
+`measure` predicts windows, passes each video through I3D and keeps its features, with squared
+error and SSIM; `figures` makes distances of them; `judge` does both for several policies. A video
+is the four frames of the future, each repeated to make sixteen, as in upstream's `test_video_fvd`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from uva_jax.data.source import WindowReader
+from uva_jax.eval.frechet import frechet_distance, unlimited
+from uva_jax.eval.predict import Camera, Prediction, Sampling, checked_window, make_predictor
+from uva_jax.eval.recorded import Window, held_out, read_windows
+from uva_jax.eval.video import ssim
+from uva_jax.models import i3d, surgery
+from uva_jax.models.policy import Policy
+from uva_jax.runtime.errors import UserError
+from uva_jax.storage.atomic import plain, write_bytes
+
+LIMIT = 16  # videos of upstream's protocol
+LEAST = 16  # videos of any distance
+KINDS = ("predicted", "last_frame", "reconstruction")
+MODE = "full_dynamic_model"  # upstream's
+_TRUTH = "future"
+_PART = 8  # windows of a stored part
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoOptions:
+    """How policies' videos are judged.
+
+    Attributes:
+      videos: number of held-out windows.
+      sampling_steps: of the video's diffusion, 1..1000; 0: each policy's own number.
+      sampler: of the diffusion; see `diffusion.sample_loop`.
+      seed: of the windows' order and all noise.
+    """
+
+    videos: int
+    sampling_steps: int = 0
+    sampler: str = "ancestral"
+    seed: int = 0
+
+
+def judge(
+    policies: Mapping[str, Policy],
+    reader_of: Callable[[Policy], WindowReader],
+    network: i3d.I3D,
+    options: VideoOptions,
+    *,
+    folder: Path,
+    origin: Mapping[str, str],
+    say: Callable[[str], None],
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> dict[str, dict]:
+    """Measures the videos of policies; those with equal trunks are measured once.
+
+    Args:
+      policies: by name.
+      reader_of: opens the recording for a policy, with every camera whose future it predicts.
+      network: of the features.
+      options: see `VideoOptions`.
+      folder: of what is measured; a killed run resumes.
+      origin: what the results depend on besides policies and options.
+      say: takes messages.
+      progress: opens, for a policy's name, the `progress` of `measure`.
+
+    Returns:
+      for each policy {"cameras": see `figures`, "windows": their number, "sampling": its options,
+      "trunk": a hash}, and "same_as": the policy with an equal trunk, if there is one before it.
+
+    Raises:
+      UserError: there are too few windows, or a policy predicts no video.
+    """
+    results: dict[str, dict] = {}
+    for name, policy in policies.items():
+        trunk = trunk_hash(policy)
+        twin = next((n for n, found in results.items() if found["trunk"] == trunk), None)
+        if twin is not None:
+            say(f"{name}: its trunk equals that of {twin}, and so do its videos")
+            results[name] = results[twin] | {"same_as": twin}
+            continue
+        config = policy.config
+        sampling = Sampling(
+            mode=MODE,
+            num_iter=config.num_iter,
+            guidance=config.cfg,
+            schedule=config.cfg_schedule,
+            temperature=config.temperature,
+            sampling_steps=options.sampling_steps,
+            sampler=options.sampler,
+            seed=options.seed,
+        )
+        predictor = make_predictor(policy, sampling)
+        reader = reader_of(policy)
+        episode, step = held_out(reader, options.videos, options.seed)
+        if len(episode) < options.videos:
+            say(f"the recording has {len(episode)} held-out windows, not {options.videos}")
+        made_with = plain({**origin, "trunk": trunk, "sampling": dataclasses.asdict(sampling)})
+        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+
+        def read(numbers, config=config, reader=reader, episode=episode, step=step):
+            return [
+                checked_window(config, MODE, window, reader.options.path)
+                for window in read_windows(reader, episode[numbers], step[numbers])
+            ]
+
+        with progress(name) as show:
+            measured = measure(predictor, read, len(episode), network, folder / digest[:16], show)
+        results[name] = {
+            "windows": len(episode),
+            "sampling": dataclasses.asdict(sampling),
+            "trunk": trunk,
+            "cameras": figures(measured, episode, options.seed),
+        }
+    return results
+
+
+def trunk_hash(policy: Policy) -> str:
+    """Returns a hash of all that a policy's videos depend on: everything but its action head."""
+    config = dataclasses.replace(policy.config, action_head=None)
+    acts = policy.action_head is not None  # its draws come first
+    digest = hashlib.sha256(json.dumps([plain(dataclasses.asdict(config)), acts]).encode())
+    for path, values in sorted(surgery.flatten(policy).items()):
+        if not path.startswith("action_head/"):
+            digest.update(f"{path} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def measure(
+    predictor: Callable[[Window, int], Prediction],
+    read: Callable[[np.ndarray], Sequence[Window]],
+    count: int,
+    network: i3d.I3D,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, np.ndarray]:
+    """Predicts windows and measures the videos; stored in parts, so that a killed run resumes.
+
+    Args:
+      predictor: see `predict.make_predictor`.
+      read: returns the windows of given numbers, with their future.
+      count: number of windows, at least `LEAST`.
+      network: whose logits are the features.
+      folder: of the parts; it belongs to this policy, these windows and this network.
+      progress: is called with the number of finished windows and `count`.
+
+    Returns:
+      by "camera/kind/figure": "features" (count, 400) float32; except for the kind "future"
+      "squared_error" and "ssim" (count,); and "latent_spread" (count,) of the kind "predicted".
+
+    Raises:
+      UserError: there are too few windows, or they have no future.
+    """
+    if count < LEAST:
+        raise UserError(
+            f"the Fréchet video distance needs at least {LEAST} windows, but there are {count}: "
+            "hold out more episodes"
+        )
+    features = _compiled(network)
+    parts = []
+    for start in range(0, count, _PART):
+        numbers = np.arange(start, min(start + _PART, count))
+        path = folder / f"windows_{start:05d}.npz"
+        if (part := _stored(path, len(numbers))) is None:
+            rows = [
+                _measured(predictor(window, int(number)), features)
+                for window, number in zip(read(numbers), numbers, strict=True)
+            ]
+            part = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            content = io.BytesIO()
+            np.savez(content, **part)
+            write_bytes(path, content.getvalue())
+        parts.append(part)
+        progress(int(numbers[-1]) + 1, count)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stored(path: Path, count: int) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        part = dict(file)
+    # The last part is shorter than a full one if fewer windows were asked for.
+    return part if all(len(values) == count for values in part.values()) else None
+
+
+def _compiled(network: i3d.I3D) -> Callable[[np.ndarray], np.ndarray]:
+    @jax.jit
+    def logits(network, video):
+        return network(i3d.preprocess(video[None]))[0]
+
+    def features(frames: np.ndarray) -> np.ndarray:
+        video = np.repeat(frames, 4, axis=0) if len(frames) < i3d.FRAMES else frames
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(logits(network, video))
+
+    return features
+
+
+def _measured(prediction: Prediction, features: Callable) -> dict[str, np.ndarray]:
+    """Returns the figures of one window; see `measure`."""
+    found = {}
+    for name, camera in prediction.cameras.items():
+        if camera.future is None:
+            raise UserError("the Fréchet video distance needs windows with their future")
+        found[f"{name}/{_TRUTH}/features"] = features(camera.future)
+        for kind, frames in _clips(camera).items():
+            error = frames.astype(np.float64) - camera.future
+            found[f"{name}/{kind}/features"] = features(frames)
+            found[f"{name}/{kind}/squared_error"] = np.mean(error**2)
+            found[f"{name}/{kind}/ssim"] = np.mean(ssim(frames, camera.future))
+        found[f"{name}/predicted/latent_spread"] = np.float64(prediction.latent_spread)
+    return found
+
+
+def _clips(camera: Camera) -> dict[str, np.ndarray]:
+    clips = {"predicted": camera.predicted, "reconstruction": camera.reconstruction}
+    if camera.history is not None:
+        clips["last_frame"] = np.broadcast_to(camera.history[-1:], camera.future.shape)
+    return {kind: clips[kind] for kind in KINDS if kind in clips}
+
+
+def figures(measured: Mapping[str, np.ndarray], episode: np.ndarray, seed: int) -> dict:
+    """Returns {camera: {kind: figures}} of what `measure` has found.
+
+    The figures are "video_fvd", upstream's (of the first 16 videos; with 400 features their
+    covariance has rank 15, so that it serves only to compare with upstream's figures), "fvd" of all
+    videos, "fvd_unlimited", the same for unlimited data, with its "ci95" and what the bootstrap has
+    "resampled", "psnr" (dB, of the mean squared error) and "ssim", and of what is predicted
+    "latent_spread", the largest; see `Prediction`. "last_frame" repeats the last observed frame.
+
+    Args:
+      measured: see `measure`.
+      episode: (count,) of each window.
+      seed: of the extrapolation's subsets and of the bootstrap.
+    """
+    found: dict = {}
+    for key in measured:
+        camera, kind, figure = key.split("/")
+        if figure != "features" or kind == _TRUTH:
+            continue
+        made, truth = measured[key], measured[f"{camera}/{_TRUTH}/features"]
+        estimate = unlimited(made, truth, episode, seed=seed)
+        error = np.mean(measured[f"{camera}/{kind}/squared_error"])
+        found.setdefault(camera, {})[kind] = {
+            "video_fvd": frechet_distance(made[:LIMIT], truth[:LIMIT]),
+            "fvd": frechet_distance(made, truth),
+            "fvd_unlimited": estimate.value,
+            "ci95": [estimate.low, estimate.high],
+            "resampled": "episodes" if estimate.grouped else "windows",
+            "psnr": float(10 * np.log10(255.0**2 / max(error, 1e-10))),
+            "ssim": float(np.mean(measured[f"{camera}/{kind}/ssim"])),
+        }
+        if (spread := measured.get(f"{camera}/{kind}/latent_spread")) is not None:
+            found[camera][kind]["latent_spread"] = float(np.max(spread))
+    return found
