@@ -19,7 +19,7 @@ from uva_jax.data import source
 from uva_jax.data.check import check_split
 from uva_jax.data.language import task_latents
 from uva_jax.data.windows import plan_strips
-from uva_jax.eval import evaluate
+from uva_jax.eval import acting, evaluate
 from uva_jax.eval.graft_report import write_graft_report
 from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2, stage3
 from uva_jax.graft.capture import CaptureOptions
@@ -182,9 +182,7 @@ def run_evaluate(context: Context) -> dict:
         return {}
     options = section(config.evaluate, evaluate.EvaluateOptions)
     windows = held_out_windows(context, policies["teacher"])
-    language = functools.partial(
-        task_latents, path=config.data.language, vocabulary=config.data.vocabulary
-    )
+    language = task_language(config)
     found = evaluate.evaluate(policies, windows, options, folder, context.metrics, language)
     shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
@@ -201,6 +199,13 @@ def run_evaluate(context: Context) -> dict:
         out = context.workdir / "compared"
         evaluate.say_verdict(found["verdict"], both, out, options, context.metrics)
     return evaluate.summary(found)
+
+
+def task_language(config) -> acting.Language:
+    """Returns what gives policies the language latents of a simulator's tasks."""
+    return functools.partial(
+        task_latents, path=config.data.language, vocabulary=config.data.vocabulary
+    )
 
 
 def held_out_windows(context: Context, policy: Policy):

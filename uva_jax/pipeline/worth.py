@@ -213,14 +213,15 @@ def rolled_out(source: str, name: str, teacher: Stage | None = None) -> Stage:
             write_json(folder / "teacher.json", known)
             policies["graft"] = load_policy(context.inputs[source] / "policy", config)
         options = section(config.evaluate, EvaluateOptions)
-        found = evaluate.evaluate(policies, None, options, folder, context.metrics)
+        language = stages.task_language(config)
+        found = evaluate.evaluate(policies, None, options, folder, context.metrics, language)
         return found["teacher" if teacher is None else "graft"]
 
     return Stage(
         f"rollouts-{name}",
         run,
         needs=tuple(dict.fromkeys(("convert", source, *([teacher.name] if teacher else [])))),
-        config_keys=("seed", "precision", "evaluate"),
+        config_keys=("seed", "precision", "data", "evaluate"),
         folder=f"rollouts/{name}",
         describe="rolls out",
     )
