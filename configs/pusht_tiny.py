@@ -29,6 +29,7 @@ def get_config():
     config.finetune.teacher_weight = 100.0
     config.finetune.warmup = 30
     config.finetune.ema.max_value = 0.99
+    config.finetune.check_every = 60
     # For --config.shorten.evaluations=1, which is off: the shortened head loses score so far.
     config.shorten.epochs = 8
     config.shorten.lr = 1e-3
