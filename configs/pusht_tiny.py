@@ -29,6 +29,7 @@ def get_config():
     config.finetune.teacher_weight = 100.0
     config.finetune.warmup = 30
     config.finetune.ema.max_value = 0.99
+    config.finetune.check_every = 60
     config.shorten.evaluations = 1
     config.shorten.epochs = 12
     config.shorten.lr = 1e-3

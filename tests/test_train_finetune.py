@@ -113,7 +113,6 @@ def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkey
         np.testing.assert_array_equal(x, resumed[path], err_msg=path)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, tmp_path):
     how = {
         "held_out": tokens,

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from uva_jax.eval.evaluate import rollout_seeds
-from uva_jax.eval.rollout import paired_difference
+from uva_jax.eval.statistics import paired_difference
 from uva_jax.pipeline import stages, worth
 from uva_jax.pipeline.engine import Stage, run_pipeline
 from uva_jax.pipeline.worth import HEADS, RECIPES, Cell

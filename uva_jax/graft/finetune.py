@@ -30,6 +30,7 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.train import loop
+from uva_jax.train.best import Best, Keep
 from uva_jax.train.loop import Flat, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
@@ -235,7 +236,7 @@ class Trainer:
         folder: Path,
         metrics,
         held_out: Mapping[str, np.ndarray] | None = None,
-    ) -> tuple[Policy, loop.Best | None]:
+    ) -> tuple[Policy, Best | None]:
         """Trains to `options.steps` and returns the policy with averaged parameters.
 
         Args:
@@ -252,6 +253,7 @@ class Trainer:
           UserError: training diverged.
         """
         total, state, error = self.options.steps, None, None
+        every = self.options.check_every or -(-total // 10)
         if held_out is not None:
             error = error_of(self._build, held_out, self.mesh, self.seed)
         stops = [*(phase.start for phase in self.phases[1:]), total]
@@ -268,7 +270,7 @@ class Trainer:
                 folder=folder / f"phase{index}",
                 metrics=metrics,
                 steps=range(phase.start, min(stop, total)),
-                keep=error and loop.Keep(partial(error, frozen), check_every(self.options)),
+                keep=error and Keep(partial(error, frozen), every),
             )
         found = state.ema if state.best is None else state.best.params
         arrays = merge_lora(self.arrays | found)
@@ -276,11 +278,6 @@ class Trainer:
 
     def _build(self, frozen: Flat, params: Flat) -> Policy:
         return surgery.replace(self._structure, _policy_arrays(params, frozen))
-
-
-def check_every(options: FinetuneOptions) -> int:
-    """Returns the steps between checks of `keep_best`: a tenth of all unless they are given."""
-    return options.check_every or -(-options.steps // 10)
 
 
 def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):

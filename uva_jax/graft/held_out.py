@@ -27,7 +27,7 @@ from uva_jax.storage.sample_store import SampleStore
 
 _AT_ONCE = 64  # windows in one call of the program
 _STEPS = "10"  # diffusion steps of a sample
-_DRAWS = 8  # samples of a window
+_DRAWS = 2  # samples of a window; the windows differ more than the samples of one
 
 
 def cached_windows(folder: Path, count: int) -> dict[str, np.ndarray]:

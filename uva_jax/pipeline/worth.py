@@ -221,7 +221,7 @@ def rolled_out(source: str, name: str, teacher: Stage | None = None) -> Stage:
         f"rollouts-{name}",
         run,
         needs=tuple(dict.fromkeys(("convert", source, *([teacher.name] if teacher else [])))),
-        config_keys=("seed", "precision", "evaluate"),
+        config_keys=("seed", "precision", "data", "evaluate"),
         folder=f"rollouts/{name}",
         describe="rolls out",
     )

@@ -28,24 +28,12 @@ from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import LoopOptions
 from uva_jax.storage.checkpoint import Checkpoints
 from uva_jax.storage.finite import non_finite
+from uva_jax.train.best import Best, Flat, Keep, better, unchecked
 from uva_jax.train.optim import carry_optimizer_state, ema_update, loop_optimizer
 
 _HEALTH = ("loss", "gradient's norm")
-Flat = dict[str, jax.Array]
 # (trained, frozen, batch, key, step) -> loss, scalars to log
 Loss = Callable[[Flat, Flat, Any, jax.Array, jax.Array], tuple[jax.Array, Mapping]]
-
-
-class Best(NamedTuple):
-    """The averaged parameters with the smallest error so far; numbers are arrays of shape ().
-
-    `step` is negative before the first check, and `start` is the error before the first step.
-    """
-
-    params: Flat
-    step: jax.Array
-    error: jax.Array
-    start: jax.Array
 
 
 class LoopState(NamedTuple):
@@ -58,18 +46,6 @@ class LoopState(NamedTuple):
     ema: Flat
     moments: object
     best: Best | None = None
-
-
-class Keep(NamedTuple):
-    """Tells `run_loop` to keep the averaged parameters with the smallest error.
-
-    Attributes:
-      error: averaged parameters -> their error, always the same number for the same parameters.
-      every: steps between checks; there is also one before the first step and after the last.
-    """
-
-    error: Callable[[Flat], float]
-    every: int
 
 
 def part(params: Mapping, name: str) -> dict:
@@ -262,10 +238,10 @@ def run_loop(
     def check(state: LoopState) -> LoopState:
         error = keep.error(state.ema)
         metrics.log(step, **{f"{prefix}held_out_error": error})
-        return state._replace(best=_better(state, step, error, mesh))
+        return state._replace(best=better(state.best, state.ema, step, error, mesh))
 
     if keep is not None and state.best is None:
-        state = state._replace(best=_best(state.ema, -1, math.nan, math.nan, mesh))
+        state = state._replace(best=unchecked(state.ema, mesh))
     with Checkpoints(folder) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
@@ -306,27 +282,6 @@ def run_loop(
                         found = judge(state.ema, step)
                         metrics.log(step, **{f"{prefix}{k}": v for k, v in found.items()})
     return state
-
-
-def _best(params: Flat, step: int, error: float, start: float, mesh: Mesh) -> Best:
-    numbers = {"step": np.int32(step), "error": np.float32(error), "start": np.float32(start)}
-    whole = dict.fromkeys(numbers, parallel.replicated(mesh))
-    # A copy, because the next step donates its parameters.
-    params = {k: jnp.array(v, copy=True) for k, v in params.items()}
-    return Best(params, **parallel.on_mesh(numbers, whole))
-
-
-def _better(state: LoopState, step: int, error: float, mesh: Mesh) -> Best:
-    """Returns the best parameters after a check: the averaged ones now if their error is less.
-
-    An error that is not a number is larger than any other.
-    """
-    best, start = state.best, float(state.best.start)
-    if best.step < 0:
-        start = error
-    elif not (error < float(best.error) or math.isnan(float(best.error))):
-        return best
-    return _best(state.ema, step, error, start, mesh)
 
 
 def health(loss: jax.Array, grads) -> jax.Array:
