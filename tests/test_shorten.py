@@ -28,9 +28,9 @@ OPTIONS = ShortenOptions(
 )
 
 
-def test_evaluations_go_down_from_the_last_timestep():
-    np.testing.assert_array_equal(diffusion.few_step_times(1), [999])
-    np.testing.assert_array_equal(diffusion.few_step_times(4), [999, 749, 500, 250])
+def test_evaluations_go_down_by_equal_parts():
+    np.testing.assert_array_equal(diffusion.few_step_times(1), [500])
+    np.testing.assert_array_equal(diffusion.few_step_times(4), [875, 625, 375, 125])
 
 
 def test_a_further_evaluation_takes_the_last_prediction_diffused_again():
@@ -43,9 +43,9 @@ def test_a_further_evaluation_takes_the_last_prediction_diffused_again():
 
     found = diffusion.few_step_loop(predict, noise, temperature=0.9)
     np.testing.assert_array_equal(found, np.full((2, 4, 2), 0.5))
-    assert [t for _, t in seen] == [999, 500]
+    assert [t for _, t in seen] == [750, 250]
     np.testing.assert_array_equal(seen[0][0], noise[0])
-    signal = diffusion.make_schedule().alphas_cumprod[500]
+    signal = diffusion.make_schedule().alphas_cumprod[250]
     again = signal**0.5 * 0.5 + (1 - signal) ** 0.5 * 0.9 * noise[1]
     np.testing.assert_allclose(seen[1][0], again, rtol=1e-5)
 

@@ -153,7 +153,7 @@ def few_step_loop(
     schedule, evaluations = Schedule(1000), len(noise) - 1
     x = noise[0]
     for j in range(evaluations):
-        t = round(999 * (1 - j / evaluations))
+        t = int((evaluations - j - 0.5) * 1000 / evaluations)
         if j:
             step = torch.full(x.shape[:1], t, device=x.device)
             x = schedule.diffuse(x, step, temperature * noise[j])

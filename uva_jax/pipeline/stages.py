@@ -21,7 +21,7 @@ from uva_jax.data import source
 from uva_jax.data.check import check_split
 from uva_jax.data.language import task_latents
 from uva_jax.data.windows import plan_strips
-from uva_jax.eval import acting, evaluate
+from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
 from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2, stage3
 from uva_jax.graft.capture import CaptureOptions
