@@ -185,8 +185,13 @@ class ServerPolicy:
         from websockets.sync.client import connect
 
         connection = self._exchange(
-            # No pings: a server that computes does not answer them.
-            lambda: connect(self._address, compression=None, max_size=None, ping_interval=None)
+            lambda: connect(
+                self._address,
+                compression=None,
+                max_size=None,
+                ping_interval=None,  # a server that computes does not answer pings
+                close_timeout=1,
+            )
         )
         metadata = self._exchange(connection.recv, _PATIENCE)
         try:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from convert.from_torch import from_torch
@@ -182,10 +184,9 @@ def run_evaluate(context: Context) -> dict:
         return {}
     options = section(config.evaluate, evaluate.EvaluateOptions)
     windows = held_out_windows(context, policies["teacher"])
-    language = functools.partial(
-        task_latents, path=config.data.language, vocabulary=config.data.vocabulary
+    found = evaluate.evaluate(
+        policies, windows, options, folder, context.metrics, language_of(config)
     )
-    found = evaluate.evaluate(policies, windows, options, folder, context.metrics, language)
     shown = ("convert", "capture", "distill", "assemble", "finetune", "shorten")
     path = write_graft_report(
         folder / "report.html",
@@ -201,6 +202,13 @@ def run_evaluate(context: Context) -> dict:
         out = context.workdir / "compared"
         evaluate.say_verdict(found["verdict"], both, out, options, context.metrics)
     return evaluate.summary(found)
+
+
+def language_of(config) -> Callable[..., np.ndarray]:
+    """Returns the function that gives the language latents of a simulator's tasks."""
+    return functools.partial(
+        task_latents, path=config.data.language, vocabulary=config.data.vocabulary
+    )
 
 
 def held_out_windows(context: Context, policy: Policy):

@@ -213,7 +213,8 @@ def rolled_out(source: str, name: str, teacher: Stage | None = None) -> Stage:
             write_json(folder / "teacher.json", known)
             policies["graft"] = load_policy(context.inputs[source] / "policy", config)
         options = section(config.evaluate, EvaluateOptions)
-        found = evaluate.evaluate(policies, None, options, folder, context.metrics)
+        language = stages.language_of(context.config)
+        found = evaluate.evaluate(policies, None, options, folder, context.metrics, language)
         return found["teacher" if teacher is None else "graft"]
 
     return Stage(
