@@ -288,6 +288,8 @@ def test_the_evaluation_gives_the_distance_of_each_policy(
     row = found["teacher"]["video"]["cameras"]["main"]["predicted"]
     assert found["teacher"]["video_fvd"] == found["graft"]["video_fvd"] == row["video_fvd"] > 0
     assert "graft: its trunk equals that of teacher" in printed
+    page = (tmp_path / "run" / "eval" / "report.html").read_text()
+    assert "Predicted video" in page and "last frame, held" in page
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,9 @@ def test_a_prediction_that_goes_nowhere_is_refused(folder, capsys):
     arguments = ("--policy", folder / "plain", "--obs", folder / "plain_blind.npz")
     assert main([str(a) for a in arguments]) == 2
     assert "give --out" in capsys.readouterr().err
+
+
+def test_a_wide_spread_of_latents_is_called_a_divergence():
+    assert predict.divergence(None) is None and predict.divergence(1.1) is None
+    for spread in (110.0, float("nan"), float("inf")):
+        assert "sampling diverged" in predict.divergence(spread)

@@ -30,7 +30,6 @@ from uva_jax.runtime.startup import quiet_libraries
 
 # Modules that take seconds to import are imported by the functions that need them.
 
-_WIDE = 3.0  # a spread of latents above that of any working video head
 # Options for settings of `config.data`; the file in configs/ that fits the policy gives defaults.
 _DATA = "max_episodes layout image_key wrist_key action_key language vocabulary".split()
 Window = Mapping[str, np.ndarray]
@@ -265,13 +264,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(lines(f"all {len(rows)}", whole)))
     elif not lines("", whole):
         print(f"{names[0]} holds no future to compare with")
-    spread = whole.get("latent_spread")
-    if spread is not None and not spread <= _WIDE:
-        print(
-            f"note: the spread of sampled latents is {spread:.3g} times that of real ones: "
-            "sampling diverged and the frames are useless; --sampling-steps 1000 takes every "
-            "diffusion step"
-        )
+    if note := predict.divergence(whole.get("latent_spread")):
+        print(f"note: {note}")
     if out is not None:
         film.write(out, predictions, names)
         print(f"wrote {out}")

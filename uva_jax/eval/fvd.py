@@ -2,7 +2,8 @@
 
 `measure` predicts windows, passes each video through I3D and keeps its features, with squared
 error and SSIM; `figures` makes distances of them; `judge` does both for several policies. A video
-is the four frames of the future, each repeated to make sixteen, as in upstream's `test_video_fvd`.
+is the four frames of the future, each repeated to make sixteen, as in upstream's `test_video_fvd`;
+frames are rounded to whole numbers, where upstream truncates them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import numpy as np
 
 from uva_jax.data.source import WindowReader
 from uva_jax.eval.frechet import frechet_distance, unlimited
-from uva_jax.eval.predict import Camera, Prediction, Sampling, checked_window, make_predictor
+from uva_jax.eval.predict import (
+    Camera,
+    Prediction,
+    Sampling,
+    checked_window,
+    divergence,
+    make_predictor,
+)
 from uva_jax.eval.recorded import Window, held_out, read_windows
 from uva_jax.eval.video import ssim
 from uva_jax.models import i3d, surgery
@@ -124,6 +132,9 @@ def judge(
             "trunk": trunk,
             "cameras": figures(measured, episode, options.seed),
         }
+        for kinds in results[name]["cameras"].values():
+            if note := divergence(kinds["predicted"]["latent_spread"]):
+                say(f"{name}: {note}")
     return results
 
 

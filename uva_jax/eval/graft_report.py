@@ -25,6 +25,7 @@ _SHOWN = (
 _SUFFIXES = {"graft": "", "graft_stage1": "_stage1", "graft_shortened": "_shortened"}
 _PAIR = ("teacher", "graft")
 _EPS_ERROR = "eps_error_"
+_BASELINES = {"last_frame": "last frame, held", "reconstruction": "VAE of the truth"}
 
 
 def write_graft_report(
@@ -100,6 +101,7 @@ def write_graft_report(
         if seeds
         else {},
         videos=_videos(path.parent / "videos", found) if seeds else (),
+        frames=_frames(policies, found),
     )
     return write_report(path, data)
 
@@ -129,6 +131,23 @@ def _comparison(name: str, found: Mapping, suffix: str) -> dict:
         # The graft's stands at the top of the page.
         "verdict": verdict.get("sentence") if suffix else None,
     }
+
+
+def _frames(policies: Mapping[str, Policy], found: Mapping) -> list[dict]:
+    """Returns the figures of each policy's video, then those of held and reconstructed frames."""
+    rows, baselines = [], {}
+    for name in policies:
+        for camera, kinds in found[name].get("video", {}).get("cameras", {}).items():
+            where = "" if camera == "main" else f", {camera}"
+            for kind, row in kinds.items():
+                shown = row | {"fvd": row["fvd_unlimited"], "ci": row["ci95"]}
+                shown["videos"] = found[name]["video"]["windows"]
+                if kind == "predicted":
+                    rows.append(shown | {"policy": name + where})
+                else:  # of the teacher, whose VAE the others have
+                    title = _BASELINES[kind] + where
+                    baselines.setdefault(title, shown | {"policy": title})
+    return rows + list(baselines.values())
 
 
 def _cost(name: str, policy: Policy, figures: Mapping, wanted: str) -> dict:

@@ -28,6 +28,7 @@ from uva_jax.runtime.errors import UserError
 CAMERAS = {"main": "", "wrist": "wrist_"}  # camera -> prefix of the names of its arrays
 SCHEDULES = ("linear", "constant")
 _IMAGES = tuple(f"{when}{prefix}image" for when in ("", "future_") for prefix in CAMERAS.values())
+_WIDE = 3.0  # a spread of latents above that of any working video head
 _NUMBERS = ("fiu", "float")  # kinds of dtypes, and their name in messages
 
 
@@ -323,3 +324,13 @@ def _distance(frames: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     # Frames become one tall image, for the PSNR of all frames together.
     tall = [x.reshape(1, -1, *x.shape[2:]) for x in (frames, truth)]
     return {"psnr": float(psnr(*tall)[0]), "ssim": float(np.mean(ssim(frames, truth)))}
+
+
+def divergence(latent_spread: float | None) -> str | None:
+    """Returns a sentence if the spread of sampled latents shows that sampling has diverged."""
+    if latent_spread is None or latent_spread <= _WIDE:
+        return None
+    return (
+        f"the spread of sampled latents is {latent_spread:.3g} times that of real ones: sampling "
+        "diverged and the frames are useless; 1000 sampling steps take every diffusion step"
+    )

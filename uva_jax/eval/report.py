@@ -145,15 +145,22 @@ def _actions(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _frames(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
     columns = [
         Column("Policy", "policy"),
         Column("Videos", "videos", html.integer),
         Column("FVD", "fvd", lambda value: f"{value:.1f}"),
         Column("95 % interval", "ci", lambda bounds: f"{bounds[0]:.1f} to {bounds[1]:.1f}"),
+        Column("video_fvd", "video_fvd", lambda value: f"{value:.1f}"),
         Column("PSNR, dB", "psnr", lambda value: f"{value:.1f}"),
         Column("SSIM", "ssim", html.score),
     ]
-    return html.table(columns, rows)
+    return html.table(columns, rows) + html.note(
+        "FVD: Fréchet video distance to the recorded future, extrapolated to unlimited data. "
+        "video_fvd: upstream’s figure of 16 videos, which has a covariance of rank 15 and is only "
+        "comparable with itself."
+    )
 
 
 def _operators(data: ReportData) -> str:

@@ -39,7 +39,8 @@ class ReportData:
       actions: rows of `policy`, `mse`, `map`, `accuracy` (tolerance to share); see `actions.py`.
       per_seed: `names` of two policies and their `scores` on the same seeds.
       videos: rows of `path` (an mp4, teacher and graft side by side), `caption`.
-      frames: figures of predicted video, rows of `policy`, `fvd`, `ci`, `psnr`, `ssim`, `videos`.
+      frames: figures of predicted video, rows of `policy`, `videos`, `fvd`, `ci`, `video_fvd`,
+        `psnr`, `ssim`.
       notes: sentences shown below the heading.
     """
 
