@@ -65,7 +65,7 @@ def memory() -> int | None:
 
 def peak(bfloat16: bool) -> float:
     """Returns the operations per second of a product of two large matrices."""
-    size = 2048 if device() == "cpu" else 8192
+    size = 1024 if device() == "cpu" else 8192
     x = torch.ones(size, size, dtype=torch.bfloat16 if bfloat16 else torch.float32, device=device())
     run, times = to_end(lambda: x @ x), []
     for _ in range(12):
