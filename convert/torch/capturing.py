@@ -74,7 +74,7 @@ def capture(
                 pair = [x[:, window].flatten(0, 1) for x in moments(images)]
             else:
                 pair = moments(rearrange(images[:, window], "b k t h w c -> (b k) t h w c"))
-            z = tokens(acting.sampled_latents(*pair, config.vae.scale_factor)).float()
+            z = tokens(acting.sampled_latents(*pair, config)).float()
             targets = actions.to(place).flatten(0, 1)
             t = torch.randint(len(schedule), (len(z),), device=place)
             noise = torch.randn_like(targets)
