@@ -65,10 +65,11 @@ def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
     return images * 2 - 1
 
 
-def sampled_latents(mean: torch.Tensor, logvar: torch.Tensor, scale: float) -> torch.Tensor:
-    """Samples latents of moments (b, t, c, h, w): (b, t, h * w, c)."""
-    latents = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * scale
-    return rearrange(latents, "b t c h w -> b t (h w) c")
+def sampled_latents(mean: torch.Tensor, logvar: torch.Tensor, config: PolicyConfig) -> torch.Tensor:
+    """Samples latents of moments (b, t, c, h, w), as the transformer's tokens (b, t, s, c')."""
+    latents = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * config.vae.scale_factor
+    p = config.patch_size
+    return rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
 
 
 def parts(
@@ -108,7 +109,7 @@ def parts(
         return [rearrange(x.float(), "(b t) c h w -> b t c h w", b=batch) for x in (mean, logvar)]
 
     def act(mean, logvar):
-        z = tokens(sampled_latents(mean, logvar, config.vae.scale_factor)).float()
+        z = tokens(sampled_latents(mean, logvar, config)).float()
         actions = loop(find(z), noise(), config.temperature)
         actions = (actions - field.offset) / field.scale
         return actions[:, : config.n_action_steps].cpu().numpy()
@@ -127,7 +128,7 @@ def parts(
     with torch.inference_mode(), timing.precision(dtype):
         kept = moments(torch.from_numpy(following()).to(place))
         frames = torch.from_numpy(following()[:, :fresh]).to(place).flatten(0, 1)
-        latents = sampled_latents(*kept, config.vae.scale_factor)
+        latents = sampled_latents(*kept, config)
         images, z = preprocess(frames, size), tokens(latents).float()
         condition = find(z)
     functions = {

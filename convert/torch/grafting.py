@@ -103,7 +103,7 @@ def finetune_step(
                 rearrange(x.float(), "(b t) c h w -> b t c h w", b=len(images))
                 for x in (mean, logvar)
             )
-            return acting.sampled_latents(mean, logvar, config.vae.scale_factor)
+            return acting.sampled_latents(mean, logvar, config)
 
     def step():
         with timing.precision(dtype):

@@ -80,6 +80,13 @@ class Memory(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Maps video tokens (b, t * s, z_channels) to the memory (b, m, memory_width)."""
+        return self.project(*self.features(z))
+
+    def features(self, z: torch.Tensor) -> list[torch.Tensor]:
+        """Applies the layers that are copies of the teacher's to video tokens (b, t * s, c).
+
+        Returns the video's features (b, m, c) and, with the aggregate, its tokens (b, n, c).
+        """
         config, video = self.config, z
         if config.adapter == "conv":
             frames, (rows, cols) = config.n_frames, config.pool
@@ -87,11 +94,17 @@ class Memory(nn.Module):
             maps = functional.relu(self.conv(maps))
             pattern = "(b t) c (h i) (w j) -> b (t h w) c"
             video = reduce(maps, pattern, "mean", t=frames, h=rows, w=cols)
-        memory = self.proj(self.norm(video))
         if config.memory == "video+aggregate":
-            extra = self.aggregate_proj(self.aggregate_norm(self.aggregator.aggregate(z)))
-            memory = torch.cat([memory, extra], dim=1)
-        return memory
+            return [video, self.aggregator.aggregate(z)]
+        return [video]
+
+    def project(self, video: torch.Tensor, aggregate: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps `features` to the memory (b, m, memory_width)."""
+        memory = self.proj(self.norm(video))
+        if aggregate is None:
+            return memory
+        extra = self.aggregate_proj(self.aggregate_norm(aggregate))
+        return torch.cat([memory, extra], dim=1)
 
 
 class GraftedBlock(nn.Module):

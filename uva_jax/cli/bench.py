@@ -51,12 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune = commands.add_parser("finetune", help="run a step of Stage 2")
     finetune.add_argument("--batch", type=_count, default=64, help="windows of a step")
-    for command in (policy, finetune):
+    distill = commands.add_parser("distill", help="run a step of Stage 1 of all operators")
+    distill.add_argument("--batch", type=_count, default=64, help="windows of a step")
+    capture = commands.add_parser("capture", help="capture the teacher's activations")
+    capture.add_argument(
+        "--strips", type=_count, help="strips of windows of a step (default: the configuration's)"
+    )
+    stages = (policy, capture, distill, finetune)
+    for command in stages:
         command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of products")
         command.add_argument(
             "--compiled", action="store_true", help="also measure PyTorch with torch.compile"
         )
-    for command in (conversion, training, policy, finetune):
+    for command in (conversion, training, *stages):
         command.add_argument("--size", choices=SIZES, default="pusht")
         command.add_argument("--json", metavar="FILE", type=Path, help="write the results to FILE")
     return parser

@@ -35,10 +35,11 @@ TORCH, COMPILED, OURS = "torch", "torch.compile", "uva_jax"
 
 
 class Work(NamedTuple):
-    """A function that does some work to its end, and the operations that this takes."""
+    """A function that does some work to its end, `count` times, and the operations of once."""
 
     run: Callable[[], object]
     flops: float
+    count: int = 1
 
 
 class Row(NamedTuple):
@@ -83,7 +84,7 @@ class Runner:
             for _ in range(self._calls[name]):
                 start = time.perf_counter()
                 part.run()
-                times.append(time.perf_counter() - start)
+                times.append((time.perf_counter() - start) / part.count)
         return found
 
     def memory(self) -> int:
@@ -112,7 +113,7 @@ def _jax_peak(bfloat16: bool) -> float:
     import jax
     import jax.numpy as jnp
 
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), jnp.bfloat16 if bfloat16 else jnp.float32)
     product = jax.jit(jnp.dot)
     return 2 * size**3 / fastest(lambda: jax.block_until_ready(product(x, x)))

@@ -6,6 +6,7 @@ side under `vmap`. In the "residual" form of the head the cross-attentions are l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +93,35 @@ def distill_blocks(
       condition: (samples, n, w) from `predict_condition`.
       options, seed, folder, metrics: see `fit`.
     """
+    data = dict(data) | {"predicted": condition}
+    params, loss_fn = block_training(head, teacher, data, options, seed)
+    params = fit(
+        loss_fn,
+        params,
+        data,
+        epochs=options.block_epochs or options.epochs,
+        lr=options.block_lr or options.lr,
+        options=options,
+        seed=seed + 1,
+        folder=folder / "blocks_state",
+        metrics=metrics,
+        name="blocks",
+        stacked_axes=1,
+    )
+    whole = surgery.flatten(head)
+    for number, group in enumerate(_alike(head, options)):
+        for path, x in _below(params, f"{number}/").items():
+            whole |= {f"blocks/{block}/{path}": x[row] for row, block in enumerate(group.blocks)}
+    return surgery.replace(head, whole)
+
+
+def block_training(
+    head: GraftedHead, teacher: MLPHead, data: Arrays, options: DistillOptions, seed: int
+) -> tuple[dict[str, jax.Array], Callable]:
+    """Returns the initial parameters of `distill_blocks`, stacked by group, and its loss for `fit`.
+
+    Arguments are those of `distill_blocks`; `data` includes the condition as "predicted".
+    """
     form = head.config.cross_attention
     groups = _alike(head, options)
     stacks = [_stacked(head, group) for group in groups]
@@ -134,24 +164,7 @@ def distill_blocks(
             {k: jnp.mean(v) for k, v in by_family.items()} | by_block,
         )
 
-    params = fit(
-        loss_fn,
-        params,
-        dict(data) | {"predicted": condition},
-        epochs=options.block_epochs or options.epochs,
-        lr=options.block_lr or options.lr,
-        options=options,
-        seed=seed + 1,
-        folder=folder / "blocks_state",
-        metrics=metrics,
-        name="blocks",
-        stacked_axes=1,
-    )
-    whole = surgery.flatten(head)
-    for number, group in enumerate(groups):
-        for path, x in _below(params, f"{number}/").items():
-            whole |= {f"blocks/{block}/{path}": x[row] for row, block in enumerate(group.blocks)}
-    return surgery.replace(head, whole)
+    return params, loss_fn
 
 
 class _Group(NamedTuple):
