@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from uva_jax.eval.compare_report import write_comparison_report
+from uva_jax.eval.compare_report import short_names, write_comparison_report
 from uva_jax.eval.statistics import verdict
 
 
@@ -65,3 +65,20 @@ def test_a_single_policy_has_scores_and_no_comparison(tmp_path):
     ).read_text()
     assert "Scores" in html and 'class="verdict' not in html
     assert "Seed by seed" not in html and "sampling steps</h2>" not in html
+
+
+def test_paths_lose_the_folders_that_all_share(tmp_path):
+    paths = ["/data/runs/tiny/teacher/policy", "/data/runs/tiny/finetune/policy"]
+    assert list(short_names(paths).values()) == ["teacher", "finetune"]
+    assert short_names(["embedded", "runs/a/policy"]) == {
+        "embedded": "embedded",
+        "runs/a/policy": "runs/a/policy",
+    }
+    assert short_names(["a/policy", "a/policy"]) == {"a/policy": "a/policy"}
+    assert list(short_names(["x/a", "x/a/b", "embedded"]).values()) == ["a", "a/b", "embedded"]
+    assert list(short_names(["ws://h:1", "ws://h:2"]).values()) == ["ws://h:1", "ws://h:2"]
+    found = results((paths[0], "100"), (paths[1], "100"))
+    html = write_comparison_report(tmp_path / "report.html", found).read_text()
+    assert "<h1>Comparison of teacher, 100 steps and finetune, 100 steps</h1>" in html
+    assert "whether finetune, 100 steps is worse" in html
+    assert html.count(paths[0]) == 1  # among the settings

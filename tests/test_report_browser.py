@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from browser import Browser, find
 from PIL import Image
+from test_compare_report import results
 
+from uva_jax.eval.compare_report import write_comparison_report
 from uva_jax.eval.report import write_report
 from uva_jax.eval.report_data import ReportData
 from uva_jax.eval.statistics import verdict
@@ -134,6 +136,13 @@ def test_everything_loads_and_nothing_needs_sideways_scrolling(
     # No long stretch of the page is blank, as it would be if plots had no size.
     inked = np.flatnonzero(np.ptp(picture, axis=1) > 40)
     assert np.diff(inked).max() < 150
+
+
+def test_a_comparison_of_long_paths_fits_a_phone(browser, tmp_path):
+    path = "/a/long/path/of/folders/without/spaces/" * 3
+    found = results((f"{path}one.ckpt", "100"), ("embedded", "100"), ("/else/two/three", "ddim10"))
+    page = browser.open(write_comparison_report(tmp_path / "report.html", found), PHONE)
+    assert browser.errors == [] and page["overflow"] == 0 and page["wide"] == []
 
 
 def test_the_browser_notices_what_a_reader_would(browser, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from uva_jax.eval.report import write_report
@@ -20,10 +20,12 @@ def write_comparison_report(path: Path, results: Mapping) -> Path:
       results: "seeds", "draws", and what `Comparison.figures` ("policies") and
         `Comparison.verdicts` ("comparisons") return.
     """
+    results = _with_short_names(results)
     figures, compared = results["policies"], results["comparisons"]
-    both = figures[:2]
+    both, labels = figures[:2], [row["label"] for row in figures]
+    names = " and ".join(labels) if len(labels) <= 2 else f"{len(labels)} policies"
     data = ReportData(
-        title="Comparison of " + (", ".join(row["label"] for row in figures)),
+        title=f"Comparison of {names}",
         verdict=compared[0]["verdict"] if compared else {},
         scores=[
             {
@@ -60,11 +62,50 @@ def write_comparison_report(path: Path, results: Mapping) -> Path:
     return write_report(path, data)
 
 
+def short_names(policies: Sequence[str]) -> dict[str, str]:
+    """Returns each policy's name, for paths without the folders that begin or end all paths."""
+    parts = {p: p.split("/") for p in policies if "/" in p and "://" not in p}
+    while len(parts) > 1 and all(len(words) > 1 for words in parts.values()):
+        if len({words[0] for words in parts.values()}) == 1:
+            parts = {policy: words[1:] for policy, words in parts.items()}
+        elif len({words[-1] for words in parts.values()}) == 1:
+            parts = {policy: words[:-1] for policy, words in parts.items()}
+        else:
+            break
+    return {policy: "/".join(parts.get(policy, [policy])) for policy in policies}
+
+
+def _with_short_names(results: Mapping) -> dict:
+    """Returns the results with short names in labels and sentences."""
+    short = short_names([row["policy"] for row in results["policies"]])
+    # The full names are kept in the table of settings.
+    longest_first = sorted(short, key=len, reverse=True)
+
+    def shortened(text: str) -> str:
+        for policy in longest_first:
+            text = text.replace(policy, short[policy])
+        return text
+
+    policies = [
+        row | {"label": shortened(row["label"]), "short": short[row["policy"]]}
+        for row in results["policies"]
+    ]
+    comparisons = [
+        row
+        | {
+            "label": shortened(row["label"]),
+            "verdict": row["verdict"] | {"sentence": shortened(row["verdict"]["sentence"])},
+        }
+        for row in results["comparisons"]
+    ]
+    return {**results, "policies": policies, "comparisons": comparisons}
+
+
 def _sampling(figures) -> list[dict]:
     """Returns the rows of the policies that sampled in several numbers of steps."""
     rows = [
         {
-            "policy": f"{row['policy']}, {row['sampler']}",
+            "policy": f"{row['short']}, {row['sampler']}",
             "steps": len(space_timesteps(_TRAIN_STEPS, row["sampling_steps"])),
             "score": row["mean"],
             "ci": row["ci95"],

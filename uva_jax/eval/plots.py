@@ -147,6 +147,7 @@ def interval_plot(
         ticks = sorted({x for points in series.values() for x, _, _ in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:

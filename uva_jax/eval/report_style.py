@@ -14,7 +14,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .
   overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 0 0 .9rem; }
 section { margin-top: 2.25rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
-p { margin: .6rem 0; max-width: 46rem; }
+p { margin: .6rem 0; max-width: 46rem; } p, li, figcaption { overflow-wrap: anywhere; }
 .verdict { font-size: 1.2rem; line-height: 1.45; margin: 1rem 0; padding: .8rem 1.1rem;
   max-width: none; background: var(--card); border-left: .35rem solid var(--open);
   border-radius: .3rem; }
@@ -26,6 +26,7 @@ p { margin: .6rem 0; max-width: 46rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
   padding: .85rem 1rem; }
 .card span, .card small { display: block; color: var(--soft); font-size: .875rem; }
+.card { overflow-wrap: anywhere; }
 .card strong { display: block; font-size: 1.75rem; line-height: 1.3; }
 strong, td { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 0 0 .9rem; }
@@ -53,6 +54,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
   .card strong { font-size: 1.4rem; }
   table { font-size: .78rem; line-height: 1.35; width: 100%; }
   th, td { padding: .4rem .55rem .4rem 0; } td.n { white-space: normal; }
+  td:first-child { min-width: 6.5rem; overflow-wrap: anywhere; }
   .wide { display: none; }
   .stack thead { display: none; }
   .stack tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .35rem 0;
