@@ -15,7 +15,8 @@ from uva_jax.data.windows import WindowSpec
 from uva_jax.envs.pusht import PushT
 from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.models import surgery
-from uva_jax.models.actor import Actor, PolicyCall, new_frames
+from uva_jax.models.actor import Actor
+from uva_jax.models.policy_call import PolicyCall, new_frames
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
@@ -122,7 +123,7 @@ def test_a_frame_is_encoded_once(quick_compilation):
     ] * 3
     window = actor._window()
     encode = jax.jit(lambda frames: policy.vae.encode(policy.preprocess(frames)))
-    for name, kept in actor._call._kept[0][1].items():
+    for name, kept in actor._call._kept[0].moments.items():
         wanted = encode(window[name][0])
         for found, moment in zip(kept, wanted, strict=True):
             np.testing.assert_allclose(found[0], moment, rtol=1e-3, atol=1e-4)
@@ -138,7 +139,7 @@ def test_each_environment_of_a_batch_gets_what_it_gets_alone(quick_compilation):
 
 
 def test_rows_of_a_batch_can_be_at_different_calls(quick_compilation):
-    """Row 0 begins an episode while row 1 goes on; two batches alternate."""
+    """Row 0 begins an episode while row 1 goes on, in another row of each call."""
     policy = make_policy(SMALL)
     given, index = observations(25, batch=2), np.arange(2, dtype=np.int32)
 
@@ -161,11 +162,18 @@ def test_rows_of_a_batch_can_be_at_different_calls(quick_compilation):
     first = {k: v for k, v in window([0], 0).items() if k != "past_action"}
     start = PolicyCall(policy, "2")(first, index[:1], 0)
     for turn, now in enumerate((0, 8, 16)):
-        call(window([0, 1], 0), index, 0, batch=1)
-        found = call(both(window([0], 0), window([1], now)), index, np.array([0, turn]), batch=0)
-        np.testing.assert_allclose(found[0], start[0], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(found[1], wanted[now][0], rtol=1e-4, atol=1e-4)
-    assert call._kept.keys() == {0, 1}
+        call(window([0, 1], 0), index, 0, slots=index + 2)
+        rows = [window([0], 0), window([1], now)]
+        order = (0, 1) if turn < 2 else (1, 0)
+        found = call(
+            both(rows[order[0]], rows[order[1]]),
+            index[list(order)],
+            np.array([0, turn])[list(order)],
+            slots=index[list(order)],
+        )
+        np.testing.assert_allclose(found[order[0]], start[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[order[1]], wanted[now][0], rtol=1e-4, atol=1e-4)
+    assert call._kept.keys() == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,9 @@ class Recorder:
         self.seen, self.batches = {}, []
         self._n = n_action_steps
 
-    def __call__(self, obs, seed_index, call_index, batch):
-        self.batches.append((batch, obs["image"].shape, np.count_nonzero(seed_index != EMPTY)))
+    def __call__(self, obs, seed_index, call_index, slots):
+        used = seed_index != EMPTY
+        self.batches.append((len(seed_index), slots[used].tolist()))
         for row, key in enumerate(zip(seed_index.tolist(), call_index.tolist(), strict=True)):
             if key[0] != EMPTY:
                 assert key not in self.seen
@@ -109,7 +110,7 @@ def test_an_episode_that_ended_makes_room_for_the_next_seed(pool):
     padded = np.concatenate([demo.action, np.zeros((16, 2), np.float32)])
     rows = []
 
-    def replay(obs, seed_index, call_index, batch):
+    def replay(obs, seed_index, call_index, slots):
         rows.append((seed_index.tolist(), call_index.tolist()))
         assert obs["image"].shape == (1, 4, 96, 96, 3)
         start = 8 * int(call_index[0])
@@ -129,8 +130,29 @@ def test_an_episode_that_ended_makes_room_for_the_next_seed(pool):
 def test_two_halves_of_the_slots_alternate_and_are_full_until_seeds_run_out(pool):
     policy = Recorder()
     pool.run(policy, range(12), slots=4, spec=RolloutSpec(max_steps=16))
-    assert [batch for batch, _, _ in policy.batches] == [0, 1] * 6
-    assert {(shape[0], used) for _, shape, used in policy.batches} == {(2, 2)}
+    assert policy.batches == [(2, [0, 1]), (2, [2, 3])] * 6
+
+
+def test_episodes_that_fit_one_half_go_on_in_it(pool):
+    """Each seed of the simulator takes its own number of steps; both halves end half empty."""
+    lengths = [2, 6, 2, 6]
+
+    def act(obs, seed_index, call_index, slots):
+        calls.append((seed_index.tolist(), call_index.tolist(), slots.tolist()))
+        return np.ones((2, 1, 1))
+
+    calls, spec = [], RolloutSpec(("image",), 1, frames=(0,), chunk=1, max_steps=9)
+    with RolloutPool(2, simulator=f"{__name__}:Walker") as walkers:
+        result = walkers.run(act, lengths, numbers=range(4), slots=4, spec=spec)
+    assert result.steps.tolist() == lengths and result.success.all()
+    # The first half goes on alone until the second is known to be half empty too.
+    assert calls == [
+        *(([0, 1], [0, 0], [0, 1]), ([2, 3], [0, 0], [2, 3])),
+        *(([0, 1], [1, 1], [0, 1]), ([2, 3], [1, 1], [2, 3])),
+        ([EMPTY, 1], [2, 2], [0, 1]),
+        *(([1, 3], [3 + turn, 2 + turn], [1, 3]) for turn in range(3)),
+        ([EMPTY, 3], [6, 5], [1, 3]),
+    ]
 
 
 def test_recorded_seeds_come_back_as_videos_of_every_step(pool):
@@ -188,6 +210,24 @@ def test_scores_are_stored_as_episodes_end_and_only_missing_ones_are_run(pool, t
     assert stored.times == file.times and stored.times.total > 0
 
 
+class Walker:
+    """Solved after as many steps as the seed says."""
+
+    observes = {"image": (8, 8, 3)}
+    action_dim = 1
+    tasks = ()
+
+    def reset(self, seed):
+        self.left = seed
+
+    def observe(self, names):
+        return {name: np.full((8, 8, 3), self.left, np.uint8) for name in names}
+
+    def step(self, action):
+        self.left -= 1
+        return 0.5, self.left == 0
+
+
 class Reacher:
     """A simulator as a user brings it: reach the goal of the seed on a line."""
 
@@ -210,7 +250,7 @@ class Reacher:
 
 
 def test_a_simulator_that_users_bring_is_a_class_that_the_configuration_names():
-    def act(obs, seed_index, call_index, batch):
+    def act(obs, seed_index, call_index, slots):
         assert obs["position"].shape == (2, 2, 1) and obs["past_action"].shape == (2, 3, 1)
         assert np.isnan(obs["past_action"]).all() == (call_index[0] == 0)
         return np.where(obs["task"][:, None, None] == 0, -1.0, 0.5) * np.ones((2, 2, 1))
@@ -249,7 +289,7 @@ def test_a_class_that_is_no_simulator_is_explained(name, message):
 def test_a_worker_that_dies_is_an_error_and_not_a_hang():
     with RolloutPool(1) as pool:
 
-        def murderous(obs, seed_index, call_index, batch):
+        def murderous(obs, seed_index, call_index, slots):
             os.kill(pool._workers[0].pid, signal.SIGKILL)
             return scripted(seed_index, call_index)
 

@@ -189,7 +189,7 @@ def test_answers_that_are_no_actions_are_explained(infer, message):
         with server.ServerPolicy(running.address, info, action_steps=4) as policy:
             assert policy.metadata == {"robot": "line"}
             with pytest.raises(UserError, match=message):
-                policy(obs | {"task": numbers}, numbers, numbers, 0)
+                policy(obs | {"task": numbers}, numbers, numbers, numbers)
             with pytest.raises(UserError, match="lacks wrist_image"):
                 server.ServerPolicy(running.address, info, observation={"a": "wrist_image"})
 

@@ -1,6 +1,6 @@
 """`bench policy`: times a policy's call, whole and by parts, here and in PyTorch.
 
-The whole call is the one that `actor` and rollouts make (`models/actor.py`), from new frames in the
+The whole call is that of `actor` and of rollouts (`models/policy_call.py`), from new frames in the
 host's memory to actions there, after calls with the frames before: it encodes only the new frames.
 PyTorch's is upstream's, which encodes all frames of the window, and one that also keeps what it has
 encoded. The parts are separate programs, so they need not add up to the whole. The new frames are
@@ -16,7 +16,7 @@ import numpy as np
 from uva_jax.cli import bench_turns
 from uva_jax.cli.bench_models import FRAME_SIZE, HEADS, policy_config, random_policy
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
-from uva_jax.models.actor import new_frames
+from uva_jax.models.policy_call import new_frames
 from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
@@ -65,7 +65,7 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
     from flax import nnx
 
     from uva_jax.cli.flops import flops
-    from uva_jax.models.actor import PolicyCall
+    from uva_jax.models.policy_call import PolicyCall
 
     policy = random_policy(config, dtype)
     graph, state = nnx.split(policy)

@@ -21,12 +21,19 @@ from pathlib import Path
 from uva_jax.runtime.errors import UserError, exit_status
 from uva_jax.runtime.guards import full_disk_as_user_error, locked
 from uva_jax.runtime.respacing import SAMPLERS
-from uva_jax.runtime.sections import LARGEST_SEED, SIMULATORS, no_schedule, no_simulator
+from uva_jax.runtime.sections import (
+    LARGEST_SEED,
+    SIMULATORS,
+    EvaluateOptions,
+    no_schedule,
+    no_simulator,
+)
 from uva_jax.runtime.startup import quiet_libraries
 
 # Modules that take seconds to import are imported by the functions that need them.
 
 _GATES = {"better": ("better",), "not-worse": ("better", "not worse")}
+_USUAL = EvaluateOptions()
 _FAILED = 1  # exit status of a gate that does not pass
 
 
@@ -284,13 +291,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampler", default=SAMPLERS[0], help=f"one or several of {','.join(SAMPLERS)}")
     add("--simulator", default="", help="its name, or package.module:Class (default: by task)")
     add("--simulator-files", default="", metavar="PATH", help="what the simulator reads")
-    add("--max-steps", type=int, default=300, metavar="N", help="of an episode (default: 300)")
+    add("--max-steps", type=int, default=_USUAL.max_steps, metavar="N", help="of an episode")
     add("--margin", type=float, default=0.02, help="accepted loss of score (default: .02)")
     add("--until-decided", action="store_true", help="stop as soon as the verdict is certain")
     add("--gate", help="exit with status 1 unless every policy is better, or not-worse:.02")
     add("--weights", default="ema", help="weights of a .ckpt: ema or model (default: ema)")
     add("--noise-seed", type=int, default=0, help="of the samplers' noise (default: 0)")
-    add("--slots", type=int, default=32, help="episodes that run at a time (default: 32)")
+    add("--slots", type=int, default=_USUAL.slots, help="episodes that run at a time")
     add("--workers", type=int, default=0, help="simulator processes (default: one per core)")
     add("--language", default="", metavar="FILE", help="language latents by task")
     add("--vocabulary", default="", metavar="DIR", help="CLIP's, for a policy's language tower")

@@ -25,9 +25,9 @@ from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.graft import assemble, distill, finetune
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models import diffusion, diffusion_head, surgery
-from uva_jax.models.actor import PolicyCall
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_call import PolicyCall
 from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError

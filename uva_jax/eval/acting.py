@@ -8,8 +8,8 @@ import numpy as np
 
 from uva_jax.envs.simulator import SimulatorInfo
 from uva_jax.eval.rollout import spec_of
-from uva_jax.models.actor import PolicyCall
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_call import PolicyCall
 from uva_jax.runtime.errors import UserError
 
 # language(sentences, policy=policy) -> latents (n, text_dim); see `data.language.task_latents`
@@ -64,9 +64,9 @@ class LocalPolicy:
         obs: Mapping[str, np.ndarray],
         seed_index: np.ndarray,
         call_index: np.ndarray,
-        batch: int,
+        slots: np.ndarray,
     ) -> np.ndarray:
         """Returns actions; see `RolloutPool.run`."""
         if self._latents is not None:
             obs = {**obs, "text_latents": self._latents[obs["task"]]}
-        return self._call(obs, seed_index, call_index, batch)
+        return self._call(obs, seed_index, call_index, slots)

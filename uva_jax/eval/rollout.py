@@ -5,10 +5,12 @@ repeated before the start) and all of its 8 actions are executed before the next
 ends with success or after `max_steps`, also within a chunk of actions. Its score is the largest
 reward.
 
-The batch has a fixed number of slots, and a slot whose episode has ended gets the next seed. It is
-divided in two halves: while the policy acts on one, the processes step the other.
+There is a fixed number of slots, and a slot whose episode has ended gets the next seed. They are
+divided in two halves: while the policy acts on one, the processes step the other. When the episodes
+that are left fit one half, they go on in it.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +23,16 @@ from uva_jax.data.replay_buffer import Progress
 from uva_jax.envs.episode import Job, Outcome, RolloutSpec, Turn
 from uva_jax.envs.simulator import SimulatorInfo
 from uva_jax.envs.workers import WorkerProcess, usable_cores
-from uva_jax.models.actor import cameras
 from uva_jax.models.frames import frame_indices
+from uva_jax.models.policy_call import cameras
 from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.runtime.sections import EvaluateOptions
 
-SLOTS = 32
+SLOTS = EvaluateOptions.slots
 _HALVED = 4  # slots from which on they are divided
 EMPTY = -1  # seed_index of a slot without an episode
-# predict(obs, seed_index, call_index, batch) -> actions; see `RolloutPool.run`
-Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray, int], np.ndarray]
+# predict(obs, seed_index, call_index, slots) -> actions; see `RolloutPool.run`
+Predict = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Times(NamedTuple):
@@ -78,16 +81,17 @@ def spec_of(config: PolicyConfig, max_steps: int = 300) -> RolloutSpec:
 class _Half:
     """Half of the slots: what their episodes observe, in arrays of constant shape."""
 
-    def __init__(self, number: int, slots: Sequence[int]):
-        self.number, self.slots = number, list(slots)
+    def __init__(self, slots: Sequence[int]):
+        self.slots = np.array(slots, np.int32)
         self.jobs: list[Job | None] = [None] * len(slots)
         self.calls = np.zeros(len(slots), np.int32)
         self.moving = False  # its turn has been sent and not received
         self._obs: dict[str, np.ndarray] = {}
 
     @property
-    def running(self) -> bool:
-        return any(self.jobs)
+    def running(self) -> list[int]:
+        """Rows with an episode."""
+        return [row for row, job in enumerate(self.jobs) if job is not None]
 
     @property
     def obs(self) -> dict[str, np.ndarray]:
@@ -97,6 +101,15 @@ class _Half:
     @property
     def seed_index(self) -> np.ndarray:
         return np.array([EMPTY if job is None else job.number for job in self.jobs], np.int32)
+
+    def adopt(self, other: "_Half") -> None:
+        """Takes over the episodes of the other half, which all fit in empty rows."""
+        empty = [row for row, job in enumerate(self.jobs) if job is None]
+        for row, theirs in zip(empty[: len(other.running)], other.running, strict=True):
+            self.slots[row], other.slots[theirs] = other.slots[theirs], self.slots[row]
+            self.jobs[row], self.calls[row] = other.jobs[theirs], other.calls[theirs]
+            for name, values in other._obs.items():
+                self._obs.setdefault(name, np.zeros_like(values))[row] = values[theirs]
 
     def take(self, row: int, turn: Turn) -> None:
         """Writes the result of a slot's turn to its row."""
@@ -167,16 +180,16 @@ class RolloutPool:
         """Rolls out one policy on all seeds.
 
         Args:
-          predict: called as `predict(obs, seed_index, call_index, batch)`. `obs` holds what `spec`
+          predict: called as `predict(obs, seed_index, call_index, slots)`. `obs` holds what `spec`
             names, as `Episode.observe` returns it, with a leading axis of n rows. `seed_index`
             int32 (n,) numbers the episodes (-1: the row is empty) and `call_index` int32 (n,) the
-            calls in each, to derive noise from. `batch` says which half of the slots the rows are.
-            It returns actions (n, chunk, action_dim) in raw units.
+            calls in each, to derive noise from. `slots` int32 (n,) are the rows' slots, in which
+            an episode stays. It returns actions (n, chunk, action_dim) in raw units.
           seeds: of the episodes.
           numbers: number of each episode's noise; by default the index of its seed.
           spec: what the policy observes, and the length of episodes.
-          slots: episodes that run at a time, which is the policy's batch; by default 32, or the
-            number of seeds if that is smaller.
+          slots: episodes that run at a time, half of which are the policy's batch; by default the
+            smaller of SLOTS and the number of seeds.
           record_seeds: seeds that are rendered at every step and returned as videos.
           ended: called with every finished episode, in the order in which they end, and the time
             until then.
@@ -204,8 +217,8 @@ class RolloutPool:
         begun, policy_seconds, simulator_seconds = time.perf_counter(), 0.0, 0.0
         self._all("begin", spec)
         count = 2 if slots >= _HALVED else 1
-        size = -(-slots // count)
-        halves = [_Half(i, range(i * size, (i + 1) * size)) for i in range(count)]
+        size = -(-slots // count)  # slots of a half
+        halves = [_Half(range(i * size, (i + 1) * size)) for i in range(count)]
         waiting, found = deque(jobs), {}
 
         def times() -> Times:
@@ -232,20 +245,32 @@ class RolloutPool:
             if progress is not None:
                 progress(len(found), len(jobs))
 
+        def in_use() -> int:
+            return sum(len(half.running) for half in halves)
+
         for half in halves:
             self._send(half, None, waiting)
+        turns = itertools.cycle(halves)
         while len(found) < len(jobs):
-            for half in halves:
-                if half.moving:
-                    finish(half)
-                actions = None
-                if half.running:
-                    before = time.perf_counter()
-                    actions = predict(half.obs, half.seed_index, half.calls.copy(), half.number)
-                    policy_seconds += time.perf_counter() - before
-                    actions = self._checked(actions, half, spec)
-                if half.running or waiting:
-                    self._send(half, actions, waiting)
+            half = next(turns)
+            if half.moving:
+                finish(half)
+            if len(halves) == 2 and not waiting and in_use() <= size:
+                (other,) = (x for x in halves if x is not half)
+                if other.moving:
+                    finish(other)
+                if not waiting and in_use() <= size:  # its turn may have begun episodes
+                    half.adopt(other)
+                    halves, turns = [half], itertools.repeat(half)
+            if not (half.running or waiting):
+                continue
+            actions = None
+            if half.running:
+                before = time.perf_counter()
+                actions = predict(half.obs, half.seed_index, half.calls.copy(), half.slots.copy())
+                policy_seconds += time.perf_counter() - before
+                actions = self._checked(actions, half, spec)
+            self._send(half, actions, waiting)
         outcomes = [found[seed, number] for seed, number, _ in jobs]
         return RolloutResult(
             seeds=np.array([o.seed for o in outcomes]),
@@ -257,10 +282,10 @@ class RolloutPool:
         )
 
     def _shares(self, half: _Half) -> list[tuple[WorkerProcess, list[int]]]:
-        """Returns the rows of each worker; it always runs the same slots."""
-        rows = range(len(half.slots))
-        shares = [(w, list(rows[i :: len(self._workers)])) for i, w in enumerate(self._workers)]
-        return [(worker, mine) for worker, mine in shares if mine]
+        """Returns the rows of each worker; a slot stays with its worker."""
+        owner = half.slots % len(self._workers)
+        shares = [(w, np.flatnonzero(owner == i).tolist()) for i, w in enumerate(self._workers)]
+        return [(worker, rows) for worker, rows in shares if rows]
 
     def _send(self, half: _Half, actions: np.ndarray | None, waiting: deque[Job]) -> None:
         """Starts a turn of a half's slots; each worker gets as many waiting jobs as it may need."""
@@ -269,7 +294,7 @@ class RolloutPool:
             # The other shares may need jobs too.
             wanted = min(len(rows), empty + max(2, len(waiting) // 4), len(waiting))
             spare = [waiting.popleft() for _ in range(wanted)]
-            slots = [half.slots[row] for row in rows]
+            slots = half.slots[rows].tolist()
             worker.send("play", slots, None if actions is None else actions[rows], spare)
         half.moving = True
 

@@ -102,7 +102,7 @@ class ServerPolicy:
             chunk=action_steps,
             max_steps=max_steps,
         )
-        self._open: dict[tuple[int, int], Any] = {}
+        self._open: dict[int, Any] = {}  # by slot
         try:
             import msgpack  # noqa: F401
             import websockets  # noqa: F401
@@ -127,7 +127,7 @@ class ServerPolicy:
         obs: Mapping[str, np.ndarray],
         seed_index: np.ndarray,
         call_index: np.ndarray,
-        batch: int,
+        slots: np.ndarray,
     ) -> np.ndarray:
         """Returns actions; see `RolloutPool.run`. The noise is the server's own.
 
@@ -136,15 +136,16 @@ class ServerPolicy:
         """
         rows = np.flatnonzero(seed_index != EMPTY).tolist()
         for row in rows:
-            if call_index[row] == 0 or (batch, row) not in self._open:
+            slot = int(slots[row])
+            if call_index[row] == 0 or slot not in self._open:
                 with contextlib.suppress(Exception):
-                    self._open.pop((batch, row)).close()
-                self._open[batch, row] = self._connect()[0]
-            self._exchange(self._open[batch, row].send, pack(self._message(obs, row)))
+                    self._open.pop(slot).close()
+                self._open[slot] = self._connect()[0]
+            self._exchange(self._open[slot].send, pack(self._message(obs, row)))
         width = self._simulator.action_dim
         actions = np.zeros((len(seed_index), self.spec.chunk, width))
         for row in rows:
-            answer = self._exchange(self._open[batch, row].recv, _PATIENCE)
+            answer = self._exchange(self._open[int(slots[row])].recv, _PATIENCE)
             actions[row] = self._chunk(answer, width)
         return actions
 

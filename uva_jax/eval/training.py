@@ -12,8 +12,8 @@ from uva_jax.eval.report import write_report
 from uva_jax.eval.report_data import ReportData, curve_series
 from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.eval.statistics import mean_interval
-from uva_jax.models.actor import PolicyCall
 from uva_jax.models.policy import Policy
+from uva_jax.models.policy_call import PolicyCall
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import read_metrics
 from uva_jax.runtime.sections_training import ScoreOptions

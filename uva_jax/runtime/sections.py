@@ -222,7 +222,7 @@ class EvaluateOptions(Section):
     )
     workers: int = setting(0, "simulator processes (0: one per core)", least=0)
     slots: int = setting(
-        32, "episodes that run at a time, which is the policy's batch", above=0, added=True
+        32, "episodes that run at a time, half of which are the policy's batch", above=0, added=True
     )
 
 
