@@ -115,7 +115,8 @@ def test_steps_of_stage_2_do_the_same_work_and_more_from_frames(monkeypatch):
         build(bench_finetune, monkeypatch, TORCH, batch=4, source=source)["step"].flops
         for source in sources
     )
-    assert ours.flops == pytest.approx(tokens, rel=0.35)
+    # Ours computes the features of the memory before the steps.
+    assert 0.5 * tokens < ours.flops < tokens
     assert tokens < frozen < whole
 
 

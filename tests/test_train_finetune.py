@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax.graft import assemble, finetune, held_out
+from uva_jax.graft import assemble, finetune, fixed, held_out
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.lora import init_lora, merge_lora
 from uva_jax.runtime import parallel
@@ -49,8 +49,17 @@ OPTIONS = finetune.FinetuneOptions(
 
 @pytest.fixture(scope="module")
 def graft(teacher):
+    return make_graft(teacher, "video")
+
+
+@pytest.fixture(scope="module")
+def aggregating(teacher):
+    return make_graft(teacher, "video+aggregate")
+
+
+def make_graft(teacher, memory):
     options = assemble.HeadOptions(
-        memory="video",
+        memory=memory,
         num_heads=2,
         self_attn_heads=2,
         cross_mlp_ratio=1,
@@ -159,7 +168,7 @@ def test_phases_open_further_parameters_at_their_step(graft):
     assert (first.start, second.start) == (0, 2)
     opened = set(second.trainable) - set(first.trainable)
     assert opened and all(k.startswith("action_head/memory/") for k in opened)
-    assert finetune.trunk_is_frozen((first, second), options)
+    assert fixed.trunk_is_frozen((first, second), options)
 
 
 def test_what_a_phase_opens_trains_from_then_on(graft, tokens, tmp_path):
@@ -261,6 +270,36 @@ def test_the_distance_to_the_teacher_is_that_of_the_heads_on_the_same_noise(graf
     # The distance of the teacher to itself is 0.
     same = finetune.loss_on_tokens(teacher, batch, key, options, teacher)
     assert same["distance"] == 0
+
+
+def test_what_frozen_layers_compute_replaces_tokens(aggregating, teacher, tokens):
+    freeze = ("mar", "action_head/memory/conv", "action_head/memory/aggregator")
+    options = dataclasses.replace(OPTIONS, freeze=freeze, teacher_weight=100.0)
+    phases = finetune.plan_phases(surgery.flatten(aggregating), options)
+    known = fixed.known(aggregating, teacher, phases, tokens)
+    assert sorted(known) == ["actions", "feature0", "feature1", "reference"]
+    alone = fixed.known(aggregating, None, phases, tokens)
+    assert sorted(alone) == ["actions", "feature0", "feature1"]
+    rows = [11, 3, 3]
+    for data, other in ((known, teacher), (alone, None)):
+        from_tokens, from_known = (
+            finetune.loss_on_tokens(
+                aggregating, {k: v[rows] for k, v in x.items()}, jax.random.key(1), options, other
+            )
+            for x in (tokens, data)
+        )
+        assert from_known.keys() == from_tokens.keys()
+        for name, value in from_tokens.items():
+            np.testing.assert_allclose(from_known[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_tokens_stay_if_a_layer_of_the_features_trains(aggregating, tokens):
+    graft = aggregating
+    for changes in ({}, {"unfreeze_at": {"3": ("action_head/memory/aggregator",)}}):
+        frozen = ("mar", "action_head/memory") if changes else ("mar",)
+        options = dataclasses.replace(OPTIONS, freeze=frozen, **changes)
+        phases = finetune.plan_phases(surgery.flatten(graft), options)
+        assert fixed.known(graft, None, phases, tokens) is tokens
 
 
 def test_a_graft_held_to_its_teacher_comes_nearer_to_it(graft, teacher, tokens, tmp_path):

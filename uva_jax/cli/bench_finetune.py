@@ -67,12 +67,15 @@ def _ours(config: PolicyConfig, options: FinetuneOptions, data: dict, dtype: str
     import jax.numpy as jnp
 
     from uva_jax.cli.flops import flops
+    from uva_jax.graft import fixed
     from uva_jax.graft.finetune import Trainer
     from uva_jax.runtime import parallel
     from uva_jax.train import loop
 
-    mesh = parallel.make_mesh()
-    trainer = Trainer(random_policy(config, dtype), options, mesh, seed=0)
+    mesh, policy = parallel.make_mesh(), random_policy(config, dtype)
+    trainer = Trainer(policy, options, mesh, seed=0)
+    if trainer.tokens:
+        data = fixed.known(policy, None, trainer.phases, data)
     params, frozen = trainer.parts(trainer.phases[0])
     state = loop.start_state(params, options, mesh)
     run = loop.make_steps(trainer.loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))

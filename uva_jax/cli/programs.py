@@ -22,7 +22,7 @@ from uva_jax.data.check import BufferView
 from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
 from uva_jax.envs.pusht import IMAGE_SIZE
-from uva_jax.graft import assemble, distill, finetune
+from uva_jax.graft import assemble, distill, finetune, fixed
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models import diffusion, diffusion_head, surgery
 from uva_jax.models.encoding import encode_in_parts
@@ -170,6 +170,8 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
             k: jax.ShapeDtypeStruct((options.batch, *shape), jnp.dtype(kind))
             for k, (shape, kind) in samples.items()
         }
+        if fixed.features_are_fixed(trainer.policy, trainer.phases):
+            batch = _fixed_shapes(trainer.policy, reference, batch)
     else:
         batch = batch_shapes.single_shapes(teacher, options.batch, _frame_size(config))
     phase = max(trainer.phases, key=lambda phase: len(phase.trainable))
@@ -188,6 +190,17 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
         options.steps,
         tuple(advice),
     )
+
+
+def _fixed_shapes(policy: Policy, teacher: Policy | None, batch: dict) -> dict:
+    """Returns the shapes of a batch of tokens with what frozen layers compute in place of "z"."""
+    heads = policy.action_head, teacher and teacher.action_head
+    graph, state = nnx.split(heads)
+
+    def found(state, z):
+        return fixed.of_tokens(*nnx.merge(graph, state), z)
+
+    return jax.eval_shape(found, state, batch["z"]) | {"actions": batch["actions"]}
 
 
 def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Program:

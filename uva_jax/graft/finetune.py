@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from uva_jax.data import source
 from uva_jax.data.episodes import select_episodes
 from uva_jax.data.windows import Strips
+from uva_jax.graft import fixed
 from uva_jax.graft.held_out import error_of
 from uva_jax.models import surgery
 from uva_jax.models.layers import sub_key
@@ -47,12 +48,14 @@ def loss_on_tokens(
 ) -> dict[str, jax.Array]:
     """Computes the action head's loss on cached tokens: "z" (b, s, c), "actions" (b, n, a).
 
+    The arrays of `fixed.of_tokens` can replace "z".
+
     Returns:
       scalars: "mse" and "vb" of the diffusion loss; with a teacher "distance", the mean squared
       error between its output and the graft's; and "loss", the training loss.
     """
-    z = batch["z"].astype(jnp.float32)
-    return _head_losses(policy, batch["actions"], z, key, options, teacher, z)
+    condition, known = fixed.conditions(policy, teacher, batch)
+    return _head_losses(policy, batch["actions"], condition, key, options, teacher, known)
 
 
 def loss_on_images(
@@ -66,15 +69,17 @@ def loss_on_images(
     cond, streams = policy.condition(batch, key=sub_key(key, 0))
     cond = jax.lax.stop_gradient(cond)
     z = policy.video_tokens(cond, streams, key=sub_key(key, 1) if options.dropout else None)
-    known = None if teacher is None else teacher.video_tokens(cond, streams, key=None)
+    condition, known = policy.action_head.condition(z), None
+    if teacher is not None:
+        known = teacher.action_head.condition(teacher.video_tokens(cond, streams, key=None))
     actions = policy.normalize("action", batch["action"])
-    return _head_losses(policy, actions, z, sub_key(key, 2), options, teacher, known)
+    return _head_losses(policy, actions, condition, sub_key(key, 2), options, teacher, known)
 
 
-def _head_losses(policy, actions, z, key, options, teacher, known) -> dict[str, jax.Array]:
+def _head_losses(policy, actions, condition, key, options, teacher, known) -> dict[str, jax.Array]:
     reference = None if teacher is None else (teacher.action_head, known)
-    rows = policy.action_head.loss(
-        actions, z, key=key, draws=options.noise_draws, reference=reference
+    rows = policy.action_head.loss_given(
+        actions, condition, key=key, draws=options.noise_draws, reference=reference
     )
     means = {k: jnp.mean(v) for k, v in rows.items()}
     if teacher is not None:
@@ -154,12 +159,6 @@ def plan_phases(arrays: Flat, options: FinetuneOptions) -> tuple[Phase, ...]:
     )
 
 
-def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool:
-    """Whether nothing before the action head trains in any phase, so that tokens can be cached."""
-    trained = {path for phase in phases for path in phase.trainable}
-    return not options.dropout and all(path.startswith("action_head/") for path in trained)
-
-
 class Trainer:
     """A graft's parameters on the mesh, and the phases in which they train.
 
@@ -203,7 +202,7 @@ class Trainer:
 
             arrays |= jax.eval_shape(adapters, arrays) if abstract else adapters(arrays)
         self.phases = plan_phases(arrays, options)
-        self.tokens = trunk_is_frozen(self.phases, options)
+        self.tokens = fixed.trunk_is_frozen(self.phases, options)
         check_reuse(self.phases, options)
         self.arrays = place(arrays, parallel.shardings_for(arrays, mesh))
         if teacher is not None:
@@ -340,7 +339,7 @@ def chosen_episodes(buffer, data: source.DataOptions, options: FinetuneOptions, 
 
 def check_reuse(phases: tuple[Phase, ...], options: FinetuneOptions) -> None:
     """Raises UserError if `reuse_cache` is set, but parameters before the head train."""
-    if options.reuse_cache and not trunk_is_frozen(phases, options):
+    if options.reuse_cache and not fixed.trunk_is_frozen(phases, options):
         raise UserError(
             "config.finetune.reuse_cache trains on tokens that capture has cached, but parameters "
             "before the head train too: set config.finetune.freeze=('mar',) and dropout=False, or "

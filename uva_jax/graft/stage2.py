@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from uva_jax.data import source
 from uva_jax.data.windows import Strips, plan_strips
-from uva_jax.graft import finetune, held_out, record
+from uva_jax.graft import finetune, fixed, held_out, record
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
@@ -78,6 +78,7 @@ def fine_tune(
     inputs = dataclasses.replace(inputs, reader=functools.cache(inputs.reader))
     teacher = inputs.teacher() if options.teacher_weight else None
     trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
+    known = functools.partial(fixed.known, inputs.policy, teacher, trainer.phases)
 
     def tokens(name: str, strips: Strips, draws: int) -> dict[str, np.ndarray]:
         samples, strip = strips.current.size, strips.current.shape[1]
@@ -94,12 +95,13 @@ def fine_tune(
 
     if options.reuse_cache:
         cached = finetune.cached_tokens(inputs.cache / "train")
-        batches = finetune.token_batches(cached, options, seed)
+        batches = finetune.token_batches(known(cached), options, seed)
     else:
         reader = inputs.reader()
         strips = _windows(reader, options, metrics, capture.strip if trainer.tokens else 1, seed)
         if trainer.tokens:
-            batches = finetune.token_batches(tokens("tokens", strips, seed + 2), options, seed)
+            cached = known(tokens("tokens", strips, seed + 2))
+            batches = finetune.token_batches(cached, options, seed)
         else:
             batches = finetune.image_batches(reader, strips, options, seed)
     windows = None

@@ -51,6 +51,23 @@ class DiffusionHead(nnx.Module):
         target: jax.Array,
         z: jax.Array,
         *,
+        reference: tuple[DiffusionHead, jax.Array] | None = None,
+        **options,
+    ) -> dict[str, jax.Array]:
+        """Computes `loss_given` from tokens z (b, tokens, z_channels) in place of the condition.
+
+        `reference` is another head and its tokens (b, tokens, z_channels).
+        """
+        if reference is not None:
+            other, tokens = reference
+            reference = other, other.condition(tokens)
+        return self.loss_given(target, self.condition(z), reference=reference, **options)
+
+    def loss_given(
+        self,
+        target: jax.Array,
+        condition: jax.Array,
+        *,
         key: jax.Array | None = None,
         t: jax.Array | None = None,
         noise: jax.Array | None = None,
@@ -61,14 +78,14 @@ class DiffusionHead(nnx.Module):
 
         Args:
           target: (b, n, channels) in [-1, 1].
-          z: (b, tokens, z_channels) decoder output.
+          condition: `condition(z)`.
           key: for draws that are not given.
           t: (b,) or (b, n) timesteps.
           noise: (b, n, channels).
           draws: pairs of timestep and noise for each sample; its condition is computed once. With
             more than one, `t`, `noise` and the result have a leading axis draws * b.
-          reference: another head with the same channels and train_steps, and its tokens
-            (b, tokens, z_channels), to compare with on the same noise.
+          reference: another head with the same channels and train_steps, and its condition, to
+            compare with on the same noise.
 
         Returns:
           {"mse", "vb", "loss"}, each (draws * b, n), and with a reference "distance", the mean
@@ -79,7 +96,7 @@ class DiffusionHead(nnx.Module):
         def drawn(x):
             return jnp.concatenate([x] * draws) if draws > 1 else x
 
-        target, condition = drawn(target), drawn(self.condition(z))
+        target, condition = drawn(target), drawn(condition)
         if t is None:
             shape = target.shape[:1] if self.shared_timestep else target.shape[:2]
             t = jax.random.randint(jax.random.fold_in(key, 0), shape, 0, len(schedule))
@@ -89,8 +106,8 @@ class DiffusionHead(nnx.Module):
         output = self.denoise(x_t, t, condition)
         found = self.errors(schedule, output, target, x_t, t, noise)
         if reference is not None:
-            other, tokens = reference
-            expected = other.denoise(x_t, t, drawn(other.condition(tokens)))
+            other, other_condition = reference
+            expected = other.denoise(x_t, t, drawn(other_condition))
             found["distance"] = jnp.mean((output - expected) ** 2, axis=-1)
         return found
 
