@@ -27,6 +27,7 @@ def get_config():
     config.finetune.batch = 64
     config.finetune.lr = 1e-5
     config.finetune.teacher_weight = 100.0
+    config.finetune.x0_weight = 0.0
     config.finetune.warmup = 30
     config.finetune.ema.max_value = 0.99
     config.finetune.check_every = 60

@@ -244,7 +244,7 @@ HASHES = {
     "pretrain": "10d841b8fbe7958a",
     "convert": "a5b14154f5eecaea",
     "capture": "0423e113831e52f4",
-    "finetune": "d4d147da478ab226",
+    "finetune": "dd6bcfbdfbeb9aad",
     "evaluate": "9592fc722ecd2499",
     "export": "6ea0286fde71c751",
 }

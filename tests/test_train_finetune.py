@@ -33,6 +33,7 @@ OPTIONS = finetune.FinetuneOptions(
     freeze=("mar",),
     unfreeze_at={},
     keep_best=False,
+    x0_weight=0.0,
     dropout=False,
     noise_draws=2,
     teacher_weight=0.0,
@@ -300,6 +301,22 @@ def test_tokens_stay_if_a_layer_of_the_features_trains(aggregating, tokens):
         options = dataclasses.replace(OPTIONS, freeze=frozen, **changes)
         phases = finetune.plan_phases(surgery.flatten(graft), options)
         assert fixed.known(graft, None, phases, tokens) is tokens
+
+
+def test_x0_weight_makes_the_error_of_eps_that_of_the_actions(graft, tokens):
+    actions, z = jnp.asarray(tokens["actions"][:3]), jnp.asarray(tokens["z"][:3])
+    t, noise = jnp.array([5, 400, 999]), jax.random.normal(jax.random.key(0), actions.shape)
+    head, schedule = graft.action_head, diffusion.make_schedule("", 1000)
+    plain = head.loss(actions, z, t=t, noise=noise)
+    found = head.loss(actions, z, t=t, noise=noise, x0_weight=10.0)
+    x_t = diffusion.q_sample(schedule, actions, t, noise)
+    eps = head.denoise(x_t, t, head.condition(z))[..., :2]
+    kept = jnp.asarray(schedule.alphas_cumprod)[t][:, None, None]
+    x0 = (x_t - jnp.sqrt(1 - kept) * eps) / jnp.sqrt(kept)
+    wanted = jnp.mean((x0 - actions) ** 2, axis=-1) + plain["vb"]
+    np.testing.assert_allclose(found["loss"][:2], wanted[:2], rtol=1e-3)
+    np.testing.assert_allclose(found["loss"][2], 10 * plain["mse"][2] + plain["vb"][2], rtol=1e-5)
+    np.testing.assert_array_equal(found["mse"], plain["mse"])
 
 
 def test_a_graft_held_to_its_teacher_comes_nearer_to_it(graft, teacher, tokens, tmp_path):

@@ -35,6 +35,8 @@ def test_a_recipe_changes_only_how_stage_2_trains(config, recipe):
             "configured": set(),
             "free": set(),  # this configuration has no teacher's term
             "held": {"finetune.teacher_weight"},
+            "weighted": set(),  # it has the weights by default
+            "unweighted": {"finetune.x0_weight"},
             "lora": {"finetune.use_lora", "finetune.reuse_cache"},
             "unfreeze": {"finetune.unfreeze_at", "finetune.reuse_cache"},
         }[recipe]

@@ -79,7 +79,12 @@ def loss_on_images(
 def _head_losses(policy, actions, condition, key, options, teacher, known) -> dict[str, jax.Array]:
     reference = None if teacher is None else (teacher.action_head, known)
     rows = policy.action_head.loss_given(
-        actions, condition, key=key, draws=options.noise_draws, reference=reference
+        actions,
+        condition,
+        key=key,
+        draws=options.noise_draws,
+        x0_weight=options.x0_weight,
+        reference=reference,
     )
     means = {k: jnp.mean(v) for k, v in rows.items()}
     if teacher is not None:

@@ -158,6 +158,11 @@ def _discretized_nll(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.
     return -jnp.log(jnp.maximum(probability, 1e-12))
 
 
+def x0_factor(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """Returns the squared error of the predicted x0 over that of eps, at indices t (...)."""
+    return jnp.asarray(schedule.sqrt_recipm1_alphas_cumprod**2, jnp.float32)[t]
+
+
 def training_losses(
     schedule: Schedule,
     model_output: jax.Array,

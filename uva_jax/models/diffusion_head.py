@@ -72,6 +72,7 @@ class DiffusionHead(nnx.Module):
         t: jax.Array | None = None,
         noise: jax.Array | None = None,
         draws: int = 1,
+        x0_weight: float = 0.0,
         reference: tuple[DiffusionHead, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
         """Computes the diffusion loss per row.
@@ -84,6 +85,8 @@ class DiffusionHead(nnx.Module):
           noise: (b, n, channels).
           draws: pairs of timestep and noise for each sample; its condition is computed once. With
             more than one, `t`, `noise` and the result have a leading axis draws * b.
+          x0_weight: if above 0, the largest weight of a timestep's squared error in "loss"; up to
+            it, the weight makes the error of eps that of the predicted rows (x0).
           reference: another head with the same channels and train_steps, and its condition, to
             compare with on the same noise.
 
@@ -105,6 +108,10 @@ class DiffusionHead(nnx.Module):
         x_t = diffusion.q_sample(schedule, target, t, noise)
         output = self.denoise(x_t, t, condition)
         found = self.errors(schedule, output, target, x_t, t, noise)
+        if x0_weight:
+            weight = jnp.minimum(diffusion.x0_factor(schedule, t), x0_weight)
+            weight = weight if t.ndim == 2 else weight[:, None]
+            found["loss"] = found["loss"] + (weight - 1) * found["mse"]
         if reference is not None:
             other, other_condition = reference
             expected = other.denoise(x_t, t, drawn(other_condition))

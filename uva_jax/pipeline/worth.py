@@ -20,6 +20,7 @@ from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import graft_data, load_policy, open_data, teacher_checkpoint
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import EvaluateOptions
+from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage.atomic import read_json, write_json
 from uva_jax.storage.identity import external_hash
@@ -34,6 +35,8 @@ RECIPES = {
     "configured": "as configured",
     "free": "without the teacher's term",
     "held": "with the teacher's term",
+    "weighted": "timesteps weighted by the actions' error",
+    "unweighted": "all timesteps weighted alike",
     "lora": "LoRA on the trunk",
     "unfreeze": "decoder from a tenth of the steps on",
 }
@@ -67,6 +70,10 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
         own.teacher_weight = 0.0
     elif cell.recipe == "held":
         own.teacher_weight = own.teacher_weight or _WEIGHT
+    elif cell.recipe == "weighted":
+        own.x0_weight = own.x0_weight or FinetuneOptions.x0_weight
+    elif cell.recipe == "unweighted":
+        own.x0_weight = 0.0
     elif cell.recipe == "lora":
         own.use_lora, own.reuse_cache = True, False
     elif cell.recipe == "unfreeze":
@@ -138,7 +145,7 @@ def _run_tokens(context: Context) -> dict:
     config = context.config
     teacher = load_policy(context.inputs["convert"] / "policy", config)
     reader = open_data(context, teacher)
-    options = section(config.finetune, finetune.FinetuneOptions)
+    options = section(config.finetune, FinetuneOptions)
     mask = finetune.chosen_episodes(reader.buffer, reader.options, options, config.seed)
     return record.capture_activations(
         teacher,

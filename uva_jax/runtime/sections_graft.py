@@ -196,6 +196,12 @@ class FinetuneOptions(LoopOptions):
         "noisy actions, added to the diffusion loss (0: diffusion loss alone)",
         least=0,
     )
+    x0_weight: float = setting(
+        100.0,
+        "largest weight of a timestep's error (0: all are 1): up to it, the error of eps counts as "
+        "that of the actions, so that the timesteps that decide a sample count most",
+        least=0,
+    )
     keep_best: bool = setting(
         True,
         "return the state whose action samples on held-out windows have the smallest error, the "
