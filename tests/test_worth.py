@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def config(make_config):
-    config = make_config(shorten__evaluations=0)
+    config = make_config()
     config.finetune.freeze = ("mar", "action_head/memory/aggregator")
     return config
 
