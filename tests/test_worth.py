@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def config(make_config):
-    config = make_config(shorten__evaluations=0)
+    config = make_config()
     config.finetune.freeze = ("mar", "action_head/memory/aggregator")
     return config
 
@@ -90,11 +90,17 @@ def test_the_table_ranks_all_rolls_out_the_best_and_resumes(finished, config, tm
         (["--fractions=0.1,2"], "'2'; shares of the data are above 0"),
         (["--heads=mlp"], "--heads names 'mlp'; it can be teacher, graft, random"),
         (["--recipes=muon"], "--recipes names 'muon'"),
-        (["--config.head.replace=False"], "there is no graft"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(given, said, tmp_path, capsys):
     where = ["--config", "configs/pusht_tiny.py", "--workdir", str(tmp_path / "run")]
     assert command.main([*where, *given]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_without_a_graft_is_refused(make_config, tmp_path):
+    config = make_config(head__replace=False, shorten__evaluations=0)
+    with pytest.raises(UserError, match="there is no graft"):
+        command.run(config, tmp_path / "run", [], 1)
     assert not (tmp_path / "run").exists()

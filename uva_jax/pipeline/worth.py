@@ -82,7 +82,7 @@ def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
             own.unfreeze_at = {f"{-(-own.steps // 10)}": ("mar/decoder_blocks",)}
         own.reuse_cache = False
     if cell.head == "teacher":
-        config.head.replace = False
+        config.head.replace, config.shorten.evaluations = False, 0
         # What the patterns freeze in the graft is the aggregator in the teacher's head.
         own.freeze = tuple(
             dict.fromkeys("action_head/aggregator" if p in _AGGREGATOR else p for p in own.freeze)
