@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from line_world import LeftOrRight
 
 from uva_jax.data.pusht_demos import load_demos
 from uva_jax.envs.episode import RolloutSpec
@@ -142,7 +143,7 @@ def test_episodes_that_fit_one_half_go_on_in_it(pool):
         return np.ones((2, 1, 1))
 
     calls, spec = [], RolloutSpec(("image",), 1, frames=(0,), chunk=1, max_steps=9)
-    with RolloutPool(2, simulator=f"{__name__}:Walker") as walkers:
+    with RolloutPool(2, simulator="line_world:Walker") as walkers:
         result = walkers.run(act, lengths, numbers=range(4), slots=4, spec=spec)
     assert result.steps.tolist() == lengths and result.success.all()
     # The first half goes on alone until the second is known to be half empty too.
@@ -210,45 +211,6 @@ def test_scores_are_stored_as_episodes_end_and_only_missing_ones_are_run(pool, t
     assert stored.times == file.times and stored.times.total > 0
 
 
-class Walker:
-    """Solved after as many steps as the seed says."""
-
-    observes = {"image": (8, 8, 3)}
-    action_dim = 1
-    tasks = ()
-
-    def reset(self, seed):
-        self.left = seed
-
-    def observe(self, names):
-        return {name: np.full((8, 8, 3), self.left, np.uint8) for name in names}
-
-    def step(self, action):
-        self.left -= 1
-        return 0.5, self.left == 0
-
-
-class Reacher:
-    """A simulator as a user brings it: reach the goal of the seed on a line."""
-
-    observes = {"image": (8, 8, 3), "position": (1,)}
-    action_dim = 1
-    tasks = ("go left", "go right")
-
-    def reset(self, seed):
-        self.task = seed % 2
-        self.position, self.goal = 0.0, -3.0 if self.task == 0 else 3.0
-
-    def observe(self, names):
-        picture = np.full((8, 8, 3), 100 + int(self.position), np.uint8)
-        found = {"image": picture, "position": np.array([self.position])}
-        return {name: found[name] for name in names}
-
-    def step(self, action):
-        self.position += float(action[0])
-        return max(0.0, 1 - abs(self.goal - self.position) / 3), self.position == self.goal
-
-
 def test_a_simulator_that_users_bring_is_a_class_that_the_configuration_names():
     def act(obs, seed_index, call_index, slots):
         assert obs["position"].shape == (2, 2, 1) and obs["past_action"].shape == (2, 3, 1)
@@ -258,8 +220,8 @@ def test_a_simulator_that_users_bring_is_a_class_that_the_configuration_names():
     spec = RolloutSpec(
         ("image", "position", "text_latents"), 2, frames=(1,), chunk=2, past_actions=3, max_steps=5
     )
-    with RolloutPool(1, simulator=f"{__name__}:Reacher") as pool:
-        assert pool.simulator.tasks == Reacher.tasks
+    with RolloutPool(1, simulator="line_world:LeftOrRight") as pool:
+        assert pool.simulator.tasks == LeftOrRight.tasks
         pool.simulator.check(spec.names, 1, "the policy")
         with pytest.raises(
             UserError, match="lacks wrist_image, which the policy reads; it provides"
@@ -278,7 +240,7 @@ def test_a_simulator_that_users_bring_is_a_class_that_the_configuration_names():
     ("name", "message"),
     [
         ("nowhere.at_all:Class", "'nowhere.at_all:Class' cannot be imported"),
-        (f"{__name__}:FRAMES", "is not a class with the methods reset, observe, step"),
+        ("line_world:TASKS", "is not a class with the methods reset, observe, step"),
     ],
 )
 def test_a_class_that_is_no_simulator_is_explained(name, message):

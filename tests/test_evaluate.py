@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import msgpack
 import numpy as np
 import pytest
+from line_world import Reacher
 from variants import VARIANTS
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import serve
@@ -19,26 +20,6 @@ from uva_jax.eval.acting import LocalPolicy
 from uva_jax.models import surgery
 from uva_jax.pipeline import inputs
 from uva_jax.runtime.errors import UserError
-
-
-class Reacher:
-    """A simulator of microseconds: reach a goal on a line, which the picture shows."""
-
-    observes = {"image": (8, 8, 3), "position": (1,)}
-    action_dim = 1
-    tasks = ("reach the goal",)
-
-    def reset(self, seed):
-        self.position, self.goal = 0.0, 2.0 + seed % 5
-
-    def observe(self, names):
-        picture = np.full((8, 8, 3), int(self.goal), np.uint8)
-        return {n: {"image": picture, "position": np.array([self.position])}[n] for n in names}
-
-    def step(self, action):
-        self.position += float(action[0])
-        away = abs(self.goal - self.position)
-        return max(0.0, 1 - away / self.goal), away < 0.1
 
 
 def openpi_pack(message):
@@ -100,7 +81,7 @@ def approach(obs, share=0.5):
     return np.full((4, 1), (goal - obs["position"][0]) * share / 4, np.float32)
 
 
-REACHER = ["--simulator", f"{__name__}:Reacher", "--workers", "1", "--action-steps", "4"]
+REACHER = ["--simulator", "line_world:Reacher", "--workers", "1", "--action-steps", "4"]
 
 
 def results(out):
