@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from uva_jax.data import source
 from uva_jax.data.check import check_split
 from uva_jax.data.windows import Strips, plan_strips
+from uva_jax.graft.energy import energy_scores
 from uva_jax.models import diffusion
 from uva_jax.models.layers import sub_key
 from uva_jax.models.policy import Policy
@@ -83,30 +84,6 @@ def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Arra
     )(noise)
     executed = slice(policy.config.n_action_steps)
     return jnp.mean(energy_scores(samples[:, :, executed], truth[:, executed]))
-
-
-def energy_scores(samples: jax.Array, truth: jax.Array) -> jax.Array:
-    """Computes the energy score (doi 10.1198/016214506000001437) of each window's samples.
-
-    It is the mean distance of a sample to the truth minus half the mean distance between two
-    samples, with the root mean square over steps and channels as distance. The true distribution
-    has the smallest score. A mean squared error would prefer samples with too little spread.
-
-    Args:
-      samples: (draws, b, n, a), at least two draws.
-      truth: (b, n, a).
-
-    Returns:
-      (b,), smaller is better.
-    """
-
-    def distance(a, b):
-        # The gradient is not needed, so a root at 0 does no harm.
-        return jnp.sqrt(jnp.mean((a - b) ** 2, axis=(-2, -1)))
-
-    draws = len(samples)
-    between = distance(samples[:, None], samples[None]).sum(axis=(0, 1)) / (draws * (draws - 1))
-    return distance(samples, truth).mean(axis=0) - between / 2
 
 
 def whole_batches(count: int, mesh: Mesh) -> int:

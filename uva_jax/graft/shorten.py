@@ -1,9 +1,7 @@
 """Stage 3: the grafted head learns to sample in few evaluations.
 
-The head learns the distribution of its own samples. Its outputs a and b for two noises and a sample
-y of the same window give the loss |a - y| / 2 + |b - y| / 2 - |a - b| / 2, the energy score
-(Gneiting and Raftery 2007), whose expectation is least if outputs and samples have one
-distribution. The samples come from the sampler that the policy uses, so they have the score of its
+The head learns the distribution of its own samples: the loss is the energy score of its outputs for
+two noises against one of the samples. The samples come from the sampler that the policy uses, so they have the score of its
 rollouts; the map of DDIM from noise to actions is easier to learn, but DDIM scores less. The head
 predicts actions (x0) instead of noise (eps), so its final layer starts at zero. Everything before
 the diffusion stays the same, so the condition of a window is computed only once. Further
@@ -23,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.graft.assemble import assemble
+from uva_jax.graft.energy import distance, energy_scores
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
@@ -145,11 +144,6 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
     return draw
 
 
-def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the distance between actions (..., n, c), a root mean square over steps: (...)."""
-    return jnp.sqrt(jnp.mean(jnp.sum((a - b) ** 2, axis=-1), axis=-1) + 1e-10)
-
-
 def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):
     """The energy score of two outputs for each window, as `fit` takes it.
 
@@ -177,8 +171,7 @@ def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):
         head = surgery.replace(student, arrays | params)
         modulations, context = head.modulations(t, condition), head.context(condition)
         outputs = jax.vmap(lambda x: head.step(x, modulations, context))(x)
-        a, b = outputs[..., : head.config.channels]
-        loss = jnp.mean(_distance(a, target) + _distance(b, target) - _distance(a, b)) / 2
+        loss = jnp.mean(energy_scores(outputs[..., : head.config.channels], target))
         return loss, {"loss": loss}
 
     return loss_fn
@@ -211,8 +204,8 @@ def _figures(
     noise = jax.random.normal(key, (2, evaluations + 1, *actions.shape))
     ours = np.stack([np.asarray(sample(state, data["condition"], x)) for x in noise])
     theirs = np.moveaxis(data["samples"], 1, 0)
-    across = np.mean([_distance(a, b) for a in ours for b in theirs])
-    within = np.mean(_distance(*ours)) + np.mean(_distance(*theirs))
+    across = np.mean([distance(a, b) for a in ours for b in theirs])
+    within = np.mean(distance(*ours)) + np.mean(distance(*theirs))
     return {
         "energy_distance": float(2 * across - within),
         "graft_spread": float(np.mean((theirs[0] - theirs[1]) ** 2) / 2),
