@@ -171,15 +171,16 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, lang
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
             )
-        scores = [results[name]["scores"] for name in actors]
-        recall.film(
-            pool,
-            actors,
-            seeds,
-            recall.most_different(*scores, options.videos),
-            slots=options.slots,
-            folder=folder / "videos",
-        )
+        if options.videos and len(actors) == 2:
+            scores = [results[name]["scores"] for name in actors]
+            recall.film(
+                pool,
+                actors,
+                seeds,
+                recall.most_different(*scores, options.videos),
+                slots=options.slots,
+                folder=folder / "videos",
+            )
     for name, suffix, words in (
         ("graft_stage1", "_stage1", "the graft after Stage 1"),
         ("graft", "", "the graft"),

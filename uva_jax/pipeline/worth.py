@@ -219,7 +219,7 @@ def rolled_out(source: str, name: str, teacher: Stage | None = None) -> Stage:
             known = read_json(context.inputs[teacher.name] / "teacher.json")
             write_json(folder / "teacher.json", known)
             policies["graft"] = load_policy(context.inputs[source] / "policy", config)
-        options = section(config.evaluate, EvaluateOptions)
+        options = dataclasses.replace(section(config.evaluate, EvaluateOptions), videos=0)
         language = stages.language_of(context.config)
         found = evaluate.evaluate(policies, None, options, folder, context.metrics, language)
         return found["teacher" if teacher is None else "graft"]
