@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from uva_jax.graft import assemble, finetune, fixed, held_out
+from uva_jax.graft import assemble, finetune, fixed
+from uva_jax.graft.energy import energy_scores
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.lora import init_lora, merge_lora
 from uva_jax.runtime import parallel
@@ -148,14 +149,12 @@ def test_the_energy_score_is_smallest_for_the_true_distribution():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(4000, 3, 2))
     scores = {
-        spread: float(
-            held_out.energy_scores(spread * rng.normal(size=(6, 4000, 3, 2)), truth).mean()
-        )
+        spread: float(energy_scores(spread * rng.normal(size=(6, 4000, 3, 2)), truth).mean())
         for spread in (0.0, 0.7, 1.0, 1.3)
     }
     assert min(scores, key=scores.get) == 1.0
     # By hand, for two samples of one window: mean distance to 0 is 2, half of their distance 1.
-    found = held_out.energy_scores(jnp.array([[[[1.0]]], [[[3.0]]]]), jnp.zeros((1, 1, 1)))
+    found = energy_scores(jnp.array([[[[1.0]]], [[[3.0]]]]), jnp.zeros((1, 1, 1)))
     assert found == 1.0
 
 

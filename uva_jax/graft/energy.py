@@ -29,7 +29,7 @@ def energy_scores(samples: jax.Array, truth: jax.Array) -> jax.Array:
     Returns:
       (b,), smaller is better.
     """
-    draws = len(samples)
+    samples, draws = jnp.asarray(samples), len(samples)
     pairs = [(i, j) for i in range(draws) for j in range(i)]
     first, second = (samples[jnp.array(side)] for side in zip(*pairs, strict=True))
     return distance(samples, truth).mean(axis=0) - distance(first, second).mean(axis=0) / 2

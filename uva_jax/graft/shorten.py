@@ -1,11 +1,11 @@
 """Stage 3: the grafted head learns to sample in few evaluations.
 
 The head learns the distribution of its own samples: the loss is the energy score of its outputs for
-two noises against one of the samples. The samples come from the sampler that the policy uses, so they have the score of its
-rollouts; the map of DDIM from noise to actions is easier to learn, but DDIM scores less. The head
-predicts actions (x0) instead of noise (eps), so its final layer starts at zero. Everything before
-the diffusion stays the same, so the condition of a window is computed only once. Further
-evaluations work as in consistency models (arXiv 2303.01469).
+two noises against one of the samples. The samples come from the policy's own sampler; the map of
+DDIM from noise to actions is easier to learn, but DDIM scores less. The head predicts actions (x0)
+instead of noise (eps), so its final layer starts at zero. Everything before the diffusion stays the
+same, so the condition of a window is computed only once. Further evaluations work as in consistency
+models (arXiv 2303.01469).
 """
 
 from __future__ import annotations

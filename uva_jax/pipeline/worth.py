@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from uva_jax.eval import actions, evaluate
-from uva_jax.graft import finetune, held_out, record
+from uva_jax.graft import finetune, record
 from uva_jax.graft.capture import CaptureOptions
+from uva_jax.graft.energy import energy_scores
 from uva_jax.pipeline import stages
 from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import graft_data, load_policy, open_data, teacher_checkpoint
@@ -186,7 +187,7 @@ def judged(source: str, name: str) -> Stage:
             sampler=options.sampler,
         )
         executed = slice(policy.config.n_action_steps)
-        errors = held_out.energy_scores(samples[:, :, executed], truth[:, executed])
+        errors = energy_scores(samples[:, :, executed], truth[:, executed])
         errors = [float(x) for x in errors]
         context.metrics.say(f"error {np.mean(errors):.5f}")
         return {"errors": errors, "mse": actions.action_figures(samples, truth)["mse"]}
