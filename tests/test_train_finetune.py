@@ -244,7 +244,8 @@ def test_gradient_checkpointing_changes_no_gradient(graft):
 
     plain, checkpointed = gradients(False), gradients(True)
     for path, x in plain.items():
-        scale = max(float(np.abs(x).max()), 1e-6)
+        # The gradient of a key's bias is zero but for rounding.
+        scale = max(float(np.abs(x).max()), 1e-3)
         np.testing.assert_allclose(x / scale, checkpointed[path] / scale, atol=1e-5, err_msg=path)
 
 
