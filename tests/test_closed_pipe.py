@@ -34,8 +34,8 @@ def without_reader(folder, *arguments) -> tuple[int, str]:
 def test_every_command_ends_quietly_when_its_reader_is_gone(tmp_path):
     for name, arguments in COMMANDS.items():
         status, said = without_reader(tmp_path, *arguments)
-        # argparse ignores errors while it prints its help.
-        assert (status, said) == (0 if name == "sample" else 141, ""), name
+        # argparse ignores errors while it prints its help, unless it is longer than the buffer.
+        assert status in ((0, 141) if name == "sample" else (141,)) and not said, name
     # Files that a command writes are complete.
     assert (tmp_path / "policy" / "policy.json").exists() and (tmp_path / "again.ckpt").exists()
 
