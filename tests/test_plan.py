@@ -97,7 +97,7 @@ def test_arguments_of_stage_2_are_the_state_the_frozen_and_the_batch(on_eight):
     config = check(pusht_tiny.get_config())
     teacher = plan.architecture(config, None)
     trained = float(re.search(r"([\d.]+) M train", on_eight)[1]) * 1e6
-    # Parameters; averages, the best of them, and two moments of trained parameters; the grafted head
+    # Parameters; averages, the best of them, and two moments of trained ones; the grafted head
     # is larger.
     least = 4 * (4 * trained + programs.parameters(teacher))
     found = number(rows_of(on_eight, 2)["arguments, MiB per chip"][1]) * 2**20

@@ -146,7 +146,7 @@ def fit(
                 stop_if_diverged(np.asarray(found), step, name, setting)
                 named = {f"{name}/{k}": float(v) for k, v in scalars.items()}
                 metrics.log(stop, **named)
-                bar.update(stop - step, loss=next(iter(named.values())))
+                bar.update(stop - step, loss=named.get(f"{name}/loss", next(iter(named.values()))))
                 crossed = stop // options.checkpoint_every > step // options.checkpoint_every
                 step = stop
                 if crossed or step == total:
