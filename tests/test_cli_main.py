@@ -13,10 +13,13 @@ from convert.from_torch import convert_checkpoint
 from convert.to_torch import export_policy
 from uva_jax.cli import steps
 from uva_jax.data.replay_writer import ReplayBufferWriter
+from uva_jax.eval import evaluate
 from uva_jax.main import _with_config, run
 from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.guards import locked
+from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import is_leftover
 
 STAGES = ("convert", "capture", "distill", "assemble", "finetune", "shorten", "evaluate", "export")
@@ -76,6 +79,25 @@ def test_the_evaluation_compares_the_policies_on_the_same_seeds(finished):
     assert metrics["verdict_shortened"]["seeds"] == 2
     assert f"evaluate: {found['sentence']}" in finished.printed
     assert "--seeds 100000:1" in finished.printed and "--until-decided" in finished.printed
+
+
+def test_a_policy_that_equals_an_earlier_one_is_not_evaluated_again(finished, tmp_path, capsys):
+    stage1, graft = (
+        policy_folder.load_policy(finished.workdir / folder / "policy")
+        for folder in ("grafted", "finetune")
+    )
+    again = policy_folder.load_policy(finished.workdir / "grafted" / "policy")
+    options = EvaluateOptions(num_seeds=2, max_steps=8, sampling_steps="4", videos=1, workers=1)
+    policies = {"teacher": graft, "graft_stage1": stage1, "graft": again}
+    with MetricsWriter(tmp_path, "evaluate") as metrics:
+        found = evaluate.evaluate(policies, None, options, tmp_path, metrics)
+    assert "graft is the same policy as graft_stage1" in capsys.readouterr().out
+    assert found["graft"] == found["graft_stage1"] != found["teacher"]
+    assert found["paired_difference"] == found["paired_difference_stage1"]
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        *("teacher.json", "graft_stage1.json", "metrics.json"),
+    }
+    assert list((tmp_path / "videos").glob("*.mp4"))
 
 
 def test_the_export_is_the_fine_tuned_policy(finished):

@@ -190,16 +190,14 @@ def test_progress_counts_episodes(pool):
 
 def test_scores_are_stored_as_episodes_end_and_only_missing_ones_are_run(pool, tmp_path):
     episodes, spec = [(seed, seed) for seed in range(1, 5)], RolloutSpec(max_steps=8)
-    path, policy, count = tmp_path / "scores.jsonl", Recorder(), 0
+    path, policy = tmp_path / "scores.jsonl", Recorder()
 
-    def stop(outcome):
-        nonlocal count
-        count += 1
-        if count == 3:
+    def stop(done, total):
+        if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), RolloutPool(1) as other:
-        ScoreFile(path).roll_out(other, policy, episodes, spec=spec, slots=1, ended=stop)
+        ScoreFile(path).roll_out(other, policy, episodes, spec=spec, slots=1, progress=stop)
     path.write_bytes(path.read_bytes() + b'{"seed": 3')  # what a killed run leaves behind
     file, policy, bars = ScoreFile(path), Recorder(), []
     assert file.count(episodes) == 2

@@ -25,10 +25,10 @@ from convert import rules
 from convert.formats import torch_file
 from convert.to_torch import plain_cfg
 from uva_jax import assets
-from uva_jax.cli.bench_turns import resident
 from uva_jax.models import surgery
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.memory import resident
 
 WARM_RUNS = 3
 

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from uva_jax.envs.workers import WorkerError, WorkerProcess, usable_cores
+from uva_jax.runtime import memory
 from uva_jax.runtime.errors import UserError
 
 _ROUNDS = 5
@@ -89,7 +86,11 @@ class Runner:
 
     def memory(self) -> int:
         """Returns the most bytes in use: of the accelerator's memory, or of the process."""
-        return (_jax_memory() if self._backend == OURS else _torch_tools().memory()) or resident()
+        if self._backend == OURS:
+            import jax
+
+            return memory.peak(jax.local_devices())
+        return _torch_tools().memory() or memory.resident()
 
     def peak(self) -> float:
         """Returns the operations per second of a product of two large matrices."""
@@ -101,12 +102,6 @@ def _torch_tools():
     from convert.torch import timing
 
     return timing
-
-
-def _jax_memory() -> int | None:
-    import jax
-
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _jax_peak(bfloat16: bool) -> float:
@@ -127,15 +122,6 @@ def fastest(run: Callable[[], object], calls: int = 10) -> float:
         run()
         times.append(time.perf_counter() - start)
     return min(times[2:])
-
-
-def resident(field: str = "VmHWM") -> int:
-    """Returns the bytes of memory that this process uses (VmRSS) or has used at most (VmHWM)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(module: str, rows: Sequence[Row]) -> dict:
@@ -172,15 +158,15 @@ def measure(module: str, rows: Sequence[Row]) -> dict:
                 if number < 2 or spent < _ENOUGH:
                     for name, calls in _ask(worker, row, "turn").items():
                         mine[name] += calls
-        memory = [_ask(w, row, "memory") for row, w in zip(rows, workers, strict=True)]
+        used = [_ask(w, row, "memory") for row, w in zip(rows, workers, strict=True)]
         peak = max(_ask(w, row, "peak") for row, w in zip(rows, workers, strict=True))
     found = []
-    for row, worker, mine, used in zip(rows, workers, times, memory, strict=True):
+    for row, worker, mine, most in zip(rows, workers, times, used, strict=True):
         parts = {
             name: {"seconds": float(np.median(calls)), "flops": worker.flops[name]}
             for name, calls in mine.items()
         }
-        found.append({"name": row.name, "backend": row.backend, "memory": used, "parts": parts})
+        found.append({"name": row.name, "backend": row.backend, "memory": most, "parts": parts})
     return {"peak": peak, "rows": found}
 
 
@@ -211,12 +197,12 @@ def lines(result: Mapping, reference: Mapping[str, float]) -> list[str]:
     ]
     for row in result["rows"]:
         for number, (name, part) in enumerate(row["parts"].items()):
-            label = f"{row['backend']} {row['name']}".strip()
+            label = Row(row["name"], row["backend"], {}).label
             share = part["flops"] / part["seconds"] / result["peak"]
-            memory = f"{row['memory'] / 1e6:,.0f}" if number == 0 else ""
+            most = f"{row['memory'] / 1e6:,.0f}" if number == 0 else ""
             ratio = f"x{reference[name] / part['seconds']:.2f}" if name in reference else ""
             found.append(
                 f"{label + ', ' + name:<46}{1e3 * part['seconds']:>10,.2f}"
-                f"{part['flops'] / 1e9:>10,.2f}{share:>9.1%}{memory:>8}{ratio:>8}"
+                f"{part['flops'] / 1e9:>10,.2f}{share:>9.1%}{most:>8}{ratio:>8}"
             )
     return found

@@ -5,7 +5,6 @@ A simulator is a class that worker processes make, so its module must not import
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.plugins import named_class
 from uva_jax.runtime.sections import SIMULATORS
 
 
@@ -101,16 +101,9 @@ def make_simulator(name: str, files: str = "") -> Simulator:
     Raises:
       UserError: there is no such simulator, it cannot be imported, or it is no simulator.
     """
-    module, _, attribute = SIMULATORS.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"the simulator {name!r} cannot be imported ({error}): install its package or put it "
-            "on PYTHONPATH"
-        ) from error
+    found = named_class("simulator", SIMULATORS.get(name, name))
     wanted = ("reset", "observe", "step")
-    if not isinstance(found, type) or not all(callable(getattr(found, m, None)) for m in wanted):
+    if found is None or not all(callable(getattr(found, m, None)) for m in wanted):
         raise UserError(
             f"the simulator {name!r} is not a class with the methods {', '.join(wanted)}: see "
             "uva_jax/envs/simulator.py"

@@ -19,13 +19,10 @@ import numpy as np
 from uva_jax.eval import statistics
 from uva_jax.eval.acting import LocalPolicy
 from uva_jax.eval.rollout import RolloutPool
-from uva_jax.eval.scores import ScoreFile
+from uva_jax.eval.scores import ScoreFile, noise_number
 from uva_jax.eval.server import ServerPolicy
 from uva_jax.eval.statistics import Verdict
 from uva_jax.runtime.metrics import MetricsWriter
-
-FIRST_SEED = 100_000  # of upstream's test seeds, and of `config.evaluate`
-_DRAWS_APART = 10_000_019
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,6 @@ class Entrant:
         """The name of its scores' file."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         return f"{re.sub('[^A-Za-z0-9]+', '_', self.label).strip('_')[-60:]}-{digest[:12]}.jsonl"
-
-
-def noise_number(seed: int, draw: int) -> int:
-    """Returns the number of an episode's noise.
-
-    It depends on the seed alone, and for the first draw of the seeds from 100000 on it is that of
-    the pipeline's evaluation.
-    """
-    return (seed - FIRST_SEED + draw * _DRAWS_APART) % 2**31
 
 
 class Comparison:

@@ -15,8 +15,9 @@ from uva_jax.eval import actions, recall
 from uva_jax.eval.acting import Language, LocalPolicy
 from uva_jax.eval.recall import Recalled
 from uva_jax.eval.rollout import RolloutPool
-from uva_jax.eval.scores import ScoreFile
+from uva_jax.eval.scores import ScoreFile, noise_number
 from uva_jax.eval.statistics import mcnemar, mean_interval, paired_difference, verdict, wilson
+from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
@@ -57,6 +58,10 @@ def evaluate(
       UserError: the simulator lacks what a policy reads.
     """
     found: dict = {name: {} for name in policies}
+    equal = _equal(policies)
+    distinct = {name: policy for name, policy in policies.items() if name not in equal}
+    for name, other in equal.items():
+        metrics.say(f"{name} is the same policy as {other}, and so are its results")
     for name, judged in (videos or {}).items():
         main = judged["cameras"]["main"]["predicted"]
         found[name] |= {"video_fvd": main["video_fvd"], "video": judged}
@@ -66,11 +71,29 @@ def evaluate(
             f"{main['ci95'][1]:.1f}); PSNR {main['psnr']:.2f} dB"
         )
     if windows is not None:
-        for name, policy in policies.items():
+        for name, policy in distinct.items():
             found[name]["actions"] = _act(name, policy, *windows, options, folder, metrics)
+        for name, other in equal.items():
+            found[name]["actions"] = found[other]["actions"]
     if seeds := rollout_seeds(options):
-        _roll_out_all(policies, found, seeds, options, folder, metrics, language)
+        _roll_out_all(distinct, equal, found, seeds, options, folder, metrics, language)
     write_json(folder / "metrics.json", found)
+    return found
+
+
+def _equal(policies: Mapping[str, Policy]) -> dict[str, str]:
+    """Returns the policies that equal an earlier one, such as a graft that kept Stage 1's state."""
+    seen, found = {}, {}
+    for name, policy in policies.items():
+        arrays = surgery.flatten(policy)
+        for other, (config, theirs) in seen.items():
+            if config == policy.config and all(
+                np.array_equal(x, theirs[path]) for path, x in arrays.items()
+            ):
+                found[name] = other
+                break
+        else:
+            seen[name] = policy.config, arrays
     return found
 
 
@@ -142,8 +165,11 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
     return found
 
 
-def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, language) -> None:
+def _roll_out_all(
+    policies, equal, results: dict, seeds, options, folder, metrics, language
+) -> None:
     """Adds the scores of every policy and the paired differences to `results`."""
+    filmed = {name: equal.get(name, name) for name in ("teacher", "graft") if name in results}
     actors = {}  # of the policies that are filmed
     with RolloutPool(
         options.workers or None, simulator=options.simulator, files=options.simulator_files
@@ -159,7 +185,7 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, lang
                 max_steps=options.max_steps,
                 language=language,
             )
-            if name in ("teacher", "graft"):
+            if name in filmed.values():
                 actor = actors[name] = Recalled(actor)
             found = read_json(folder / f"{name}.json")
             if found is None:
@@ -171,11 +197,13 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, lang
                 f"(95% CI {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}), "
                 f"success {found['success_rate']:.0%}, in {found['seconds']:.0f} s"
             )
-        if options.videos and len(actors) == 2:
-            scores = [results[name]["scores"] for name in actors]
+        for name, other in equal.items():
+            results[name] |= results[other]
+        if options.videos and len(filmed) == 2:
+            scores = [results[name]["scores"] for name in filmed]
             recall.film(
                 pool,
-                actors,
+                {name: actors[other] for name, other in filmed.items()},
                 seeds,
                 recall.most_different(*scores, options.videos),
                 slots=options.slots,
@@ -186,7 +214,7 @@ def _roll_out_all(policies, results: dict, seeds, options, folder, metrics, lang
         ("graft", "", "the graft"),
         ("graft_shortened", "_shortened", "the graft after Stage 3"),
     ):
-        if name in policies:
+        if name in results:
             _compare(results, name, suffix, words, metrics)
 
 
@@ -213,8 +241,7 @@ def _rollout(
 ) -> dict:
     """Returns the scores of one policy; stored, so that a resumed run reuses them."""
     file = ScoreFile(folder / f"{name}.jsonl")
-    episodes = [(seed, number) for number, seed in enumerate(seeds)]
-
+    episodes = [(seed, noise_number(seed)) for seed in seeds]
     done = file.count(episodes)
     with metrics.progress(len(seeds), unit="episodes", desc=name, initial=done) as bar:
 

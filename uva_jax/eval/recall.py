@@ -15,6 +15,7 @@ import numpy as np
 from uva_jax.eval import video
 from uva_jax.eval.acting import LocalPolicy
 from uva_jax.eval.rollout import EMPTY, RolloutPool
+from uva_jax.eval.scores import noise_number
 
 _STILLS = 4  # frames of an episode that are printed
 
@@ -75,7 +76,7 @@ def film(
       pool: of the simulator.
       actors: by name, in the order in which they are shown.
       seeds: of all rollouts.
-      chosen: indices of the episodes in `seeds`, which are also the numbers of their noise.
+      chosen: indices of the episodes in `seeds`.
       slots: of the rollouts, so that a policy that has to be called gives the same actions.
       folder: of the videos.
     """
@@ -86,7 +87,7 @@ def film(
         pool.run(
             actor,
             list(paths),
-            numbers=chosen,
+            numbers=[noise_number(seed) for seed in paths],
             spec=actor.spec,
             slots=min(slots, len(seeds)),
             record_seeds=list(paths),

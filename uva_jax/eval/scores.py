@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,14 @@ from uva_jax.data.replay_buffer import Progress
 from uva_jax.envs.episode import Outcome, RolloutSpec
 from uva_jax.eval.rollout import SLOTS, Predict, RolloutPool, Times
 from uva_jax.runtime.metrics import open_for_lines, read_lines, write_line
+
+_FIRST_SEED = 100_000  # of upstream's test seeds, which have the numbers from 0 on
+_DRAWS_APART = 10_000_019
+
+
+def noise_number(seed: int, draw: int = 0) -> int:
+    """Returns the number of an episode's noise, which depends on the seed and the draw alone."""
+    return (seed - _FIRST_SEED + draw * _DRAWS_APART) % 2**31
 
 
 class Score(NamedTuple):
@@ -49,8 +57,6 @@ class ScoreFile:
         *,
         spec: RolloutSpec,
         slots: int = SLOTS,
-        record_seeds: Sequence[int] = (),
-        ended: Callable[[Outcome], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Runs the episodes that are not stored yet.
@@ -59,7 +65,6 @@ class ScoreFile:
           pool: of the simulator.
           predict: the policy; see `RolloutPool.run`, as for the further arguments.
           episodes: (seed, number of the noise) of each.
-          ended: called with every finished episode before it is stored.
           progress: called in every turn with (episodes done, all episodes).
         """
         episodes = list(episodes)
@@ -70,8 +75,6 @@ class ScoreFile:
         with open_for_lines(self.path) as file:
 
             def store(outcome: Outcome, times: Times) -> None:
-                if ended is not None:
-                    ended(outcome)
                 seed, number, score, success, steps, _ = outcome
                 self.times = Times(*(round(t, 3) for t in before.plus(times)))
                 line = {"seed": seed, "number": number, "score": score, "success": success}
@@ -85,7 +88,6 @@ class ScoreFile:
                 spec=spec,
                 # Not fewer in a resumed run: XLA's last bits may depend on the size of the batch.
                 slots=min(slots, len(episodes)),
-                record_seeds=record_seeds,
                 ended=store,
                 progress=progress and (lambda done, _: progress(known + done, len(episodes))),
             )

@@ -13,7 +13,6 @@ computes the function of the teacher's block (`head.start="preserve"`).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
 import jax
@@ -24,6 +23,7 @@ from flax import nnx
 from uva_jax.models.layers import Modulated, attend, gelu, layer_norm, linear, modulate
 from uva_jax.models.policy_config import GraftedHeadConfig
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.plugins import named_class
 
 _ZERO = nnx.initializers.zeros
 # Weak, so that positions dominate at first.
@@ -353,15 +353,8 @@ def learns_in_stage1(operator: nnx.Module) -> bool:
 
 
 def _imported(family: str, name: str) -> type[nnx.Module]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"the {family} operator {name!r} cannot be imported ({error}): put its package on "
-            "PYTHONPATH"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, nnx.Module)):
+    found = named_class(f"{family} operator", name)
+    if found is None or not issubclass(found, nnx.Module):
         raise UserError(
             f"the {family} operator {name!r} is not a class of flax.nnx.Module: name such a class"
         )

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from uva_jax.runtime import memory
@@ -242,7 +243,7 @@ class _Engine:
                     **identity.record(),
                     "metrics": metrics,
                     "seconds": round(seconds, 3),
-                    "peak_memory": memory.peak(),
+                    "peak_memory": memory.peak(jax.local_devices()),
                     "resumed": resumes,
                     "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     "versions": _versions(),
