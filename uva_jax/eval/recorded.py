@@ -25,6 +25,12 @@ def held_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses windows of held-out episodes, in a seeded order.
 
+    Args:
+      reader: of the recording.
+      count: number of windows.
+      seed: of the order.
+      way_out: what the user may do if no episode is held out.
+
     Returns:
       arrays (count,), or fewer if there are not so many, of episodes and of current steps in them.
 
@@ -47,7 +53,17 @@ def held_out(
 def read_windows(
     reader: source.WindowReader, episode: np.ndarray, step: np.ndarray
 ) -> list[Window]:
-    """Reads windows with their future, as strips up to the window that ends with the future."""
+    """Reads windows with their future, as strips up to the window that ends with the future.
+
+    Args:
+      reader: of the recording.
+      episode: (n,) of each window.
+      step: (n,) its current step in the episode.
+
+    Returns:
+      n mappings: images (n_frames, h, w, 3) and "future_<image>" of the same shape, and the other
+      arrays as `WindowReader.read` returns them.
+    """
     n_frames = reader.spec.n_frames
     current = step[:, None] + reader.stride * np.arange(n_frames + 1)
     strips = Strips(episode, current, np.zeros(len(episode), bool))

@@ -24,12 +24,20 @@ _PATIENCE = 600.0  # seconds in which a server has to answer; its first call may
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """Packs a message of arrays, numbers and text as openpi does."""
+    """Packs a message of arrays, numbers and text as openpi does.
+
+    Raises:
+      TypeError: it holds something else.
+    """
     return _msgpack().packb(message, default=_encoded)
 
 
 def unpack(data: bytes) -> Any:
-    """Reads what `pack` wrote."""
+    """Reads what `pack` wrote.
+
+    Raises:
+      TypeError, ValueError: the data are something else.
+    """
     return _msgpack().unpackb(data, object_hook=_decoded)
 
 

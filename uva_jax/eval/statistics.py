@@ -19,6 +19,7 @@ from scipy.stats import binomtest, norm
 LEVEL = 0.05  # probability that an interval misses the mean
 PLANNED = 400  # seeds for which a sequence is tuned, unless its caller knows better
 
+_THRESHOLD = float(np.log(2 / LEVEL))  # of the log wealth that refutes a mean
 _LARGEST_BET = 0.9  # share of the capital that one seed may cost
 _PRIOR_VARIANCE = 0.2  # of one difference before the first seed; affects the width, not validity
 _FURTHEST = 100_000  # seeds up to which the end of an undecided comparison is estimated
@@ -58,6 +59,14 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
     """Returns the mean of a - b, over the same seeds in the same order, and its interval.
 
     The interval is a bootstrap interval for one look at a number of seeds chosen beforehand.
+
+    Args:
+      a: (n,) scores of one policy.
+      b: (n,) scores of another.
+      seed: of the resampling.
+
+    Raises:
+      ValueError: there are no scores, or not as many of both.
     """
     return mean_interval(_paired(a, b), seed)
 
@@ -82,6 +91,9 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     Args:
       a: (n,) booleans, the successes of one policy by seed.
       b: those of another on the same seeds.
+
+    Raises:
+      ValueError: there are not as many of both.
     """
     difference = _paired(np.asarray(a, bool), np.asarray(b, bool))
     discordant = int(np.count_nonzero(difference))
@@ -118,26 +130,25 @@ class PairedSequence:
     """A confidence sequence on the mean of paired differences, that is, of a policy's gain.
 
     Give it the differences in the order of the seeds, not in the order in which episodes end:
-    short episodes are the good ones, so that the first to end are no random choice.
+    short episodes are the good ones, so that the first to end are no random choice. The probability
+    that any of its intervals, over all numbers of seeds together, misses the mean is at most LEVEL.
     """
 
-    def __init__(self, margin: float, level: float = LEVEL, planned: int = PLANNED):
+    def __init__(self, margin: float, planned: int = PLANNED):
         """Starts without seeds.
 
         Args:
           margin: loss of score that is still accepted, at least 0.
-          level: probability, over all numbers of seeds together, that an interval misses the mean.
           planned: number of seeds at which the interval is to be narrowest; it holds at all.
 
         Raises:
           ValueError: an argument is out of range.
         """
-        if not 0 <= margin < 1 or not 0 < level < 1 or planned < 1:
+        if not 0 <= margin < 1 or planned < 1:
             raise ValueError(
-                f"a margin of {margin}, a level of {level} and {planned} planned seeds are not in "
-                "0..1, 0..1 and 1 or more"
+                f"a margin of {margin} and {planned} planned seeds are not in 0..1 and 1 or more"
             )
-        self.margin, self.level, self.planned = margin, level, planned
+        self.margin, self.planned = margin, planned
         self._differences = np.zeros(0)
 
     @property
@@ -172,7 +183,7 @@ class PairedSequence:
         better: the gain is above 0. not worse: it is above -margin, though perhaps below 0. worse:
         it is below -margin. undecided: the interval contains -margin, and seeds are missing.
         A wrong "better", a wrong "not worse" and a wrong "worse" have at most a probability of
-        level / 2 each, however often one looks.
+        LEVEL / 2 each, however often one looks.
         """
         _, low, high = self.interval()
         if low > 0:
@@ -193,22 +204,22 @@ class PairedSequence:
         if not n:
             return None
         future = np.resize(self._differences, _FURTHEST)
-        later = PairedSequence(self.margin, self.level, max(self.planned, PLANNED))
+        later = PairedSequence(self.margin, max(self.planned, PLANNED))
         reached = np.maximum(
             later._wealth(future, -self.margin), later._wealth(-future, self.margin)
         )
-        crossed = np.flatnonzero(reached >= np.log(2 / self.level))
+        crossed = np.flatnonzero(reached >= _THRESHOLD)
         return max(int(crossed[0]) + 1 - n, 1) if crossed.size else None
 
     def _wealth(self, differences, mean):
-        return log_wealth(differences, mean, self.level, self.planned)
+        return log_wealth(differences, mean, LEVEL, self.planned)
 
     def _bound(self, differences: np.ndarray) -> float:
         """Returns the largest mean below which, at some time, every mean was refuted."""
         low, high = -1.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            if self._wealth(differences, middle).max() >= np.log(2 / self.level):
+            if self._wealth(differences, middle).max() >= _THRESHOLD:
                 low = middle
             else:
                 high = middle
@@ -251,7 +262,6 @@ def verdict(
     *,
     policy: str = "the graft",
     reference: str = "its teacher",
-    level: float = LEVEL,
     planned: int = PLANNED,
 ) -> Verdict:
     """Compares a policy with another by their paired differences; see `PairedSequence.kind`.
@@ -261,10 +271,12 @@ def verdict(
       margin: loss of score that is still accepted.
       policy: its name in the sentence.
       reference: the other's.
-      level: see `PairedSequence`.
-      planned: the same; the number of seeds, if it was chosen beforehand.
+      planned: see `PairedSequence`; the number of seeds, if it was chosen beforehand.
+
+    Raises:
+      ValueError: the margin, a difference or `planned` is out of range.
     """
-    sequence = PairedSequence(margin, level, planned)
+    sequence = PairedSequence(margin, planned)
     sequence.update(differences)
     kind, difference, needed = sequence.kind(), sequence.interval(), sequence.seeds_needed()
     return Verdict(
@@ -299,7 +311,7 @@ def _sentence(sequence, kind, difference, needed, policy, reference) -> str:
         said = f"{seeds} {tell} whether {policy} is worse than {reference}{by_more}"
     numbers = [f"{round(value, 3) + 0.0:+.3f}" for value in difference]
     said += (
-        f" (difference {numbers[0]}, {100 * (1 - sequence.level):g}% interval {numbers[1]} to "
+        f" (difference {numbers[0]}, {100 * (1 - LEVEL):g}% interval {numbers[1]} to "
         f"{numbers[2]}{f', {seeds}' if kind != 'undecided' else ''})"
     )
     if kind == "undecided":

@@ -89,7 +89,7 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
     groups = (
         ("Video loss", _with("video_loss", names), {}),
         ("Action loss", _with("act_loss", names), {}),
-        ("Readout head, mean squared error", [k for k in ("policy/readout",) if k in names], {}),
+        ("Readout head, mean squared error", ["policy/readout"], {}),
         (
             "Score in rollouts",
             [k for k in names if k.startswith("policy/score")],
@@ -98,15 +98,15 @@ def write_training_report(workdir: Path, config, task: str) -> Path:
     )
     scored = [line for line in lines if "policy/score" in line]
     shown = leaves(config)
-    curves = [{"title": "VAE", "series": vae}] if vae else []
     data = ReportData(
         title=f"Training of {task}: {workdir.name}",
         config={k: shown[k] for k in _SHOWN},
-        curves=curves
-        + [
-            {"title": title, "series": curve_series(workdir, "pretrain", keys), **more}
-            for title, keys, more in groups
-            if keys
+        curves=[
+            {"title": "VAE", "series": vae},
+            *(
+                {"title": title, "series": curve_series(workdir, "pretrain", keys), **more}
+                for title, keys, more in groups
+            ),
         ],
         scores=[
             {

@@ -170,11 +170,15 @@ class I3D(nnx.Module):
         return self.endpoints(videos)["logits"]
 
 
+def abstract() -> I3D:
+    """Returns the network with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: I3D(rngs=nnx.Rngs(0)))
+
+
 def make(arrays: Mapping[str, np.ndarray]) -> I3D:
     """Returns the network with the given arrays, by path as `surgery.flatten` names them.
 
     Raises:
       UserError: they do not fit.
     """
-    network = nnx.eval_shape(lambda: I3D(rngs=nnx.Rngs(0)))
-    return surgery.replace(network, {path: jnp.asarray(x) for path, x in arrays.items()})
+    return surgery.replace(abstract(), {path: jnp.asarray(x) for path, x in arrays.items()})
