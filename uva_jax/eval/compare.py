@@ -82,27 +82,14 @@ class Comparison:
         episodes = [key for seed in seeds for key in self._episodes(seed)]
         for entrant in self.entrants:
             scores = self.scores[entrant.label]
-            done = scores.count(episodes)
-            if done == len(episodes):
-                continue
-            progress = self._metrics.progress(
-                len(episodes), unit="episodes", desc=entrant.label, initial=done
-            )
-            with progress as bar:
-
-                def show(now: int, total: int, bar=bar) -> None:
-                    nonlocal done
-                    del total
-                    bar.update(now - done)
-                    done = now
-
-                scores.roll_out(
+            if scores.count(episodes) < len(episodes):
+                scores.roll_out_shown(
+                    self._metrics,
+                    entrant.label,
                     self._pool,
                     entrant.act,
                     episodes,
-                    spec=entrant.act.spec,
                     slots=self._slots,
-                    progress=show,
                 )
 
     def figures(self, seeds: Sequence[int]) -> list[dict]:

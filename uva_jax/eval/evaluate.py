@@ -242,23 +242,7 @@ def _rollout(
     """Returns the scores of one policy; stored, so that a resumed run reuses them."""
     file = ScoreFile(folder / f"{name}.jsonl")
     episodes = [(seed, noise_number(seed)) for seed in seeds]
-    done = file.count(episodes)
-    with metrics.progress(len(seeds), unit="episodes", desc=name, initial=done) as bar:
-
-        def progress(now: int, total: int) -> None:
-            nonlocal done
-            del total
-            bar.update(now - done)
-            done = now
-
-        file.roll_out(
-            pool,
-            actor,
-            episodes,
-            spec=actor.spec,
-            slots=options.slots,
-            progress=progress,
-        )
+    file.roll_out_shown(metrics, name, pool, actor, episodes, slots=options.slots)
     scores = [file.scores[episode] for episode in episodes]
     values = np.array([s.score for s in scores])
     success = [bool(s.success) for s in scores]

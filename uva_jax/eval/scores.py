@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from uva_jax.data.replay_buffer import Progress
 from uva_jax.envs.episode import Outcome, RolloutSpec
 from uva_jax.eval.rollout import SLOTS, Predict, RolloutPool, Times
-from uva_jax.runtime.metrics import open_for_lines, read_lines, write_line
+from uva_jax.runtime.metrics import MetricsWriter, open_for_lines, read_lines, write_line
 
 _FIRST_SEED = 100_000  # of upstream's test seeds, which have the numbers from 0 on
 _DRAWS_APART = 10_000_019
@@ -91,3 +91,28 @@ class ScoreFile:
                 ended=store,
                 progress=progress and (lambda done, _: progress(known + done, len(episodes))),
             )
+
+    def roll_out_shown(
+        self,
+        metrics: MetricsWriter,
+        name: str,
+        pool: RolloutPool,
+        actor: Predict,
+        episodes: Sequence[tuple[int, int]],
+        *,
+        slots: int,
+    ) -> None:
+        """Does `roll_out` with a line of progress under the policy's name.
+
+        `actor` has the `spec` of what it observes.
+        """
+        done = self.count(episodes)
+        with metrics.progress(len(episodes), unit="episodes", desc=name, initial=done) as bar:
+
+            def show(now: int, total: int) -> None:
+                nonlocal done
+                del total
+                bar.update(now - done)
+                done = now
+
+            self.roll_out(pool, actor, episodes, spec=actor.spec, slots=slots, progress=show)
