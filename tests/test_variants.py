@@ -215,6 +215,7 @@ def test_the_whole_graft_runs_on_a_policy_with_every_input(settings, tmp_path):
         finetune__freeze=(),
         finetune__data_fraction=1.0,
         finetune__steps=2,
+        finetune__keep_best=False,  # Stage 1's state would not be evaluated again
         distill__epochs=1,
         evaluate__windows=4,
     )
