@@ -8,10 +8,13 @@ import pytest
 from conftest import silently
 
 from uva_jax.cli import worth as command
+from uva_jax.graft import record
 from uva_jax.models import policy_folder, surgery
+from uva_jax.pipeline.engine import Context
 from uva_jax.pipeline.stages import stages
-from uva_jax.pipeline.worth import RECIPES, Cell, cell_config
+from uva_jax.pipeline.worth import RECIPES, Cell, cell_config, cell_stages
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.settings import check, leaves
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -52,6 +55,19 @@ def test_the_teachers_own_head_is_tuned_by_the_same_stages_without_a_graft(confi
         wrong = config.copy_and_resolve_references()
         wrong.shorten.evaluations, wrong.head.replace = 1, False
         check(wrong)
+
+
+def test_processes_capture_tokens_together(finished, config, tmp_path, monkeypatch):
+    cell, given, calls = Cell("graft", "configured", 0.5), {}, []
+    tuned = check(cell_config(config, cell))
+    (stage,) = (s for s in cell_stages(check(config), tuned, cell) if s.name == "tokens")
+    monkeypatch.setattr(record, "capture_activations", lambda *args, **how: given.update(how))
+    with MetricsWriter(tmp_path, "tokens") as metrics:
+        inputs = {"convert": finished.workdir / "teacher"}
+        stage.run(Context(tuned, tmp_path, tmp_path, metrics, inputs, False, calls.append))
+    given["barrier"]("written")
+    assert not given["is_primary"] and calls == ["written"]
+    assert given["episodes"].sum() == 1
 
 
 def test_the_table_ranks_all_rolls_out_the_best_and_resumes(finished, config, tmp_path):

@@ -67,17 +67,31 @@ def _teacher_hash(context: Context) -> str:
     return external_hash(teacher_checkpoint(context.config), context.workdir)
 
 
-def run_capture(context: Context) -> dict:
-    """Captures the teacher's activations into activations/train and activations/held_out."""
+def run_capture(
+    context: Context,
+    *,
+    blocks: bool = True,
+    episodes: Callable[[source.WindowReader], np.ndarray] | None = None,
+) -> dict:
+    """Captures the teacher's activations into train/ and held_out/ of the stage's folder.
+
+    Args:
+      context: of the stage.
+      blocks: False: only what comes before the head's blocks, whatever `config.capture` says.
+      episodes: from the reader to the mask (e,) of the training episodes; by default all that are
+        not held out.
+    """
     config, teacher = context.config, _teacher(context)
+    reader, options = open_data(context, teacher), section(config.capture, CaptureOptions)
     return record.capture_activations(
         teacher,
-        open_data(context, teacher),
-        section(config.capture, CaptureOptions),
+        reader,
+        dataclasses.replace(options, blocks=options.blocks and blocks),
         context.folder,
         context.metrics,
         seed=config.seed,
         origin=_teacher_hash(context),
+        episodes=None if episodes is None else episodes(reader),
         is_primary=context.is_primary,
         barrier=context.barrier,
     )

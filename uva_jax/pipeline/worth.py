@@ -13,18 +13,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from uva_jax.eval import actions, evaluate
-from uva_jax.graft import finetune, record
-from uva_jax.graft.capture import CaptureOptions
+from uva_jax.graft import finetune
 from uva_jax.graft.energy import energy_scores
 from uva_jax.pipeline import stages
 from uva_jax.pipeline.engine import Context, Stage
-from uva_jax.pipeline.inputs import graft_data, load_policy, open_data, teacher_checkpoint
+from uva_jax.pipeline.inputs import graft_data, load_policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage.atomic import read_json, write_json
-from uva_jax.storage.identity import external_hash
 
 FOLDER = "worth"  # in the workdir
 HEADS = {
@@ -144,19 +142,13 @@ def shared_stages(config) -> list[Stage]:
 
 def _run_tokens(context: Context) -> dict:
     config = context.config
-    teacher = load_policy(context.inputs["convert"] / "policy", config)
-    reader = open_data(context, teacher)
     options = section(config.finetune, FinetuneOptions)
-    mask = finetune.chosen_episodes(reader.buffer, reader.options, options, config.seed)
-    return record.capture_activations(
-        teacher,
-        reader,
-        dataclasses.replace(section(config.capture, CaptureOptions), blocks=False),
-        context.folder,
-        context.metrics,
-        seed=config.seed,
-        origin=external_hash(teacher_checkpoint(config), context.workdir),
-        episodes=mask,
+    return stages.run_capture(
+        context,
+        blocks=False,
+        episodes=lambda reader: finetune.chosen_episodes(
+            reader.buffer, reader.options, options, config.seed
+        ),
     )
 
 
