@@ -18,6 +18,7 @@ from uva_jax.data.windows import Strips
 from uva_jax.models import diffusion
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
+from uva_jax.runtime.batches import in_batches
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # distances in normalised units, whose range is 2
 
@@ -125,13 +126,10 @@ def sample_actions(
         samples = jax.vmap(sample)(rearrange(noise, "b d k n a -> d k b n a"))
         return policy.normalize("action", obs["action"]), samples
 
-    samples, truth = [], []
-    for start in range(0, len(strips), batch):
-        rows = np.arange(start, start + batch)
-        # Repeated windows fill the last batch and are dropped afterwards.
-        obs = source.single_windows(reader.read(strips, np.minimum(rows, len(strips) - 1)))
-        found = run(variables, obs, rows)
-        kept = min(batch, len(strips) - start)
-        truth.append(np.asarray(found[0])[:kept])
-        samples.append(np.asarray(found[1])[:, :kept])
-    return np.concatenate(samples, axis=1), np.concatenate(truth)
+    def sample_rows(rows):
+        obs = source.single_windows(reader.read(strips, rows))
+        truth, samples = run(variables, obs, rows)
+        return np.moveaxis(np.asarray(samples), 1, 0), truth  # windows first
+
+    samples, truth = in_batches(sample_rows, len(strips), batch)
+    return np.ascontiguousarray(np.moveaxis(samples, 0, 1)), truth

@@ -19,6 +19,7 @@ from uva_jax.graft.assemble import family_of
 from uva_jax.models import surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.runtime import parallel
+from uva_jax.runtime.batches import in_batches
 from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.train.fit import Arrays, Fit, fit, make_fit
 
@@ -56,12 +57,8 @@ def memory_features(head: GraftedHead, z: np.ndarray, *, batch: int = 256) -> tu
         found = nnx.merge(graph, state).features(z.astype(jnp.float32))
         return tuple(x.astype(jnp.bfloat16) for x in found)
 
-    pieces = []
-    for start in range(0, len(z), batch):
-        part = np.asarray(z[start : start + batch])
-        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        pieces.append([np.asarray(x)[: len(part)] for x in features(state, padded)])
-    return tuple(jnp.asarray(np.concatenate(column)) for column in zip(*pieces, strict=True))
+    found = in_batches(lambda rows: features(state, z[rows]), len(z), batch)
+    return tuple(map(jnp.asarray, found))
 
 
 def learnt_by_cross_attention(path: str) -> bool:
@@ -195,15 +192,11 @@ def predict_condition(
         return head.stream(memory)[-1].astype(jnp.bfloat16)
 
     count = len(features[0])
-    starts = range(0, count, batch)
-    pieces = []
-    for start in starts:  # the last batch overlaps the one before, so that all have one shape
-        start = max(0, min(start, count - batch))
-        pieces.append((start, predict(state, *(x[start : start + batch] for x in features))))
-    result = np.zeros((count, *pieces[0][1].shape[1:]), pieces[0][1].dtype)
-    for start, piece in pieces:
-        result[start : start + len(piece)] = np.asarray(piece)
-    return jnp.asarray(result)
+    return jnp.asarray(
+        in_batches(
+            lambda rows: predict(state, *(x[rows] for x in features)), count, min(batch, count)
+        )
+    )
 
 
 def check_budget(options: DistillOptions, samples: int) -> str:

@@ -18,6 +18,7 @@ from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.lora import PREFIX
 from uva_jax.models.policy import Policy
+from uva_jax.runtime.batches import in_batches
 from uva_jax.runtime.sections_graft import FinetuneOptions
 from uva_jax.train.trainable import Phase
 
@@ -91,10 +92,6 @@ def known(
     def run(state, z):
         return of_tokens(*nnx.merge(graph, state), z)
 
-    count, pieces = len(tokens["z"]), []
-    for start in range(0, count, _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
-        found = run(state, jnp.asarray(tokens["z"][rows]))
-        pieces.append({k: np.asarray(x)[: count - start] for k, x in found.items()})
-    joined = {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
-    return joined | {k: v for k, v in tokens.items() if k != "z"}
+    z = tokens["z"]
+    found = in_batches(lambda rows: run(state, jnp.asarray(z[rows])), len(z), _BATCH)
+    return found | {k: v for k, v in tokens.items() if k != "z"}

@@ -26,6 +26,7 @@ from uva_jax.models import diffusion, surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
+from uva_jax.runtime.batches import in_batches
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.train.fit import Arrays, fit
@@ -134,12 +135,11 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
     rows = (head.config.n_actions, head.config.channels)
 
     def draw(z: np.ndarray, samples: int, key: jax.Array) -> dict[str, np.ndarray]:
-        count, pieces = len(z), []
-        for start in range(0, count, _BATCH):
-            windows = np.minimum(np.arange(start, start + _BATCH), count - 1)  # a full last batch
-            found = run(state, jnp.asarray(z[windows]), jnp.asarray(windows), key, samples)
-            pieces.append({k: np.asarray(x)[: count - start] for k, x in found.items()})
-        return {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
+        return in_batches(
+            lambda rows: run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key, samples),
+            len(z),
+            _BATCH,
+        )
 
     return draw
 

@@ -25,6 +25,7 @@ from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.vae import VAE
 from uva_jax.runtime import parallel
+from uva_jax.runtime.batches import in_batches
 from uva_jax.storage.sample_store import SampleStore
 from uva_jax.storage.site import Site
 
@@ -148,13 +149,11 @@ def encoder(policy: Policy, mesh):
         return {"mean": mean, "logvar": logvar}
 
     def run(frames: np.ndarray) -> Mapping[str, np.ndarray]:
-        step = 32 * mesh.size
-        padded = np.resize(frames, (-(-len(frames) // step) * step, *frames.shape[1:]))
-        parts = [
-            jax.tree.map(np.asarray, encode(state, jax.device_put(padded[i : i + step], rows)))
-            for i in range(0, len(padded), step)
-        ]
-        return {k: np.concatenate([p[k] for p in parts])[: len(frames)] for k in parts[0]}
+        return in_batches(
+            lambda some: encode(state, jax.device_put(frames[some], rows)),
+            len(frames),
+            32 * mesh.size,
+        )
 
     return run
 
