@@ -27,7 +27,7 @@ from uva_jax.data import source
 from uva_jax.data.augment import CropAndBlur
 from uva_jax.data.check import check_split
 from uva_jax.data.readers import open_reader
-from uva_jax.data.windows import WindowSpec, plan_strips
+from uva_jax.data.windows import WindowSpec
 from uva_jax.eval.actions import action_figures, sample_actions
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline import inputs
@@ -117,14 +117,7 @@ class Bench:
         self.moments = latents.Latents.open(self.cache, int(config.pretrain.memory_gb * 2**30))
         self.train, self.held_out = source.split(self.buffer, self.data)
         self.reader = open_reader(dataclasses.replace(self.data, mirror=""), self.policy)
-        self.strips = plan_strips(
-            self.buffer.episode_ends,
-            self.held_out,
-            strip=1,
-            stride=self.reader.stride,
-            options=self.reader.options,
-            seed=0,
-        ).first(_JUDGED)
+        self.strips = self.reader.strips(self.held_out, strip=1, seed=0).first(_JUDGED)
 
     def encoding_seconds(self) -> float:
         """Returns the seconds of encoding one frame."""

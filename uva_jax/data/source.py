@@ -17,7 +17,7 @@ from uva_jax.data.episodes import validation_mask
 from uva_jax.data.language import task_latents
 from uva_jax.data.pusht_demos import render_demos
 from uva_jax.data.replay_buffer import ReplayBuffer
-from uva_jax.data.windows import Strips, WindowSpec, buffer_rows
+from uva_jax.data.windows import Strips, WindowSpec, buffer_rows, plan_strips
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
@@ -142,6 +142,34 @@ class WindowReader:
                 buffer.tasks, policy=policy, path=options.language, vocabulary=options.vocabulary
             )
             self.text = latents[buffer.episode_task]
+
+    def strips(
+        self, mask: np.ndarray, *, strip: int, seed: int, count: int | None = None
+    ) -> Strips:
+        """Plans strips of the episodes of `mask` (e,); arguments and errors of `plan_strips`."""
+        return plan_strips(
+            self.buffer.episode_ends,
+            mask,
+            strip=strip,
+            stride=self.stride,
+            options=self.options,
+            seed=seed,
+            count=count,
+        )
+
+    def held_out(self, *, seed: int, count: int | None = None, way_out: str = "") -> Strips:
+        """Plans windows of the held-out episodes, each as a strip of its own.
+
+        Args:
+          seed, count: see `plan_strips`.
+          way_out: a further remedy, appended to the error.
+
+        Raises:
+          UserError: no episode is held out.
+        """
+        check.check_split(self.buffer, self.options, way_out)
+        _, mask = split(self.buffer, self.options)
+        return self.strips(mask, strip=1, seed=seed, count=count)
 
     def read(self, strips: Strips, rows: np.ndarray) -> Mapping[str, np.ndarray]:
         """Reads strips.

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from uva_jax.data import check, source
-from uva_jax.data.windows import Strips, WindowSpec, plan_strips
+from uva_jax.data import source
+from uva_jax.data.windows import Strips, WindowSpec
 from uva_jax.models.policy_config import PolicyConfig
 
 Window = Mapping[str, np.ndarray]
@@ -37,16 +37,7 @@ def held_out(
     Raises:
       UserError: no episode is held out; the message ends with `way_out`.
     """
-    check.check_split(reader.buffer, reader.options, way_out)
-    _, episodes = source.split(reader.buffer, reader.options)
-    strips = plan_strips(
-        reader.buffer.episode_ends,
-        episodes,
-        strip=1,
-        stride=reader.stride,
-        options=reader.options,
-        seed=seed,
-    ).first(count)
+    strips = reader.held_out(seed=seed, way_out=way_out).first(count)
     return strips.episode, strips.current[:, 0]
 
 

@@ -15,9 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from uva_jax.data import source
-from uva_jax.data.check import check_split
-from uva_jax.data.windows import Strips, plan_strips
 from uva_jax.graft.energy import energy_scores
 from uva_jax.models import diffusion
 from uva_jax.models.layers import sub_key
@@ -36,26 +33,6 @@ def cached_windows(folder: Path, count: int) -> dict[str, np.ndarray]:
     found = SampleStore.open(folder).load(["z", "actions"])
     rows = np.linspace(0, len(found["z"]) - 1, count).round().astype(int)
     return {k: v[rows] for k, v in found.items()}
-
-
-def strips(reader: source.WindowReader, count: int, seed: int) -> Strips:
-    """Returns windows of the held-out episodes, each as a strip of its own.
-
-    Raises:
-      UserError: no episode is held out.
-    """
-    way_out = "; or set config.finetune.keep_best=False"
-    check_split(reader.buffer, reader.options, way_out)
-    _, mask = source.split(reader.buffer, reader.options)
-    return plan_strips(
-        reader.buffer.episode_ends,
-        mask,
-        strip=1,
-        stride=reader.stride,
-        options=reader.options,
-        seed=seed,
-        count=count,
-    )
 
 
 def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:

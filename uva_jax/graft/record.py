@@ -16,7 +16,7 @@ from flax import nnx
 
 from uva_jax.data import source
 from uva_jax.data.check import check_split
-from uva_jax.data.windows import Strips, plan_strips
+from uva_jax.data.windows import Strips
 from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
@@ -63,15 +63,8 @@ def capture_activations(
         ("train", train, options.num_samples),
         ("held_out", held_out, options.held_out),
     ):
-        strips = plan_strips(
-            reader.buffer.episode_ends,
-            mask,
-            strip=options.strip,
-            stride=reader.stride,
-            options=reader.options,
-            seed=seed,
-            count=-(-samples // options.strip),
-        )
+        count = -(-samples // options.strip)
+        strips = reader.strips(mask, strip=options.strip, seed=seed, count=count)
         cache = capture_cache(
             Site(folder / name, metrics, is_primary, barrier),
             teacher,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uva_jax.data import source
-from uva_jax.data.windows import Strips, plan_strips
+from uva_jax.data.windows import Strips
 from uva_jax.graft import finetune, fixed, held_out, record
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models.policy import Policy
@@ -110,7 +110,9 @@ def fine_tune(
         if trainer.tokens and inputs.cache is not None:
             windows = held_out.cached_windows(inputs.cache / "held_out", count)
         else:
-            strips = held_out.strips(inputs.reader(), count, seed)
+            strips = inputs.reader().held_out(
+                seed=seed, count=count, way_out="; or set config.finetune.keep_best=False"
+            )
             windows = (
                 tokens("tokens_held_out", strips, seed + 3)
                 if trainer.tokens
@@ -136,14 +138,7 @@ def fine_tune(
 def _windows(reader, options, metrics, strip: int, seed: int) -> Strips:
     """Returns all windows of the episodes that `data_fraction` selects, in strips."""
     mask = finetune.chosen_episodes(reader.buffer, reader.options, options, seed)
-    strips = plan_strips(
-        reader.buffer.episode_ends,
-        mask,
-        strip=strip,
-        stride=reader.stride,
-        options=reader.options,
-        seed=seed,
-    )
+    strips = reader.strips(mask, strip=strip, seed=seed)
     metrics.say(
         f"{int(mask.sum())} of {reader.buffer.n_episodes} episodes, {strips.current.size} windows"
     )

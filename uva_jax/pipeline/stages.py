@@ -18,9 +18,7 @@ from flax import nnx
 from convert.from_torch import from_torch
 from convert.to_torch import export_policy
 from uva_jax.data import source
-from uva_jax.data.check import check_split
 from uva_jax.data.language import task_latents
-from uva_jax.data.windows import plan_strips
 from uva_jax.eval import evaluate
 from uva_jax.eval.graft_report import write_graft_report
 from uva_jax.graft import assemble, distill, finetune, record, stage1, stage2, stage3
@@ -238,16 +236,9 @@ def held_out_windows(context: Context, policy: Policy):
         return None
     # Not mirrored, because the actions are compared with the demonstrations.
     reader = open_data(context, policy, mirror="")
-    way_out = "; or set config.evaluate.windows=0 and judge without windows"
-    check_split(reader.buffer, reader.options, way_out)
-    _, held_out = source.split(reader.buffer, reader.options)
-    strips = plan_strips(
-        reader.buffer.episode_ends,
-        held_out,
-        strip=1,
-        stride=reader.stride,
-        options=reader.options,
+    strips = reader.held_out(
         seed=context.config.evaluate.noise_seed,
+        way_out="; or set config.evaluate.windows=0 and judge without windows",
     )
     return reader, strips.first(count)
 
