@@ -40,7 +40,7 @@ def small(size, head):
     options = HeadOptions(num_heads=4, self_attn_heads=4)
     grafted = assemble.grafted_config(surgery.abstract_policy(CONFIG), options)
     if head == "shortened graft":
-        grafted = dataclasses.replace(grafted, prediction="x0", sampling_steps="1")
+        grafted = dataclasses.replace(grafted, prediction="x0_from_eps", sampling_steps="1")
     return CONFIG if head == "teacher" else dataclasses.replace(CONFIG, action_head=grafted)
 
 

@@ -117,7 +117,7 @@ def test_the_twin_equals_flax(cross_attention, memory, adapter, operators):
 
 @pytest.mark.parametrize("evaluations", ["1", "3"])
 def test_the_twin_of_a_shortened_head_equals_flax(evaluations):
-    head = make_head(prediction="x0", sampling_steps=evaluations)
+    head = make_head(prediction="x0_from_eps", sampling_steps=evaluations)
     twin, random = make_twin(head), np.random.default_rng(0)
     z = random.standard_normal((4, 64, 24), dtype=np.float32)
     noise = random.standard_normal((int(evaluations) + 1, 4, 16, 2), dtype=np.float32)

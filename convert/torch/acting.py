@@ -42,7 +42,7 @@ def sampler(head: nn.Module, steps: str, wrap: Callable = lambda f: f) -> tuple:
             t = torch.full((len(x),), timestep, device=x.device)
             return network(x, t, condition).float()
 
-        if getattr(config, "prediction", "eps") == "x0":
+        if getattr(config, "few_steps", False):
             return few_step_loop(
                 lambda x, t: denoise(x, t)[..., : config.channels], noise, clip=config.clip
             )
@@ -98,7 +98,7 @@ def parts(
     encode, tokens = wrap(policy.vae_model.encode), wrap(lambda x: tokens_of(mar, x))
     find, loop = sampler(mar.diffactloss, steps, wrap)
     field, size = policy.normalizer.params_dict["action"], config.image_size
-    draws = 2 if getattr(head, "prediction", "eps") == "x0" else len(Schedule(1000, steps)) + 1
+    draws = 2 if getattr(head, "few_steps", False) else len(Schedule(1000, steps)) + 1
 
     def noise():
         return torch.randn(draws, batch, head.n_actions, head.channels, device=place)

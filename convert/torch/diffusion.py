@@ -139,28 +139,25 @@ def training_losses(
 
 @torch.no_grad()
 def few_step_loop(
-    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    denoise: Callable[[torch.Tensor, int], torch.Tensor],
     noise: torch.Tensor,
     *,
     temperature: float = 1.0,
     clip: bool = True,
 ) -> torch.Tensor:
-    """Samples with a network that predicts x0, in as many evaluations as noise (K + 1, ..., c) has.
+    """Samples x0 (..., c) in K evaluations from noise (K + 1, ..., c); the last is not used.
 
-    Index 0 is the start; x0 is diffused again with entry j before evaluation j + 1.
-    `predict(x, timestep)` is given original timesteps.
+    Before each evaluation x0, at first zeros, is diffused again. `denoise(x, timestep)` gives eps
+    at an original timestep; the first is 450 of 1,000, each further one a third of the last.
     """
-    schedule, evaluations = Schedule(1000), len(noise) - 1
-    x = noise[0]
-    for j in range(evaluations):
-        t = int((evaluations - j - 0.5) * 1000 / evaluations)
-        if j:
-            step = torch.full(x.shape[:1], t, device=x.device)
-            x = schedule.diffuse(x, step, temperature * noise[j])
-        x = predict(x, t)
+    schedule, x0 = Schedule(1000), torch.zeros_like(noise[0])
+    for j in range(len(noise) - 1):
+        step = torch.full(x0.shape[:1], 450 // 3**j, device=x0.device)
+        x = schedule.diffuse(x0, step, noise[j] * (temperature if j else 1.0))
+        x0 = schedule.predicted_x0(x, step, denoise(x, 450 // 3**j))
         if clip:
-            x = x.clamp(-1.0, 1.0)
-    return x
+            x0 = x0.clamp(-1.0, 1.0)
+    return x0
 
 
 @torch.no_grad()

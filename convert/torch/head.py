@@ -137,7 +137,7 @@ class GraftedActionHead(nn.Module):
         # As in the original, 1000 steps are respaced for any number of training steps.
         self.sample_schedule = Schedule(1000, config.sampling_steps)
         # Exports of earlier versions do not say what the network predicts: it is eps.
-        self.few_steps = getattr(config, "prediction", "eps") == "x0"
+        self.few_steps = getattr(config, "prediction", "eps") == "x0_from_eps"
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> GraftedActionHead:
@@ -199,7 +199,8 @@ class GraftedActionHead(nn.Module):
         x_t = self.train_schedule.diffuse(target, t, noise)
         output = self.denoise(x_t, t, self.condition(z))
         if self.few_steps:
-            return ((output[..., : self.config.channels] - target) ** 2).mean()
+            x0 = self.train_schedule.predicted_x0(x_t, t, output[..., : self.config.channels])
+            return ((x0 - target) ** 2).mean()
         rows = training_losses(self.train_schedule, output, target, x_t, t, noise)
         return rows["loss"].mean()
 
@@ -244,17 +245,13 @@ class GraftedActionHead(nn.Module):
             half = free + cfg * (with_z - free)
             return torch.cat([torch.cat([half, half]), rest], dim=-1)
 
-        def predict(x: torch.Tensor, timestep: int) -> torch.Tensor:
-            t = torch.full((len(x),), timestep, device=x.device)
-            x0 = self.denoise(x, t, condition)[..., : config.channels]
-            if not guided:
-                return x0
-            with_z, free = x0.chunk(2)
-            half = free + cfg * (with_z - free)
-            return torch.cat([half, half])
-
         if self.few_steps:
-            return few_step_loop(predict, noise, temperature=temperature, clip=config.clip)
+            return few_step_loop(
+                lambda x, timestep: denoise(x, timestep)[..., : config.channels],
+                noise,
+                temperature=temperature,
+                clip=config.clip,
+            )
         return sample_loop(
             self.sample_schedule, denoise, noise, temperature=temperature, clip=config.clip
         )

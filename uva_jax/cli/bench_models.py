@@ -39,7 +39,7 @@ def policy_config(size: str, head: str) -> PolicyConfig:
     options = section(settings(size).head, HeadOptions)
     grafted = assemble.grafted_config(surgery.abstract_policy(config), options)
     if head == "shortened graft":
-        grafted = dataclasses.replace(grafted, prediction="x0", sampling_steps="1")
+        grafted = dataclasses.replace(grafted, prediction="x0_from_eps", sampling_steps="1")
     return dataclasses.replace(config, action_head=grafted)
 
 

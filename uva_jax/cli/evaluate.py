@@ -176,7 +176,7 @@ def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stac
         for steps in all_steps:
             for sampler in samplers:
                 own = steps_of(policy.config.action_head, steps) if policy.action_head else steps
-                few = getattr(policy.config.action_head, "prediction", "eps") == "x0"
+                few = getattr(policy.config.action_head, "few_steps", False)
                 ways.setdefault((own, samplers[0] if few else sampler), steps)
         for own, sampler in ways:
             more = [f"{own} steps"] * (len({s for s, _ in ways}) > 1)

@@ -9,10 +9,19 @@ import jax
 import jax.numpy as jnp
 
 
-def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+def distance(a: jax.Array, b: jax.Array, axes: tuple[int, ...] = (-2, -1)) -> jax.Array:
     """Computes the root mean square of a - b over steps and channels: (..., n, c) -> (...)."""
     # The constant keeps the gradient finite where a equals b.
-    return jnp.sqrt(jnp.mean((a - b) ** 2, axis=(-2, -1)) + 1e-10)
+    return jnp.sqrt(jnp.mean((a - b) ** 2, axis=axes) + 1e-10)
+
+
+def mixed_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Computes the mean of `distance` and the mean distance of single steps, (..., n, c) -> (...).
+
+    An energy score with either is proper. The second tells more of the distribution of each step,
+    the first tells how the steps of a sample belong together.
+    """
+    return (distance(a, b) + distance(a, b, axes=(-1,)).mean(axis=-1)) / 2
 
 
 def energy_scores(samples: jax.Array, truth: jax.Array) -> jax.Array:

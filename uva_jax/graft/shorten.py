@@ -1,11 +1,12 @@
 """Stage 3: the grafted head learns to sample in few evaluations.
 
 The head learns the distribution of its own samples: the loss is the energy score of its outputs for
-two noises against one of the samples. The samples come from the policy's own sampler; the map of
-DDIM from noise to actions is easier to learn, but DDIM scores less. The head predicts actions (x0)
-instead of noise (eps), so its final layer starts at zero. Everything before the diffusion stays the
-same, so the condition of a window is computed only once. Further evaluations work as in consistency
-models (arXiv 2303.01469).
+two noises against the samples. The samples come from the policy's own sampler; the map of DDIM from
+noise to actions is easier to learn, but DDIM scores less, and so does a policy whose samples have
+too little spread. The head goes on predicting eps: given noise at the first timestep of
+`diffusion.few_step_loop`, a trained head already implies nearly the mean of its samples, so that it
+has to learn little more than their spread. Everything before the diffusion stays the same, so the
+condition of a window is computed only once. Further evaluations start from diffused samples.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.graft.assemble import assemble
-from uva_jax.graft.energy import distance, energy_scores
+from uva_jax.graft.energy import distance, mixed_distance
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
@@ -60,18 +61,14 @@ def shorten_head(
     """
     head = policy.action_head
     config = dataclasses.replace(
-        head.config, prediction="x0", sampling_steps=str(options.evaluations)
+        head.config, prediction="x0_from_eps", sampling_steps=str(options.evaluations)
     )
     draw = _sampler(head, options, policy.config.temperature)
     data = draw(train["z"], options.samples, jax.random.key(seed + 1))
     arrays = surgery.flatten(head)
     student = nnx.merge(*nnx.split(head))
     student.config = config
-    params = {
-        path: jnp.zeros_like(x) if path.startswith("final_layer/linear/") else x
-        for path, x in arrays.items()
-        if _after_condition(path, config.cross_attention)
-    }
+    params = {k: x for k, x in arrays.items() if _after_condition(k, config.cross_attention)}
     params = fit(
         _loss(student, arrays, options),
         params,
@@ -147,31 +144,40 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
 def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):
     """The energy score of two outputs for each window, as `fit` takes it.
 
-    With more than one evaluation, every other window starts from its sample, diffused to one of the
-    later evaluations' timesteps; both outputs are then equal.
+    With more than one evaluation, every other window starts from two of its samples, diffused to
+    one of the later evaluations' timesteps. An output is not compared with the sample it starts
+    from: it would learn to keep it, and lose the spread that the sample had.
     """
     times = jnp.asarray(diffusion.few_step_times(options.evaluations))
-    schedule = diffusion.make_schedule()
+    schedule, count = diffusion.make_schedule(), options.samples
 
     def loss_fn(params, batch, key):
-        sample_key, noise_key, time_key = jax.random.split(key, 3)
+        noise_key, time_key, sample_key = jax.random.split(key, 3)
         condition = batch["condition"].astype(jnp.float32)
-        count = len(condition)
-        chosen = jax.random.randint(sample_key, (count,), 0, batch["samples"].shape[1])
-        target = batch["samples"][jnp.arange(count), chosen]
-        x = jax.random.normal(noise_key, (2, *target.shape))
-        t = jnp.full(count, times[0])
+        samples = jnp.moveaxis(batch["samples"], 1, 0)  # (samples, b, n, c)
+        b, shape = len(condition), samples.shape[1:]
+        t, start = jnp.full(b, times[0]), jnp.zeros((2, *shape))
+        weights = jnp.ones((2, count, b))
         if options.evaluations > 1:
-            later = jax.random.choice(time_key, times[1:], (count,))
-            again = jnp.arange(count) % 2 == 1
+            later = jax.random.choice(time_key, times[1:], (b,))
+            first = jax.random.randint(sample_key, (b,), 0, count)
+            sources = jnp.stack([first, (first + 1) % count])
+            again = jnp.arange(b) % 2 == 1
             t = jnp.where(again, later, t)
-            x = jnp.where(
-                again[:, None, None], diffusion.q_sample(schedule, target, later, x[0]), x
-            )
+            start = jnp.where(again[:, None, None], samples[sources, jnp.arange(b)], start)
+            own = sources[:, None] == jnp.arange(count)[:, None]
+            weights = jnp.where(again & own, 0.0, 1.0)
+        noise = jax.random.normal(noise_key, (2, *shape))
+        x = diffusion.q_sample(schedule, start, jnp.stack([t, t]), noise)
         head = surgery.replace(student, arrays | params)
         modulations, context = head.modulations(t, condition), head.context(condition)
         outputs = jax.vmap(lambda x: head.step(x, modulations, context))(x)
-        loss = jnp.mean(energy_scores(outputs[..., : head.config.channels], target))
+        eps = outputs[..., : head.config.channels]
+        actions = diffusion.predict_x0(schedule, x, jnp.stack([t, t]), eps)
+        across = jnp.average(
+            mixed_distance(actions[:, None], samples), axis=(0, 1), weights=weights
+        )
+        loss = jnp.mean(across - mixed_distance(*actions) / 2)
         return loss, {"loss": loss}
 
     return loss_fn

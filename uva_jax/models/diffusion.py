@@ -229,48 +229,47 @@ def group_size(steps: int, at_once: int) -> int:
     return max(k for k in range(1, min(steps, at_once) + 1) if steps % k == 0)
 
 
-def few_step_times(evaluations: int, num_steps: int = 1000) -> np.ndarray:
-    """Returns the timesteps of `few_step_loop`: middles of equal parts, from the last one down.
+def few_step_times(evaluations: int) -> np.ndarray:
+    """Returns the timesteps of `few_step_loop`: 450, and each further one a third of the last.
 
-    A head that starts as one that predicts noise learns faster from the middle of the process than
-    from its end, where it hardly looked at the condition.
+    Of 1,000 timesteps, 450 is where a diffusion head that is given only noise finds the mean of its
+    own samples best: at earlier timesteps it trusts its input more, at later ones the errors of its
+    eps count more.
     """
-    parts = np.arange(evaluations, 0, -1)
-    return ((parts - 0.5) * num_steps / evaluations).astype(np.int32)
+    return (450 // 3 ** np.arange(evaluations)).astype(np.int32)
 
 
 def few_step_loop(
-    predict: Callable[[jax.Array, int], jax.Array],
+    denoise: Callable[[jax.Array, int], jax.Array],
     noise: jax.Array,
     *,
     temperature: float = 1.0,
     clip: bool = True,
 ) -> jax.Array:
-    """Samples with a network that predicts x0 (consistency models, arXiv 2303.01469, algorithm 1).
+    """Samples in few evaluations (as consistency models, arXiv 2303.01469, algorithm 1).
 
-    The first evaluation takes noise; each further one takes the last prediction, diffused again to
-    an earlier timestep.
+    Each evaluation takes the x0 that the last one implies, diffused again to an earlier timestep.
+    The first takes zeros, diffused.
 
     Args:
-      predict: (x (..., c), timestep) -> x0 (..., c).
-      noise: (K + 1, ..., c) for K evaluations; index 0 is the starting point, index j the noise
-        that is added after evaluation j. The last one is not used.
-      temperature: factor on the added noise, not on the starting point.
+      denoise: (x (..., c), timestep) -> eps (..., c).
+      noise: (K + 1, ..., c) for K evaluations; index j is the noise that is added before evaluation
+        j. The last one is not used.
+      temperature: factor on all noise but the first.
       clip: clip x0 to [-1, 1].
 
     Returns:
       x0 (..., c).
     """
     schedule = make_schedule()
-    times = few_step_times(len(noise) - 1)
-    x = noise[0].astype(jnp.float32)
-    for j, t in enumerate(times):
-        if j:
-            x = q_sample(schedule, x, jnp.full(x.shape[:1], t), temperature * noise[j])
-        x = predict(x, int(t)).astype(jnp.float32)
+    x0 = jnp.zeros(noise.shape[1:])
+    for j, t in enumerate(few_step_times(len(noise) - 1)):
+        times = jnp.full(x0.shape[:1], t)
+        x = q_sample(schedule, x0, times, noise[j] * (temperature if j else 1.0))
+        x0 = predict_x0(schedule, x, times, denoise(x, int(t)).astype(jnp.float32))
         if clip:
-            x = jnp.clip(x, -1.0, 1.0)
-    return x
+            x0 = jnp.clip(x0, -1.0, 1.0)
+    return x0
 
 
 def sample_loop(

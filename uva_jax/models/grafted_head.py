@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
 
-from uva_jax.models.diffusion import few_step_loop, make_schedule
+from uva_jax.models.diffusion import few_step_loop, make_schedule, predict_x0
 from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.layers import conv, layer_norm, linear
 from uva_jax.models.mlp_head import (
@@ -197,33 +197,28 @@ class GraftedHead(DiffusionHead):
         return self.final_layer.modulated(h, modulations["final_layer"])
 
     def errors(self, schedule, output, target, x_t, t, noise) -> dict[str, jax.Array]:
-        """See `DiffusionHead.errors`; of predicted actions the loss is their mean squared error."""
-        if self.config.prediction == "eps":
+        """See `DiffusionHead.errors`; of a few-step head it is the squared error of x0."""
+        if not self.config.few_steps:
             return super().errors(schedule, output, target, x_t, t, noise)
-        x0 = output[..., : self.config.channels].astype(jnp.float32)
+        eps = output[..., : self.config.channels].astype(jnp.float32)
+        x0 = predict_x0(schedule, x_t, t, eps)
         mse = jnp.mean((x0 - target) ** 2, axis=-1)
         return {"mse": mse, "vb": jnp.zeros_like(mse), "loss": mse}
 
-    def predict_x0(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Actions (b, n, channels) from x (b, n, channels), t (b,); with `prediction="x0"` only."""
-        return self.denoise(x, t, condition)[..., : self.config.channels]
-
     def sample_given(self, condition: jax.Array, **options):
-        """See `DiffusionHead`; a head that predicts x0 takes one evaluation per step.
-
-        Such a head has its own sampler, so `sampler` does not matter to it.
+        """See `DiffusionHead`; a few-step head has its own sampler, whatever `sampler` is.
 
         Raises:
-          ValueError: eta or return_steps is given for a head that predicts x0.
+          ValueError: eta or return_steps is given for a few-step head.
         """
-        if self.config.prediction == "eps":
+        if not self.config.few_steps:
             return super().sample_given(condition, **options)
         if options.pop("eta", None) is not None or options.pop("return_steps", False):
-            raise ValueError("a head that predicts x0 has neither eta nor steps to return")
+            raise ValueError("a few-step head has neither eta nor steps to return")
         options.pop("sampler", None)
-        return self._sample_x0(condition, **options)
+        return self._sample_few(condition, **options)
 
-    def _sample_x0(
+    def _sample_few(
         self,
         condition,
         *,
@@ -241,11 +236,12 @@ class GraftedHead(DiffusionHead):
                 key, (steps + 1, rows, self.rows(condition), self.config.channels)
             )
 
-        def predict(x, t):
-            if not guided:
-                return self.predict_x0(x, jnp.full(rows, t), condition)
-            both = self.predict_x0(jnp.concatenate([x, x]), jnp.full(2 * rows, t), condition)
-            return both[rows:] + cfg * (both[:rows] - both[rows:])
+        def denoise(x, t):
+            if guided:
+                x = jnp.concatenate([x, x])
+            output = self.denoise(x, jnp.full(len(x), t), condition)
+            eps = output[..., : self.config.channels]
+            return eps[rows:] + cfg * (eps[:rows] - eps[rows:]) if guided else eps
 
-        actions = few_step_loop(predict, noise, temperature=temperature, clip=self.config.clip)
+        actions = few_step_loop(denoise, noise, temperature=temperature, clip=self.config.clip)
         return jnp.concatenate([actions, actions]) if guided else actions

@@ -122,9 +122,15 @@ class GraftedHeadConfig:
     train_steps: int = 1000
     sampling_steps: str = "100"
     clip: bool = True
-    prediction: typing.Literal["eps", "x0"] = "eps"  # "x0": sampled in few evaluations
+    # Both predict eps; "x0_from_eps" is sampled in few evaluations, from the x0 that eps implies.
+    prediction: typing.Literal["eps", "x0_from_eps"] = "eps"
     aggregator: str = "conv_fc"  # the teacher's, kept if memory is "video+aggregate"
     kind: typing.Literal["grafted"] = "grafted"
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether the head is sampled by `diffusion.few_step_loop`."""
+        return self.prediction == "x0_from_eps"
 
 
 HeadConfig = MLPHeadConfig | GraftedHeadConfig
@@ -132,7 +138,7 @@ HeadConfig = MLPHeadConfig | GraftedHeadConfig
 
 def steps_of(head: HeadConfig, wanted: str = "") -> str:
     """Returns the steps of a head's sampler: `wanted` or its own; few-step heads keep their own."""
-    few = isinstance(head, GraftedHeadConfig) and head.prediction == "x0"
+    few = isinstance(head, GraftedHeadConfig) and head.few_steps
     return head.sampling_steps if few else wanted or head.sampling_steps
 
 

@@ -149,14 +149,14 @@ class ShortenOptions(FitOptions):
     at: ClassVar[str] = "shorten"
 
     evaluations: int = setting(
-        0, "evaluations of the head for each sample (0: no shortened head)", least=0, most=100
+        0, "evaluations of the head for each sample (0: no shortened head)", least=0, most=5
     )
     sampling_steps: str = setting(
         "",
         "diffusion steps of the samples that it learns ('': the policy's own)",
         refuses=no_schedule,
     )
-    samples: int = setting(1, "samples that it learns for each window", above=0)
+    samples: int = setting(2, "samples that it learns for each window", least=2)
     epochs: int = setting(100, "passes over the windows", above=0)
     lr: float = setting(1e-4, "learning rate", above=0, most=1)
 
