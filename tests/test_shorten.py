@@ -19,8 +19,8 @@ from uva_jax.runtime.sections_graft import ShortenOptions
 OPTIONS = ShortenOptions(
     evaluations=1,
     sampling_steps="8",
-    samples=8,
-    epochs=150,
+    samples=4,
+    epochs=100,
     lr=3e-3,
     batch=8,
     warmup=5,
