@@ -6,8 +6,6 @@ everything that its scores depend on, so that a run may be killed, repeated and 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from uva_jax.eval.rollout import RolloutPool
 from uva_jax.eval.scores import ScoreFile, noise_number
 from uva_jax.eval.server import ServerPolicy
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.identity import hash_json
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Entrant:
     @property
     def file(self) -> str:
         """The name of its scores' file."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub('[^A-Za-z0-9]+', '_', self.label).strip('_')[-60:]}-{digest[:12]}.jsonl"
+        label = re.sub("[^A-Za-z0-9]+", "_", self.label).strip("_")[-60:]
+        return f"{label}-{hash_json(self.settings)[:12]}.jsonl"
 
 
 class Comparison:

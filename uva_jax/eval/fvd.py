@@ -9,8 +9,6 @@ frames are rounded to whole numbers, where upstream truncates them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,7 +31,8 @@ from uva_jax.eval.video import ssim
 from uva_jax.models import i3d, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
-from uva_jax.storage.atomic import new_file, plain
+from uva_jax.storage.atomic import new_file
+from uva_jax.storage.identity import hash_arrays, hash_json
 
 LIMIT = 16  # videos of upstream's protocol
 LEAST = 16  # videos of any distance
@@ -114,8 +113,8 @@ def judge(
         episode, step = held_out(reader, options.videos, options.seed)
         if len(episode) < options.videos:
             say(f"the recording has {len(episode)} held-out windows, not {options.videos}")
-        made_with = plain({**origin, "trunk": trunk, "sampling": dataclasses.asdict(sampling)})
-        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+        made_with = {**origin, "trunk": trunk, "sampling": dataclasses.asdict(sampling)}
+        parts = folder / hash_json(made_with)[:16]
 
         def read(numbers, config=config, reader=reader, episode=episode, step=step):
             return [
@@ -124,7 +123,7 @@ def judge(
             ]
 
         with progress(name) as show:
-            measured = measure(predictor, read, len(episode), network, folder / digest[:16], show)
+            measured = measure(predictor, read, len(episode), network, parts, show)
         results[name] = {
             "windows": len(episode),
             "sampling": dataclasses.asdict(sampling),
@@ -141,12 +140,9 @@ def trunk_hash(policy: Policy) -> str:
     """Returns a hash of all that a policy's videos depend on: everything but its action head."""
     config = dataclasses.replace(policy.config, action_head=None)
     acts = policy.action_head is not None  # its draws come first
-    digest = hashlib.sha256(json.dumps([plain(dataclasses.asdict(config)), acts]).encode())
-    for path, values in sorted(surgery.flatten(policy).items()):
-        if not path.startswith("action_head/"):
-            digest.update(f"{path} {values.dtype} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
+    arrays = surgery.flatten(policy)
+    trunk = {path: x for path, x in arrays.items() if not path.startswith("action_head/")}
+    return hash_json([dataclasses.asdict(config), acts, hash_arrays(trunk)])
 
 
 def measure(
