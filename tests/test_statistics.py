@@ -225,7 +225,7 @@ def test_the_four_verdicts_in_words(mean, kind, words):
     assert found.kind == kind and found.sentence.startswith(words)
     assert f"95% interval {found.difference.low:+.3f} to" in found.sentence
     assert "800 seeds" in found.sentence
-    assert found.decided == (kind != "undecided") and (found.seeds_needed == 0) == found.decided
+    assert (found.seeds_needed == 0) == (kind != "undecided")
     assert found.as_json()["interval"] == [found.difference.low, found.difference.high]
 
 

@@ -237,11 +237,6 @@ class Verdict:
     seeds: int
     seeds_needed: int | None  # see `PairedSequence.seeds_needed`
 
-    @property
-    def decided(self) -> bool:
-        """Whether more seeds are not needed."""
-        return self.kind != "undecided"
-
     def as_json(self) -> dict:
         """Returns the verdict as it is stored in metrics.json."""
         mean, low, high = self.difference
