@@ -15,11 +15,13 @@ from websockets.sync.server import serve
 
 from uva_jax.cli.evaluate import main, parse_gate, parse_seeds
 from uva_jax.envs.simulator import SimulatorInfo
-from uva_jax.eval import compare, server
+from uva_jax.eval import compare, evaluate, server
 from uva_jax.eval.acting import LocalPolicy
+from uva_jax.eval.statistics import PRACTICABLE, verdict
 from uva_jax.models import surgery
 from uva_jax.pipeline import inputs
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import EvaluateOptions
 
 
 def openpi_pack(message):
@@ -109,6 +111,28 @@ def test_the_command_gives_the_pipelines_scores_and_reuses_its_episodes(
     assert "the gate not-worse:.02 fails: " in capsys.readouterr().out
     again = results(out)
     assert again == found  # nothing was rolled out: even the times are those of the first run
+
+
+@pytest.mark.parametrize(
+    ("spread", "mean", "seeds"),
+    [(0.05, 0.0, "more than is needed"), (0.3, -0.005, "all"), (0.3, -0.0199, "too close")],
+)
+def test_an_undecided_verdict_asks_for_a_practicable_number_of_seeds(spread, mean, seeds, capsys):
+    gain = np.random.default_rng(0).normal(0, spread, 50)
+    found = verdict(gain - gain.mean() + mean, 0.02).as_json()
+    say = SimpleNamespace(say=print)
+    evaluate.say_verdict(found, ["a", "b"], "out", EvaluateOptions(), say)
+    sentence, command = capsys.readouterr().out.splitlines()
+    assert sentence == found["sentence"] and found["kind"] == "undecided"
+    count = len(parse_seeds(command.partition("--seeds ")[2].split()[0]))
+    needed = found["seeds_needed"]
+    if seeds == "more than is needed":
+        assert 2 * (50 + needed) <= count < 2 * (50 + needed) + 100
+        assert "until it is decided: " in command
+    else:
+        assert 50 + PRACTICABLE <= count < 50 + PRACTICABLE + 100
+        assert (needed is None) == (seeds == "too close")
+        assert ("all the same, for a narrower interval: " in command) == (needed is None)
 
 
 def test_a_server_gets_observations_and_gives_chunks(tmp_path, capsys):

@@ -16,7 +16,14 @@ from uva_jax.eval.acting import Language, LocalPolicy
 from uva_jax.eval.recall import Recalled
 from uva_jax.eval.rollout import RolloutPool
 from uva_jax.eval.scores import ScoreFile, noise_number
-from uva_jax.eval.statistics import mcnemar, mean_interval, paired_difference, verdict, wilson
+from uva_jax.eval.statistics import (
+    PRACTICABLE,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    verdict,
+    wilson,
+)
 from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
@@ -127,8 +134,9 @@ def say_verdict(
     """
     metrics.say(found["sentence"])
     if found["kind"] == "undecided":
+        seen, needed = found["seeds"], found["seeds_needed"]
         # Room for twice the estimated number, which is rough; the command stops when it is decided.
-        count = 2 * (found["seeds"] + (found["seeds_needed"] or 500))
+        count = min(2 * (seen + needed) if needed else math.inf, seen + PRACTICABLE)
         first, usual = options.start_seed, EvaluateOptions()
         words = [word for path in policies for word in ("--policy", str(path))]
         words += ["--seeds", f"{first}:{first + math.ceil(count / 100) * 100}", "--until-decided"]
@@ -137,9 +145,8 @@ def say_verdict(
             if (value := getattr(options, name)) != getattr(usual, name):
                 words += [f"--{name.replace('_', '-')}", str(value)]
         words += ["--out", str(out)]
-        metrics.say(
-            f"to roll out seeds until it is decided: python -m uva_jax evaluate {shlex.join(words)}"
-        )
+        aim = "until it is decided" if needed else "all the same, for a narrower interval"
+        metrics.say(f"to roll out seeds {aim}: python -m uva_jax evaluate {shlex.join(words)}")
 
 
 def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics) -> dict:
