@@ -29,19 +29,26 @@ class Entrant:
 
     Attributes:
       label: its name in tables.
+      policy: its path or address.
       act: the policy.
       settings: everything that its scores depend on, as JSON values.
     """
 
     label: str
+    policy: str
     act: LocalPolicy | ServerPolicy
     settings: Mapping[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """The hash of the settings."""
+        return hash_json(self.settings)
 
     @property
     def file(self) -> str:
         """The name of its scores' file."""
         label = re.sub("[^A-Za-z0-9]+", "_", self.label).strip("_")[-60:]
-        return f"{label}-{hash_json(self.settings)[:12]}.jsonl"
+        return f"{label}-{self.identity[:12]}.jsonl"
 
 
 class Comparison:
@@ -108,7 +115,7 @@ class Comparison:
             else:
                 rate = statistics.mean_interval(success, seed=0)
             found.append(
-                {"label": entrant.label}
+                {"label": entrant.label, "policy": entrant.policy}
                 | entrant.settings
                 | {
                     "mean": mean.mean,

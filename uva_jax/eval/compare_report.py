@@ -123,7 +123,7 @@ def _settings(results: Mapping) -> dict:
     found = {"seeds": f"{len(seeds)}, {min(seeds)} to {max(seeds)}", "draws": results["draws"]}
     common = ("simulator", "max_steps", "noise_seed")
     found |= {key: figures[0][key] for key in common if key in figures[0]}
-    own = ("sampling_steps", "sampler", "sha256")
+    own = ("sampling_steps", "sampler", "precision", "policy_hash")
     for number, row in enumerate(figures, 1):
         found |= {f"policy {number}": row["policy"]}
         found |= {f"policy {number}, {key}": row[key] for key in own if row.get(key)}

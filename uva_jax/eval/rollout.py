@@ -125,6 +125,7 @@ class RolloutPool:
 
     Attributes:
       simulator: what the simulator provides.
+      settings: its name and its files, as JSON values.
     """
 
     def __init__(self, workers: int | None = None, *, simulator: str = "pusht", files: str = ""):
@@ -140,6 +141,7 @@ class RolloutPool:
         """
         if workers is not None and workers < 1:
             raise ValueError(f"a rollout pool needs at least one worker, got {workers}")
+        self.settings = {"simulator": simulator, "simulator_files": files}
         target, count = "uva_jax.envs.episode:EpisodeWorker", workers or usable_cores()
         self._workers = [WorkerProcess(target, simulator, files) for _ in range(count)]
         try:
