@@ -6,6 +6,7 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -354,3 +355,10 @@ def test_scores_depend_on_the_language_latents():
 
     assert "text_latents" in names
     assert settings(1.0) == settings(1.0) != settings(2.0)
+
+
+def test_a_checkpoint_is_loaded_in_another_precision_with_the_same_arrays(checkpoint):
+    full, half = (inputs.any_policy(str(checkpoint), dtype=x) for x in (None, jnp.bfloat16))
+    assert full.dtype is None
+    assert half.dtype == half.mar.decoder_embed.dtype == jnp.bfloat16
+    assert surgery.policy_hash(full) == surgery.policy_hash(half)

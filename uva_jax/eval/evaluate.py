@@ -101,7 +101,8 @@ def finished_episodes(folder: Path, identity: str) -> tuple[dict[tuple[int, int]
       identity: see `compare.Entrant`.
 
     Returns:
-      the scores by (seed, number of the noise), none if the folder holds none of this identity.
+      the scores by (seed, number of the noise), and the times; nothing and zero if the folder holds
+      no scores of this identity.
     """
     for path in sorted(folder.glob("*.json")):
         found = read_json(path) or {}

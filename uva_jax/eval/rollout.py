@@ -125,7 +125,7 @@ class RolloutPool:
 
     Attributes:
       simulator: what the simulator provides.
-      settings: its name and its files, as JSON values.
+      settings: the simulator's name and files, as JSON values.
     """
 
     def __init__(self, workers: int | None = None, *, simulator: str = "pusht", files: str = ""):
