@@ -210,7 +210,7 @@ def test_an_undecided_verdict_asks_for_a_practicable_number_of_seeds(spread, mea
     evaluate.say_verdict(found, ["a", "b"], "out", EvaluateOptions(slots=8), say, more)
     sentence, command = capsys.readouterr().out.splitlines()
     assert sentence == found["sentence"] and found["kind"] == "undecided"
-    assert command.endswith(" --margin 0.02 --slots 8 --precision bfloat16 --out out")
+    assert command.endswith(" --simulator pusht --slots 8 --precision bfloat16 --out out")
     count = len(parse_seeds(command.partition("--seeds ")[2].split()[0]))
     needed = found["seeds_needed"]
     if seeds == "more than is needed":

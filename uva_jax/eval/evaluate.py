@@ -34,7 +34,7 @@ from uva_jax.storage.identity import hash_json
 FOLDER = "eval"  # of the stage, in a run's folder
 MARGIN = 0.02  # loss of score that the verdict of a run accepts
 # Options of `python -m uva_jax evaluate` with the names of settings.
-_OPTIONS = "simulator simulator_files max_steps sampling_steps sampler noise_seed slots".split()
+_OPTIONS = "simulator_files max_steps sampling_steps sampler noise_seed slots".split()
 
 
 def evaluate(
@@ -156,7 +156,7 @@ def say_verdict(
         first, usual = options.start_seed, EvaluateOptions()
         words = [word for path in policies for word in ("--policy", str(path))]
         words += ["--seeds", f"{first}:{first + math.ceil(count / 100) * 100}", "--until-decided"]
-        words += ["--margin", f"{found['margin']:g}"]
+        words += ["--margin", f"{found['margin']:g}", "--simulator", options.simulator]
         given = {k: getattr(options, k) for k in _OPTIONS}
         given = {k: v for k, v in given.items() if v != getattr(usual, k)}
         for name, value in (given | {k: v for k, v in more.items() if v}).items():
