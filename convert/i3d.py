@@ -73,7 +73,13 @@ def load_i3d(name: str) -> I3D:
       UserError: the file is missing, damaged, or holds no I3D of 400 classes.
     """
     path = weights_file(name)
-    return make(folded(read_i3d(path), str(path)))
+    return make(_arrays(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)  # a run checks the weights at its start and uses them at its end
+def _arrays(path: Path, changed: int) -> dict[str, np.ndarray]:
+    del changed
+    return folded(read_i3d(path), str(path))
 
 
 def read_i3d(path: str | os.PathLike) -> dict[str, np.ndarray]:

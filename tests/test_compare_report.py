@@ -17,7 +17,7 @@ def results(*labels):
                 "policy": policy,
                 "sampling_steps": steps,
                 "sampler": "ancestral",
-                "sha256": "ab" * 32,
+                "policy_hash": "ab" * 32,
                 "simulator": "pusht",
                 "mean": scores.mean(),
                 "ci95": [0.8, 0.9],

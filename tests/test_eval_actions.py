@@ -1,11 +1,14 @@
 """Action metrics on held-out windows: error, accuracy and average precision."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from uva_jax.data import source
 from uva_jax.data.windows import plan_strips
 from uva_jax.eval.actions import action_figures, average_precision, sample_actions
+from uva_jax.models import surgery
 from uva_jax.runtime.settings import section
 
 
@@ -54,3 +57,25 @@ def test_samples_do_not_depend_on_the_batch_and_repeat(teacher, buffer, make_con
     assert np.abs(found[0][0][0] - found[0][0][1]).max() > 1e-3  # draws differ
     rows = source.single_windows(reader.read(strips, np.arange(5)))
     np.testing.assert_allclose(found[0][1], rows["action"] / 256 - 1, atol=1e-6)
+
+
+def test_sampling_steps_do_not_depend_on_the_steps_that_a_head_learned(
+    teacher, buffer, make_config
+):
+    """As in the original, a head that learned 2 timesteps can be sampled in 3 of 1000."""
+    options = section(make_config().data, source.DataOptions)
+    reader = source.WindowReader(buffer, options, teacher)
+    strips = plan_strips(
+        buffer.episode_ends, np.ones(3, bool), strip=1, stride=4, options=options, seed=0, count=2
+    )
+    config = teacher.config
+    head = dataclasses.replace(config.action_head, train_steps=2)
+    few = surgery.replace(
+        surgery.abstract_policy(dataclasses.replace(config, action_head=head)),
+        surgery.flatten(teacher),
+    )
+    found, wanted = (
+        sample_actions(policy, reader, strips, draws=2, sampling_steps="3", seed=0)[0]
+        for policy in (few, teacher)
+    )
+    np.testing.assert_array_equal(found, wanted)

@@ -1,10 +1,12 @@
 """`python -m uva_jax evaluate`: the pipeline's scores, resuming, servers, gates and bad input."""
 
 import json
+import shlex
 import shutil
 import threading
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -15,11 +17,15 @@ from websockets.sync.server import serve
 
 from uva_jax.cli.evaluate import main, parse_gate, parse_seeds
 from uva_jax.envs.simulator import SimulatorInfo
-from uva_jax.eval import compare, server
+from uva_jax.envs.workers import WorkerError
+from uva_jax.eval import compare, evaluate, server
 from uva_jax.eval.acting import LocalPolicy
-from uva_jax.models import surgery
+from uva_jax.eval.rollout import RolloutPool, spec_of
+from uva_jax.eval.statistics import PRACTICABLE, verdict
+from uva_jax.models import policy_folder, surgery
 from uva_jax.pipeline import inputs
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import EvaluateOptions
 
 
 def openpi_pack(message):
@@ -109,6 +115,111 @@ def test_the_command_gives_the_pipelines_scores_and_reuses_its_episodes(
     assert "the gate not-worse:.02 fails: " in capsys.readouterr().out
     again = results(out)
     assert again == found  # nothing was rolled out: even the times are those of the first run
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The seeds of each call of `RolloutPool.run`."""
+    calls, play = [], RolloutPool.run
+
+    def run(pool, predict, seeds, **options):
+        calls.append(list(seeds))
+        return play(pool, predict, seeds, **options)
+
+    monkeypatch.setattr(RolloutPool, "run", run)
+    return calls
+
+
+def test_the_command_that_a_run_prints_goes_on_with_the_runs_episodes(
+    finished, tmp_path, capsys, played
+):
+    (line,) = (x for x in finished.printed.splitlines() if "python -m uva_jax evaluate" in x)
+    command = shlex.split(line.partition("python -m uva_jax evaluate ")[2])
+    for option, value in (("--seeds", "100000:100003"), ("--out", str(tmp_path / "out"))):
+        command[command.index(option) + 1] = value
+    command += ["--workers", "1"]
+    first = json.loads((finished.workdir / "eval" / "metrics.json").read_text())
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert played == [[100_002]] * 2
+    for row, name, folder in zip(
+        results(tmp_path / "out")["policies"],
+        ("teacher", "graft"),
+        ("teacher", "finetune"),
+        strict=True,
+    ):
+        policy = finished.workdir / folder / "policy"
+        assert f"{policy}: 2 episodes are taken from {finished.workdir / 'eval'}" in said
+        assert row["scores"][:2] == first[name]["scores"]
+        assert row["steps"][:2] == first[name]["steps"]
+        assert row["seconds"] > first[name]["seconds"]
+    assert main(command) == 0
+    assert len(played) == 2 and "are taken" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--noise-seed", "1"],
+        ["--sampling-steps", "5"],
+        ["--sampler", "ddim"],
+        ["--max-steps", "8"],
+        ["--precision", "bfloat16"],
+        ["--simulator", "pusht_multitask"],
+        ["--draws", "2"],
+        ["another policy"],
+    ],
+)
+def test_episodes_of_other_settings_or_another_policy_are_not_taken(
+    changed, finished, tmp_path, capsys, monkeypatch
+):
+    calls = []
+
+    def stop(pool, predict, seeds, **options):
+        calls.append(list(seeds))
+        raise WorkerError("stopped")
+
+    monkeypatch.setattr(RolloutPool, "run", stop)
+    policy = tmp_path / "teacher" / "policy"
+    shutil.copytree(finished.workdir / "eval", tmp_path / "eval")
+    if changed == ["another policy"]:
+        changed, before = [], policy_folder.load_policy(finished.workdir / "teacher" / "policy")
+        arrays = surgery.flatten(before)
+        arrays["normalizer/action/offset"] += 1e-6
+        policy_folder.save_policy(policy, surgery.replace(before, arrays), source={})
+    else:
+        shutil.copytree(finished.workdir / "teacher" / "policy", policy)
+    command = ["--policy", str(policy), "--sampling-steps", "4", "--max-steps", "16"]
+    command += ["--seeds", "100000:100002", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, *changed]) == 2
+    said = capsys.readouterr().out
+    assert calls == [[100_000, 100_001]]
+    # The first of two draws has the noise of the run's episodes.
+    assert ("2 episodes are taken from" in said) == ("--draws" in changed)
+
+
+@pytest.mark.parametrize(
+    ("spread", "mean", "seeds"),
+    [(0.05, 0.0, "more than is needed"), (0.3, -0.005, "all"), (0.3, -0.0199, "too close")],
+)
+def test_an_undecided_verdict_asks_for_a_practicable_number_of_seeds(spread, mean, seeds, capsys):
+    gain = np.random.default_rng(0).normal(0, spread, 50)
+    found = verdict(gain - gain.mean() + mean, 0.02).as_json()
+    say = SimpleNamespace(say=print)
+    more = {"precision": "bfloat16", "language": ""}
+    evaluate.say_verdict(found, ["a", "b"], "out", EvaluateOptions(slots=8), say, more)
+    sentence, command = capsys.readouterr().out.splitlines()
+    assert sentence == found["sentence"] and found["kind"] == "undecided"
+    assert command.endswith(" --simulator pusht --slots 8 --precision bfloat16 --out out")
+    count = len(parse_seeds(command.partition("--seeds ")[2].split()[0]))
+    needed = found["seeds_needed"]
+    if seeds == "more than is needed":
+        assert 2 * (50 + needed) <= count < 2 * (50 + needed) + 100
+        assert "until it is decided: " in command
+    else:
+        assert 50 + PRACTICABLE <= count < 50 + PRACTICABLE + 100
+        assert (needed is None) == (seeds == "too close")
+        assert ("all the same, for a narrower interval: " in command) == (needed is None)
 
 
 def test_a_server_gets_observations_and_gives_chunks(tmp_path, capsys):
@@ -206,7 +317,7 @@ def test_seeds_and_gates_are_read():
 def test_bad_options_are_one_sentence(options, message, tmp_path, capsys, monkeypatch):
     tasks = {"a.ckpt": "pusht", "b.ckpt": "libero10"}
 
-    def load(name, weights):
+    def load(name, weights, dtype):
         return SimpleNamespace(config=SimpleNamespace(task=tasks[name]))
 
     monkeypatch.setattr(inputs, "any_policy", load)
@@ -229,3 +340,25 @@ def test_a_simulator_that_lacks_what_a_policy_reads_is_named():
     info = SimulatorInfo("pusht", {"image": (96, 96, 3), "agent_pos": (2,)}, 2, ())
     with pytest.raises(UserError, match="lacks wrist_image, robot0_.*, which the graft reads; it"):
         LocalPolicy("the graft", policy, info)
+
+
+def test_scores_depend_on_the_language_latents():
+    policy = surgery.abstract_policy(VARIANTS["everything"])
+    names = spec_of(policy.config).names
+    info = SimulatorInfo("all", dict.fromkeys(names, (1,)), policy.config.action_dim, ("a task",))
+
+    def settings(value):
+        def language(tasks, policy):
+            return np.full((len(tasks), policy.config.mar.text_dim), value, np.float32)
+
+        return LocalPolicy("the graft", policy, info, language=language).settings
+
+    assert "text_latents" in names
+    assert settings(1.0) == settings(1.0) != settings(2.0)
+
+
+def test_a_checkpoint_is_loaded_in_another_precision_with_the_same_arrays(checkpoint):
+    full, half = (inputs.any_policy(str(checkpoint), dtype=x) for x in (None, jnp.bfloat16))
+    assert full.dtype is None
+    assert half.dtype == half.mar.decoder_embed.dtype == jnp.bfloat16
+    assert surgery.policy_hash(full) == surgery.policy_hash(half)

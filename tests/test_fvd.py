@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from conftest import silently
 import convert.i3d
 from convert.i3d import folded, load_i3d, read_i3d
 from uva_jax.cli import fvd as command
-from uva_jax.eval import fvd
+from uva_jax.eval import fvd, recorded
 from uva_jax.eval.frechet import frechet_distance, unlimited
 from uva_jax.main import run
 from uva_jax.models import i3d, policy_folder, surgery
 from uva_jax.pipeline import inputs, videos
 from uva_jax.runtime.errors import UserError
+from uva_jax.runtime.sections import DataOptions
 
 # ---- the network and its weights ----
 
@@ -82,6 +84,21 @@ def test_both_layouts_give_the_same_network(files):
     one, other = (surgery.flatten(load_i3d(path)) for path in paths)
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[path], other[path]) for path in one)
+
+
+def test_a_file_is_read_once_unless_it_changes(files, tmp_path, monkeypatch):
+    path, read = tmp_path / "i3d.ckpt", []
+    shutil.copy(files / "i3d-kinetics-400.ckpt", path)
+    monkeypatch.setattr(convert.i3d, "read_i3d", lambda path: read.append(path) or read_i3d(path))
+    first, again = (surgery.flatten(load_i3d(str(path))) for _ in range(2))
+    assert len(read) == 1
+    assert all(np.array_equal(again[name], x) for name, x in first.items())
+    arrays = torch_arrays()
+    arrays["logits.conv3d.bias"] += 1
+    path.write_bytes(pickle.dumps(jax_arrays(arrays), 4))
+    bias = surgery.flatten(load_i3d(str(path)))["logits/bias"]
+    np.testing.assert_allclose(bias, first["logits/bias"] + 1)
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -257,8 +274,17 @@ def test_policies_with_one_trunk_are_measured_once_and_a_second_run_reads_the_fe
     options = ["--dataset", str(buffer.path), "--i3d", str(stand_in), "--sampling-steps", "2"]
     options += ["--videos", "18", "--workdir", str(workdir)]
     options += [part for trunk in trunks for part in ("--policy", trunk)]
+    clips, features = [], fvd._features
+
+    def counted(network, frames):
+        clips.append(frames)
+        return features(network, frames)
+
+    monkeypatch.setattr(fvd, "_features", counted)
     status, printed = silently(command.main, options)
     assert status == 0
+    # Truth, held frame and reconstruction once, and the prediction of each trunk.
+    assert len(clips) == 18 * (3 + 2)
     one, head, _ = trunks
     assert f"{head}: its trunk equals that of {one}, and so do its videos" in printed
     assert len(re.findall(r"^predicted +[0-9.-]+ +[0-9.-]+ ", printed, re.M)) == 3
@@ -266,15 +292,34 @@ def test_policies_with_one_trunk_are_measured_once_and_a_second_run_reads_the_fe
     assert found[head]["same_as"] == one and found[head]["cameras"] == found[one]["cameras"]
     assert found[trunks[2]]["cameras"] != found[one]["cameras"]
     rows = found[one]["cameras"]["main"]
-    assert list(rows) == list(fvd.KINDS)
+    assert list(rows) == ["predicted", "last_frame", "reconstruction"]
     assert all(row["ci95"][0] <= row["fvd_unlimited"] <= row["ci95"][1] for row in rows.values())
-    assert len(list((workdir / "features").iterdir())) == 2
+    assert len(list((workdir / "features").iterdir())) == 1 + 2
+    for kind in ("last_frame", "reconstruction"):
+        assert rows[kind] == found[trunks[2]]["cameras"]["main"][kind]
 
     def never(*_):
         raise AssertionError("a window is predicted again")
 
-    monkeypatch.setattr(fvd, "make_predictor", lambda policy, sampling: never)
+    monkeypatch.setattr(fvd, "make_predictor", lambda policy, sampling, reconstruct: never)
+    monkeypatch.setattr(fvd, "make_reconstructor", lambda policy: never)
     assert silently(command.main, options) == (0, printed)
+
+
+def test_what_is_measured_of_a_recording_depends_on_the_vae_and_the_windows(teacher):
+    reader = SimpleNamespace(spec=recorded.spec_of(teacher.config), options=DataOptions())
+    arrays = surgery.flatten(teacher)
+
+    def changed(part):
+        return surgery.replace(
+            teacher, {path: x + 0.1 * path.startswith(part) for path, x in arrays.items()}
+        )
+
+    first = fvd.windows_hash(teacher, reader)
+    assert fvd.windows_hash(changed("mar/"), reader) == first
+    assert fvd.windows_hash(changed("vae/"), reader) != first
+    reader.options = DataOptions(split_seed=1)
+    assert fvd.windows_hash(teacher, reader) != first
 
 
 def test_the_evaluation_gives_the_distance_of_each_policy(

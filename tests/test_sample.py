@@ -16,7 +16,8 @@ from variants import VARIANTS, write_recording
 from convert.to_torch import export_policy
 from uva_jax.cli.sample import main
 from uva_jax.eval import predict
-from uva_jax.eval.predict import Camera, Prediction, Sampling
+from uva_jax.eval.cameras import Camera
+from uva_jax.eval.predict import Prediction, Sampling
 from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.runtime.errors import UserError

@@ -225,7 +225,7 @@ def test_the_four_verdicts_in_words(mean, kind, words):
     assert found.kind == kind and found.sentence.startswith(words)
     assert f"95% interval {found.difference.low:+.3f} to" in found.sentence
     assert "800 seeds" in found.sentence
-    assert found.decided == (kind != "undecided") and (found.seeds_needed == 0) == found.decided
+    assert (found.seeds_needed == 0) == (kind != "undecided")
     assert found.as_json()["interval"] == [found.difference.low, found.difference.high]
 
 
@@ -235,7 +235,22 @@ def test_without_a_margin_only_a_sign_decides():
     assert worse.sentence.startswith("The graft is worse than its teacher (")
     found = verdict(np.zeros(50), 0.0)
     assert found.kind == "undecided" and found.seeds_needed is None
-    assert found.sentence.endswith("; far more are needed.")
+    assert found.sentence.endswith(
+        "; the difference is too close to 0 for any practicable number of seeds to decide."
+    )
+
+
+def test_a_difference_on_the_margin_is_not_promised_to_be_decided():
+    for mean in (-0.0199, -0.0201):
+        differences = np.clip(np.random.default_rng(3).normal(0, 0.2, 50), -1, 1)
+        found = verdict(differences - differences.mean() + mean, 0.02)
+        low, high = found.difference.low, found.difference.high
+        assert found.kind == "undecided" and found.seeds_needed is None
+        assert found.sentence.startswith("50 seeds do not tell whether the graft is worse than")
+        assert found.sentence.endswith(
+            f" (difference -0.020, 95% interval {low:+.3f} to {high:+.3f}); the difference is too "
+            "close to -0.02 for any practicable number of seeds to decide."
+        )
 
 
 def test_few_equal_seeds_do_not_show_that_losses_are_rare():

@@ -5,7 +5,9 @@
 
 The first policy is the reference. A policy is a folder, a UVA .ckpt, a .safetensors file,
 "embedded", or the address ws://host:port of a policy server that speaks openpi's protocol. The same
-command resumes, and one with further seeds or policies reuses the episodes that are there.
+command resumes, and one with further seeds or policies reuses the episodes that are there. Of the
+policies of a run it takes over the episodes that the run's evaluation has finished with the same
+settings.
 """
 
 from __future__ import annotations
@@ -95,18 +97,21 @@ def _no_sampler(name: str) -> str | None:
     return None if name in SAMPLERS else f"samplers are {', '.join(SAMPLERS)}"
 
 
-def _load(names: Sequence[str], weights: str) -> dict:
+def _load(names: Sequence[str], weights: str, precision: str) -> dict:
     """Loads the policies that are no servers.
 
     Raises:
       UserError: one cannot be loaded or is given twice, or their tasks differ.
     """
+    import jax.numpy as jnp
+
     from uva_jax.eval.server import PREFIXES
     from uva_jax.pipeline.inputs import any_policy
 
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"--policy {twice[0]} is given twice: give each once")
-    policies = {n: any_policy(n, weights) for n in names if not n.startswith(PREFIXES)}
+    dtype = jnp.bfloat16 if precision == "bfloat16" else None
+    policies = {n: any_policy(n, weights, dtype=dtype) for n in names if not n.startswith(PREFIXES)}
     tasks = {name: policy.config.task for name, policy in policies.items()}
     for name, task in tasks.items():
         first = next(iter(tasks))
@@ -137,7 +142,7 @@ def _simulator(args: argparse.Namespace, policies: Mapping) -> str:
     return name
 
 
-def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stack) -> list:
+def _entrants(args: argparse.Namespace, policies: Mapping, pool, stack) -> list:
     """Returns an entrant for each policy and way of sampling.
 
     Raises:
@@ -148,30 +153,29 @@ def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stac
     from uva_jax.eval.compare import Entrant
     from uva_jax.eval.server import ServerPolicy
     from uva_jax.models.policy_config import steps_of
-    from uva_jax.pipeline.inputs import policy_path
-    from uva_jax.storage.identity import external_hash
+    from uva_jax.models.surgery import policy_hash
 
     all_steps = _choices(args.sampling_steps, "--sampling-steps", no_schedule)
     samplers = _choices(args.sampler, "--sampler", _no_sampler)
-    world = {"simulator": name, "simulator_files": args.simulator_files}
-    world |= {"max_steps": args.max_steps, "noise_seed": args.noise_seed}
     found = []
     for source in args.policy:
         if source not in policies:
             renamed = dict(pair.split("=", 1) for pair in args.observation)
             policy = ServerPolicy(
                 source,
-                info,
+                pool.simulator,
                 observation=renamed,
                 action_steps=args.action_steps,
                 max_steps=args.max_steps,
             )
             settings = {"policy": source, "observation": renamed, "action_steps": args.action_steps}
+            settings |= {"max_steps": args.max_steps, "noise_seed": args.noise_seed}
             settings["metadata"] = json.loads(json.dumps(policy.metadata, default=str))
-            found.append(Entrant(source, stack.enter_context(policy), settings | world))
+            stack.enter_context(policy)
+            found.append(Entrant(source, source, policy, settings | pool.settings))
             continue
         policy = policies[source]
-        content = external_hash(policy_path(source), args.out)
+        content = {"policy_hash": policy_hash(policy)}
         ways = {}  # a head of few evaluations has its own steps and sampler
         for steps in all_steps:
             for sampler in samplers:
@@ -185,7 +189,7 @@ def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stac
             actor = LocalPolicy(
                 source,
                 policy,
-                info,
+                pool.simulator,
                 sampling_steps=own,
                 sampler=sampler,
                 noise_seed=args.noise_seed,
@@ -194,10 +198,21 @@ def _entrants(args: argparse.Namespace, policies: Mapping, info, name: str, stac
                     task_latents, path=args.language, vocabulary=args.vocabulary
                 ),
             )
-            settings = {"policy": source, "sampling_steps": own, "sampler": sampler}
-            settings |= {"sha256": content, "weights": args.weights}
-            found.append(Entrant(label, actor, settings | world))
+            found.append(Entrant(label, source, actor, content | actor.settings | pool.settings))
     return found
+
+
+def _take_finished(comparison, policies: Mapping, metrics) -> None:
+    """Adds the episodes that the evaluation in a policy folder's own run has finished."""
+    from uva_jax.eval.evaluate import FOLDER, finished_episodes
+    from uva_jax.pipeline.inputs import policy_path
+
+    for entrant in comparison.entrants:
+        if entrant.policy in policies:
+            folder = policy_path(entrant.policy).absolute().parent.parent / FOLDER
+            finished = finished_episodes(folder, entrant.identity)
+            if count := comparison.scores[entrant.label].add(*finished):
+                metrics.say(f"{entrant.label}: {count} episodes are taken from {folder}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -221,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= margin < 1:
         raise UserError(f"--margin is {margin:g}, but should be at least 0 and below 1")
     args.out = out
-    policies = _load(args.policy, args.weights)
+    policies = _load(args.policy, args.weights, args.precision)
     name = _simulator(args, policies)
 
     from uva_jax.envs.workers import WorkerError
@@ -237,12 +252,13 @@ def run(args: argparse.Namespace) -> int:
         metrics = stack.enter_context(MetricsWriter(out, "evaluate"))
         pool = RolloutPool(args.workers or None, simulator=name, files=args.simulator_files)
         stack.enter_context(pool)
-        entrants = _entrants(args, policies, pool.simulator, name, stack)
+        entrants = _entrants(args, policies, pool, stack)
         if len(entrants) < 2 and (args.gate or args.until_decided):
             raise UserError("a verdict compares policies: give --policy twice or more")
         comparison = Comparison(
             entrants, pool, out / "episodes", metrics, draws=args.draws, slots=args.slots
         )
+        _take_finished(comparison, policies, metrics)
         # A round has a slow end, in which ever fewer slots are full.
         size = 2 * args.slots if args.until_decided else len(seeds)
         for stop in range(size, len(seeds) + size, size):
@@ -296,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--until-decided", action="store_true", help="stop as soon as the verdict is certain")
     add("--gate", help="exit with status 1 unless every policy is better, or not-worse:.02")
     add("--weights", default="ema", help="weights of a .ckpt: ema or model (default: ema)")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of matrix products (default: float32; runs on GPUs and TPUs use bfloat16)",
+    )
     add("--noise-seed", type=int, default=0, help="of the samplers' noise (default: 0)")
     add("--slots", type=int, default=_USUAL.slots, help="episodes that run at a time")
     add("--workers", type=int, default=0, help="simulator processes (default: one per core)")

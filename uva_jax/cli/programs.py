@@ -209,7 +209,7 @@ def policy_call(config, teacher: PolicyConfig, devices: Devices, dtype) -> Progr
     graph, state = nnx.split(policy)
     head = teacher.action_head
     spacing = steps_of(head, config.evaluate.sampling_steps)
-    steps = len(diffusion.make_schedule(spacing, head.train_steps))
+    steps = len(diffusion.make_schedule(spacing))
     obs = batch_shapes.single_shapes(teacher, 1, _frame_size(config))
 
     def modulations(state, t, condition):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from uva_jax.envs.simulator import SimulatorInfo
 from uva_jax.eval.rollout import spec_of
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_call import PolicyCall
+from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.identity import hash_arrays
 
 # language(sentences, policy=policy) -> latents (n, text_dim); see `data.language.task_latents`
 Language = Callable[..., np.ndarray]
@@ -21,6 +24,7 @@ class LocalPolicy:
 
     Attributes:
       spec: what it observes and executes in each call.
+      settings: what its scores depend on besides its arrays and the simulator, as JSON values.
     """
 
     def __init__(
@@ -58,6 +62,15 @@ class LocalPolicy:
                 raise UserError(f"{name} reads language, for which no latents are given")
             self._latents = language(simulator.tasks, policy=policy)
         self._call = PolicyCall(policy, sampling_steps, noise_seed, sampler)
+        self.settings = {
+            "precision": jnp.dtype(policy.dtype or jnp.float32).name,
+            "sampling_steps": steps_of(policy.config.action_head, sampling_steps),
+            "sampler": sampler,
+            "noise_seed": noise_seed,
+            "max_steps": max_steps,
+        }
+        if self._latents is not None:
+            self.settings["latents"] = hash_arrays({"": self._latents})
 
     def __call__(
         self,

@@ -97,7 +97,7 @@ def sample_actions(
     graph, variables = nnx.split(policy)
     head = policy.config.action_head
     steps = steps_of(head, sampling_steps)
-    loop = len(diffusion.make_schedule(steps, head.train_steps)) + 1
+    loop = len(diffusion.make_schedule(steps)) + 1
 
     @jax.jit
     def run(variables, obs, numbers):

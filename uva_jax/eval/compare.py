@@ -6,8 +6,6 @@ everything that its scores depend on, so that a run may be killed, repeated and 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from uva_jax.eval.rollout import RolloutPool
 from uva_jax.eval.scores import ScoreFile, noise_number
 from uva_jax.eval.server import ServerPolicy
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.identity import hash_json
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,26 @@ class Entrant:
 
     Attributes:
       label: its name in tables.
+      policy: its path or address.
       act: the policy.
       settings: everything that its scores depend on, as JSON values.
     """
 
     label: str
+    policy: str
     act: LocalPolicy | ServerPolicy
     settings: Mapping[str, Any]
 
     @property
+    def identity(self) -> str:
+        """The hash of the settings."""
+        return hash_json(self.settings)
+
+    @property
     def file(self) -> str:
         """The name of its scores' file."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub('[^A-Za-z0-9]+', '_', self.label).strip('_')[-60:]}-{digest[:12]}.jsonl"
+        label = re.sub("[^A-Za-z0-9]+", "_", self.label).strip("_")[-60:]
+        return f"{label}-{self.identity[:12]}.jsonl"
 
 
 class Comparison:
@@ -109,7 +115,7 @@ class Comparison:
             else:
                 rate = statistics.mean_interval(success, seed=0)
             found.append(
-                {"label": entrant.label}
+                {"label": entrant.label, "policy": entrant.policy}
                 | entrant.settings
                 | {
                     "mean": mean.mean,

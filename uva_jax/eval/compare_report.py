@@ -7,9 +7,7 @@ from pathlib import Path
 
 from uva_jax.eval.report import write_report
 from uva_jax.eval.report_data import ReportData
-from uva_jax.runtime.respacing import space_timesteps
-
-_TRAIN_STEPS = 1000  # of all published policies' action heads
+from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
 
 def write_comparison_report(path: Path, results: Mapping) -> Path:
@@ -106,7 +104,7 @@ def _sampling(figures) -> list[dict]:
     rows = [
         {
             "policy": f"{row['short']}, {row['sampler']}",
-            "steps": len(space_timesteps(_TRAIN_STEPS, row["sampling_steps"])),
+            "steps": len(space_timesteps(TRAIN_STEPS, row["sampling_steps"])),
             "score": row["mean"],
             "ci": row["ci95"],
         }
@@ -125,7 +123,7 @@ def _settings(results: Mapping) -> dict:
     found = {"seeds": f"{len(seeds)}, {min(seeds)} to {max(seeds)}", "draws": results["draws"]}
     common = ("simulator", "max_steps", "noise_seed")
     found |= {key: figures[0][key] for key in common if key in figures[0]}
-    own = ("sampling_steps", "sampler", "sha256")
+    own = ("sampling_steps", "sampler", "precision", "policy_hash")
     for number, row in enumerate(figures, 1):
         found |= {f"policy {number}": row["policy"]}
         found |= {f"policy {number}, {key}": row[key] for key in own if row.get(key)}

@@ -14,18 +14,27 @@ from uva_jax.data.windows import Strips
 from uva_jax.eval import actions, recall
 from uva_jax.eval.acting import Language, LocalPolicy
 from uva_jax.eval.recall import Recalled
-from uva_jax.eval.rollout import RolloutPool
-from uva_jax.eval.scores import ScoreFile, noise_number
-from uva_jax.eval.statistics import mcnemar, mean_interval, paired_difference, verdict, wilson
+from uva_jax.eval.rollout import RolloutPool, Times
+from uva_jax.eval.scores import Score, ScoreFile, noise_number
+from uva_jax.eval.statistics import (
+    PRACTICABLE,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    verdict,
+    wilson,
+)
 from uva_jax.models import surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections import EvaluateOptions
 from uva_jax.storage.atomic import read_json, write_json
+from uva_jax.storage.identity import hash_json
 
+FOLDER = "eval"  # of the stage, in a run's folder
 MARGIN = 0.02  # loss of score that the verdict of a run accepts
 # Options of `python -m uva_jax evaluate` with the names of settings.
-_OPTIONS = "simulator simulator_files max_steps sampling_steps sampler noise_seed".split()
+_OPTIONS = "simulator_files max_steps sampling_steps sampler noise_seed slots".split()
 
 
 def evaluate(
@@ -58,7 +67,10 @@ def evaluate(
       UserError: the simulator lacks what a policy reads.
     """
     found: dict = {name: {} for name in policies}
-    equal = _equal(policies)
+    hashes = {name: surgery.policy_hash(policy) for name, policy in policies.items()}
+    first = {content: name for name, content in reversed(hashes.items())}
+    # Such as a graft that kept Stage 1's state.
+    equal = {name: first[content] for name, content in hashes.items() if first[content] != name}
     distinct = {name: policy for name, policy in policies.items() if name not in equal}
     for name, other in equal.items():
         metrics.say(f"{name} is the same policy as {other}, and so are its results")
@@ -76,25 +88,30 @@ def evaluate(
         for name, other in equal.items():
             found[name]["actions"] = found[other]["actions"]
     if seeds := rollout_seeds(options):
-        _roll_out_all(distinct, equal, found, seeds, options, folder, metrics, language)
+        _roll_out_all(distinct, equal, hashes, found, seeds, options, folder, metrics, language)
     write_json(folder / "metrics.json", found)
     return found
 
 
-def _equal(policies: Mapping[str, Policy]) -> dict[str, str]:
-    """Returns the policies that equal an earlier one, such as a graft that kept Stage 1's state."""
-    seen, found = {}, {}
-    for name, policy in policies.items():
-        arrays = surgery.flatten(policy)
-        for other, (config, theirs) in seen.items():
-            if config == policy.config and all(
-                np.array_equal(x, theirs[path]) for path, x in arrays.items()
-            ):
-                found[name] = other
-                break
-        else:
-            seen[name] = policy.config, arrays
-    return found
+def finished_episodes(folder: Path, identity: str) -> tuple[dict[tuple[int, int], Score], Times]:
+    """Returns the episodes of a policy that `evaluate` has finished in a folder, and their times.
+
+    Args:
+      folder: of the stage; it need not exist.
+      identity: see `compare.Entrant`.
+
+    Returns:
+      the scores by (seed, number of the noise), and the times; nothing and zero if the folder holds
+      no scores of this identity.
+    """
+    for path in sorted(folder.glob("*.json")):
+        found = read_json(path) or {}
+        if found.get("identity") == identity:
+            columns = ("seeds", "noise_numbers", "scores", "success", "steps")
+            rows = zip(*(found[name] for name in columns), strict=True)
+            times = (found[f"{part}seconds"] for part in ("", "policy_", "simulator_"))
+            return {(seed, number): Score(*row) for seed, number, *row in rows}, Times(*times)
+    return {}, Times()
 
 
 def rollout_seeds(options: EvaluateOptions) -> list[int]:
@@ -114,7 +131,12 @@ def summary(found: Mapping) -> dict:
 
 
 def say_verdict(
-    found: Mapping, policies: Sequence[Path], out: Path, options: EvaluateOptions, metrics
+    found: Mapping,
+    policies: Sequence[Path],
+    out: Path,
+    options: EvaluateOptions,
+    metrics: MetricsWriter,
+    more: Mapping[str, str],
 ) -> None:
     """Prints a verdict and, if the seeds did not decide, the command that goes on.
 
@@ -124,22 +146,24 @@ def say_verdict(
       out: folder of the command's results.
       options: of the rollouts.
       metrics: writer of messages.
+      more: further options of the command by name; "": its default.
     """
     metrics.say(found["sentence"])
     if found["kind"] == "undecided":
+        seen, needed = found["seeds"], found["seeds_needed"]
         # Room for twice the estimated number, which is rough; the command stops when it is decided.
-        count = 2 * (found["seeds"] + (found["seeds_needed"] or 500))
+        count = min(2 * (seen + needed) if needed else math.inf, seen + PRACTICABLE)
         first, usual = options.start_seed, EvaluateOptions()
         words = [word for path in policies for word in ("--policy", str(path))]
         words += ["--seeds", f"{first}:{first + math.ceil(count / 100) * 100}", "--until-decided"]
-        words += ["--margin", f"{found['margin']:g}"]
-        for name in _OPTIONS:
-            if (value := getattr(options, name)) != getattr(usual, name):
-                words += [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--margin", f"{found['margin']:g}", "--simulator", options.simulator]
+        given = {k: getattr(options, k) for k in _OPTIONS}
+        given = {k: v for k, v in given.items() if v != getattr(usual, k)}
+        for name, value in (given | {k: v for k, v in more.items() if v}).items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
         words += ["--out", str(out)]
-        metrics.say(
-            f"to roll out seeds until it is decided: python -m uva_jax evaluate {shlex.join(words)}"
-        )
+        aim = "until it is decided" if needed else "all the same, for a narrower interval"
+        metrics.say(f"to roll out seeds {aim}: python -m uva_jax evaluate {shlex.join(words)}")
 
 
 def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics) -> dict:
@@ -166,7 +190,7 @@ def _act(name, policy, reader, strips, options: EvaluateOptions, folder, metrics
 
 
 def _roll_out_all(
-    policies, equal, results: dict, seeds, options, folder, metrics, language
+    policies, equal, hashes, results: dict, seeds, options, folder, metrics, language
 ) -> None:
     """Adds the scores of every policy and the paired differences to `results`."""
     filmed = {name: equal.get(name, name) for name in ("teacher", "graft") if name in results}
@@ -185,11 +209,12 @@ def _roll_out_all(
                 max_steps=options.max_steps,
                 language=language,
             )
+            identity = hash_json({"policy_hash": hashes[name]} | actor.settings | pool.settings)
             if name in filmed.values():
                 actor = actors[name] = Recalled(actor)
             found = read_json(folder / f"{name}.json")
             if found is None:
-                found = _rollout(pool, name, actor, seeds, options, folder, metrics)
+                found = _rollout(pool, name, actor, seeds, identity, options, folder, metrics)
             (folder / f"{name}.jsonl").unlink(missing_ok=True)  # the result holds its content
             results[name] |= found
             metrics.say(
@@ -237,7 +262,7 @@ def _compare(results: dict, name: str, suffix: str, words: str, metrics) -> None
 
 
 def _rollout(
-    pool, name, actor: LocalPolicy | Recalled, seeds, options: EvaluateOptions, folder, metrics
+    pool, name, actor: LocalPolicy | Recalled, seeds, identity: str, options, folder, metrics
 ) -> dict:
     """Returns the scores of one policy; stored, so that a resumed run reuses them."""
     file = ScoreFile(folder / f"{name}.jsonl")
@@ -252,7 +277,9 @@ def _rollout(
         "ci95": [interval.low, interval.high],
         "success_rate": rate.mean,
         "success_ci95": [rate.low, rate.high],
+        "identity": identity,
         "seeds": seeds,
+        "noise_numbers": [number for _, number in episodes],
         "scores": values.tolist(),
         "success": success,
         "steps": [s.steps for s in scores],

@@ -1,16 +1,16 @@
 """The Fréchet video distance of policies' predictions, of held frames, and of the VAE.
 
-`measure` predicts windows, passes each video through I3D and keeps its features, with squared
-error and SSIM; `figures` makes distances of them; `judge` does both for several policies. A video
-is the four frames of the future, each repeated to make sixteen, as in upstream's `test_video_fvd`;
-frames are rounded to whole numbers, where upstream truncates them.
+`measure` passes each video through I3D and keeps its features, with squared error and SSIM;
+`figures` makes distances of them; `judge` does both for several policies, and measures only once
+what depends on nothing but the recording and the VAE. A video is the four frames of the future,
+each repeated to make sixteen, as in upstream's `test_video_fvd`; frames are rounded to whole
+numbers, where upstream truncates them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,25 +19,19 @@ import jax
 import numpy as np
 
 from uva_jax.data.source import WindowReader
+from uva_jax.eval.cameras import make_reconstructor
 from uva_jax.eval.frechet import frechet_distance, unlimited
-from uva_jax.eval.predict import (
-    Camera,
-    Prediction,
-    Sampling,
-    checked_window,
-    divergence,
-    make_predictor,
-)
+from uva_jax.eval.predict import Sampling, checked_window, divergence, make_predictor
 from uva_jax.eval.recorded import Window, held_out, read_windows
 from uva_jax.eval.video import ssim
 from uva_jax.models import i3d, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.errors import UserError
-from uva_jax.storage.atomic import new_file, plain
+from uva_jax.storage.atomic import new_file
+from uva_jax.storage.identity import hash_arrays, hash_json
 
 LIMIT = 16  # videos of upstream's protocol
 LEAST = 16  # videos of any distance
-KINDS = ("predicted", "last_frame", "reconstruction")
 MODE = "full_dynamic_model"  # upstream's
 _TRUTH = "future"
 _PART = 8  # windows of a stored part
@@ -71,7 +65,10 @@ def judge(
     say: Callable[[str], None],
     progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
 ) -> dict[str, dict]:
-    """Measures the videos of policies; those with equal trunks are measured once.
+    """Measures the videos of policies; those with equal trunks are predicted once.
+
+    The recorded videos and their reconstructions are measured once for all policies that read the
+    same windows and have equal VAEs.
 
     Args:
       policies: by name.
@@ -81,7 +78,7 @@ def judge(
       folder: of what is measured; a killed run resumes.
       origin: what the results depend on besides policies and options.
       say: takes messages.
-      progress: opens, for a policy's name, the `progress` of `measure`.
+      progress: opens, for the name of what is measured, the `progress` of `measure`.
 
     Returns:
       for each policy {"cameras": see `figures`, "windows": their number, "sampling": its options,
@@ -91,6 +88,7 @@ def judge(
       UserError: there are too few windows, or a policy predicts no video.
     """
     results: dict[str, dict] = {}
+    recorded: dict[Path, dict] = {}  # what is measured of recordings, by its folder
     for name, policy in policies.items():
         trunk = trunk_hash(policy)
         twin = next((n for n, found in results.items() if found["trunk"] == trunk), None)
@@ -109,13 +107,15 @@ def judge(
             sampler=options.sampler,
             seed=options.seed,
         )
-        predictor = make_predictor(policy, sampling)
+        predictor = make_predictor(policy, sampling, reconstruct=False)
         reader = reader_of(policy)
         episode, step = held_out(reader, options.videos, options.seed)
         if len(episode) < options.videos:
             say(f"the recording has {len(episode)} held-out windows, not {options.videos}")
-        made_with = plain({**origin, "trunk": trunk, "sampling": dataclasses.asdict(sampling)})
-        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+        made_with = {**origin, "trunk": trunk, "sampling": dataclasses.asdict(sampling)}
+        own = folder / hash_json(made_with)[:16]
+        read_with = {**origin, "windows": windows_hash(policy, reader), "seed": options.seed}
+        shared = folder / hash_json(read_with)[:16]
 
         def read(numbers, config=config, reader=reader, episode=episode, step=step):
             return [
@@ -123,8 +123,13 @@ def judge(
                 for window in read_windows(reader, episode[numbers], step[numbers])
             ]
 
+        if shared not in recorded:
+            of_recording = functools.partial(_of_recording, make_reconstructor(policy), network)
+            with progress("the recording") as show:
+                recorded[shared] = measure(of_recording, read, len(episode), shared, show)
+        of_prediction = functools.partial(_of_prediction, predictor, network)
         with progress(name) as show:
-            measured = measure(predictor, read, len(episode), network, folder / digest[:16], show)
+            measured = measure(of_prediction, read, len(episode), own, show) | recorded[shared]
         results[name] = {
             "windows": len(episode),
             "sampling": dataclasses.asdict(sampling),
@@ -141,38 +146,41 @@ def trunk_hash(policy: Policy) -> str:
     """Returns a hash of all that a policy's videos depend on: everything but its action head."""
     config = dataclasses.replace(policy.config, action_head=None)
     acts = policy.action_head is not None  # its draws come first
-    digest = hashlib.sha256(json.dumps([plain(dataclasses.asdict(config)), acts]).encode())
-    for path, values in sorted(surgery.flatten(policy).items()):
-        if not path.startswith("action_head/"):
-            digest.update(f"{path} {values.dtype} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
+    arrays = surgery.flatten(policy)
+    trunk = {path: x for path, x in arrays.items() if not path.startswith("action_head/")}
+    return hash_json([dataclasses.asdict(config), acts, hash_arrays(trunk)])
+
+
+def windows_hash(policy: Policy, reader: WindowReader) -> str:
+    """Returns a hash of what the frames of windows and their reconstructions depend on."""
+    config = policy.config
+    frames = [dataclasses.asdict(config.vae), config.image_size, config.mar.wrist]
+    read = [reader.spec.without_widths(), reader.options]
+    vae = hash_arrays(surgery.flatten(policy.vae))
+    return hash_json([*frames, *map(dataclasses.asdict, read), vae])
 
 
 def measure(
-    predictor: Callable[[Window, int], Prediction],
+    measured: Callable[[Window, int], Mapping[str, np.ndarray]],
     read: Callable[[np.ndarray], Sequence[Window]],
     count: int,
-    network: i3d.I3D,
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, np.ndarray]:
-    """Predicts windows and measures the videos; stored in parts, so that a killed run resumes.
+    """Measures windows; stored in parts, so that a killed run resumes.
 
     Args:
-      predictor: see `predict.make_predictor`.
-      read: returns the windows of given numbers, with their future.
+      measured: returns the figures of a window and its number, by name.
+      read: returns the windows of given numbers.
       count: number of windows, at least `LEAST`.
-      network: whose logits are the features.
-      folder: of the parts; it belongs to this policy, these windows and this network.
+      folder: of the parts; it belongs to these windows and this function.
       progress: is called with the number of finished windows and `count`.
 
     Returns:
-      by "camera/kind/figure": "features" (count, 400) float32; except for the kind "future"
-      "squared_error" and "ssim" (count,); and "latent_spread" (count,) of the kind "predicted".
+      (count, ...) by name.
 
     Raises:
-      UserError: there are too few windows, or they have no future.
+      UserError: there are too few windows.
     """
     if count < LEAST:
         raise UserError(
@@ -185,7 +193,7 @@ def measure(
         path = folder / f"windows_{start:05d}.npz"
         if (part := _stored(path, len(numbers))) is None:
             rows = [
-                _measured(predictor(window, int(number)), network)
+                measured(window, int(number))
                 for window, number in zip(read(numbers), numbers, strict=True)
             ]
             part = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -217,27 +225,36 @@ def _features(network: i3d.I3D, frames: np.ndarray) -> np.ndarray:
         return np.asarray(_logits(network, video))
 
 
-def _measured(prediction: Prediction, network: i3d.I3D) -> dict[str, np.ndarray]:
-    """Returns the figures of one window; see `measure`."""
+def _of_recording(reconstruct, network: i3d.I3D, window: Window, number: int) -> dict:
+    """Returns the figures of the real frames and of all that is made of them; see `figures`."""
+    del number
     found = {}
-    for name, camera in prediction.cameras.items():
-        if camera.future is None:
-            raise UserError("the Fréchet video distance needs windows with their future")
+    for name, camera in reconstruct(window).items():
         found[f"{name}/{_TRUTH}/features"] = _features(network, camera.future)
-        for kind, frames in _clips(camera).items():
-            error = frames.astype(np.float64) - camera.future
-            found[f"{name}/{kind}/features"] = _features(network, frames)
-            found[f"{name}/{kind}/squared_error"] = np.mean(error**2)
-            found[f"{name}/{kind}/ssim"] = np.mean(ssim(frames, camera.future))
+        if camera.history is not None:
+            held = np.broadcast_to(camera.history[-1:], camera.future.shape)
+            found |= _compared(f"{name}/last_frame", held, camera.future, network)
+        again = camera.reconstruction
+        found |= _compared(f"{name}/reconstruction", again, camera.future, network)
+    return found
+
+
+def _of_prediction(predictor, network: i3d.I3D, window: Window, number: int) -> dict:
+    """Returns the figures of the predicted frames; see `figures`."""
+    found, prediction = {}, predictor(window, number)
+    for name, camera in prediction.cameras.items():
+        found |= _compared(f"{name}/predicted", camera.predicted, camera.future, network)
         found[f"{name}/predicted/latent_spread"] = np.float64(prediction.latent_spread)
     return found
 
 
-def _clips(camera: Camera) -> dict[str, np.ndarray]:
-    clips = {"predicted": camera.predicted, "reconstruction": camera.reconstruction}
-    if camera.history is not None:
-        clips["last_frame"] = np.broadcast_to(camera.history[-1:], camera.future.shape)
-    return {kind: clips[kind] for kind in KINDS if kind in clips}
+def _compared(name: str, frames: np.ndarray, truth: np.ndarray, network: i3d.I3D) -> dict:
+    error = frames.astype(np.float64) - truth
+    return {
+        f"{name}/features": _features(network, frames),
+        f"{name}/squared_error": np.mean(error**2),
+        f"{name}/ssim": np.mean(ssim(frames, truth)),
+    }
 
 
 def figures(measured: Mapping[str, np.ndarray], episode: np.ndarray, seed: int) -> dict:
@@ -250,7 +267,9 @@ def figures(measured: Mapping[str, np.ndarray], episode: np.ndarray, seed: int) 
     "latent_spread", the largest; see `Prediction`. "last_frame" repeats the last observed frame.
 
     Args:
-      measured: see `measure`.
+      measured: by "camera/kind/figure": "features" (count, 400) float32; except for the kind
+        "future" "squared_error" and "ssim" (count,); and "latent_spread" (count,) of the kind
+        "predicted".
       episode: (count,) of each window.
       seed: of the extrapolation's subsets and of the bootstrap.
     """

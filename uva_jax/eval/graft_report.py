@@ -155,7 +155,7 @@ def _cost(name: str, policy: Policy, figures: Mapping, wanted: str) -> dict:
     head = policy.config.action_head
     return {
         "policy": name,
-        "steps": len(make_schedule(steps_of(head, wanted), head.train_steps)),
+        "steps": len(make_schedule(steps_of(head, wanted))),
         "seconds": figures["policy_seconds"] / calls,
         "parameters": _count(policy.action_head),
     }

@@ -17,17 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from uva_jax.eval.cameras import IMAGES, Camera, cameras_of, real_frames, to_uint8
 from uva_jax.eval.video import psnr, ssim
-from uva_jax.models.frames import frame_indices
 from uva_jax.models.losses import ACTION_MODES, VIDEO_MODES
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import TASK_MODES, PolicyConfig
 from uva_jax.models.token_sampler import masked_counts, sample_tokens
 from uva_jax.runtime.errors import UserError
 
-CAMERAS = {"main": "", "wrist": "wrist_"}  # camera -> prefix of the names of its arrays
 SCHEDULES = ("linear", "constant")
-_IMAGES = tuple(f"{when}{prefix}image" for when in ("", "future_") for prefix in CAMERAS.values())
 _WIDE = 3.0  # a spread of latents above that of any working video head
 _NUMBERS = ("fiu", "float")  # kinds of dtypes, and their name in messages
 
@@ -90,20 +88,6 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Camera:
-    """Frames of one camera, each (n_frames, size, size, 3) uint8 at the policy's size, or None.
-
-    `history` and `future` are real, `predicted` is sampled, and `reconstruction` is the real future
-    encoded (to the mean, without noise) and decoded by the VAE.
-    """
-
-    history: np.ndarray | None
-    future: np.ndarray | None
-    predicted: np.ndarray
-    reconstruction: np.ndarray | None
-
-
-@dataclass(frozen=True)
 class Prediction:
     """The sampled future of a window.
 
@@ -154,14 +138,14 @@ def checked_window(
     shapes: dict[str, tuple] = {"action": actions}
     shapes |= {"past_action": actions} if c.history_action else {}
     shapes |= {"text_latents": (c.text_dim,)} if c.text_dim else {}
-    shapes |= {name: (past, None, None, 3) for name in _IMAGES}
+    shapes |= {name: (past, None, None, 3) for name in IMAGES}
     steps = (config.n_obs_steps, c.proprio_steps)
     shapes |= {name: (steps, widths.get(name)) for name in states}
     found = {}
     for name, shape in shapes.items():
         if name not in window:
             continue
-        array, (kinds, wanted) = window[name], ("u", "uint8") if name in _IMAGES else _NUMBERS
+        array, (kinds, wanted) = window[name], ("u", "uint8") if name in IMAGES else _NUMBERS
         fits = array.ndim == len(shape) and all(
             got and (n is None or got == n or (isinstance(n, tuple) and got in n))
             for got, n in zip(array.shape, shape, strict=True)
@@ -174,7 +158,7 @@ def checked_window(
             )
         if not np.isfinite(array).all():
             raise UserError(f"{name} of {origin} has values that are not finite: correct them")
-        found[name] = array if name in _IMAGES else np.asarray(array, np.float32)
+        found[name] = array if name in IMAGES else np.asarray(array, np.float32)
     width = sum(window[name].shape[-1] for name in states)
     if width != c.proprio_dim:
         raise UserError(
@@ -188,10 +172,13 @@ def _either(n) -> str:
     return " or ".join(map(str, dict.fromkeys(n))) if isinstance(n, tuple) else str(n)
 
 
-def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int], Prediction]:
+def make_predictor(
+    policy: Policy, sampling: Sampling, *, reconstruct: bool = True
+) -> Callable[[Mapping, int], Prediction]:
     """Returns f(window, number) -> Prediction, compiled at its first call.
 
-    Windows come from `checked_window`; `number` selects the noise.
+    Windows come from `checked_window`; `number` selects the noise. Without `reconstruct` the
+    cameras have no reconstruction.
 
     Raises:
       UserError: see `Sampling.check`.
@@ -200,7 +187,7 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
     graph, variables = nnx.split(policy)
     with_video = sampling.mode in VIDEO_MODES
     with_actions = sampling.mode in ACTION_MODES and policy.action_head is not None
-    cameras = CAMERAS if policy.config.mar.wrist else {"main": ""}
+    cameras = cameras_of(policy)
 
     @jax.jit
     def run(variables, window, number):
@@ -237,7 +224,9 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
         if with_video:
             found["latent_spread"] = jnp.std(sampled["latents"]) / jnp.std(cond)
             for name, prefix in cameras.items():
-                found["cameras"][name] = _show(policy, obs, prefix, sampled)
+                real = real_frames(policy, obs, prefix, reconstruct)
+                made = policy.decode_frames(sampled[f"{prefix}latents"])
+                found["cameras"][name] = real | {"predicted": to_uint8(made[0])}
         return found
 
     def predict(window: Mapping[str, np.ndarray], number: int) -> Prediction:
@@ -253,37 +242,6 @@ def make_predictor(policy: Policy, sampling: Sampling) -> Callable[[Mapping, int
         )
 
     return predict
-
-
-def _show(policy: Policy, obs: Mapping, prefix: str, sampled: Mapping) -> dict:
-    """Returns the fields of a `Camera` for a batch of one window."""
-    n_frames = policy.config.mar.n_frames
-
-    def real(name):
-        if name not in obs:
-            return None
-        images = obs[name]
-        if images.shape[1] != n_frames:
-            images = images[:, np.array(frame_indices(images.shape[1], n_frames))]
-        return policy.preprocess(images)
-
-    history, future = real(f"{prefix}image"), real(f"future_{prefix}image")
-    again = None
-    if future is not None:
-        no_noise = jnp.zeros(policy.latent_shape(1))
-        again = policy.decode_frames(policy.encode_frames(future, no_noise))
-    frames = {
-        "history": history,
-        "future": future,
-        "predicted": policy.decode_frames(sampled[f"{prefix}latents"]),
-        "reconstruction": again,
-    }
-    return {name: None if x is None else _to_uint8(x[0]) for name, x in frames.items()}
-
-
-def _to_uint8(frames: jax.Array) -> jax.Array:
-    """Converts [-1, 1] to 0..255, rounded; values that are not finite become grey."""
-    return jnp.round((jnp.nan_to_num(frames) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def figures(predictions: Sequence[Prediction]) -> dict:

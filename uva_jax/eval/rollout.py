@@ -58,11 +58,6 @@ class RolloutResult:
     times: Times
     videos: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> uint8 (t, h, w, 3)
 
-    @property
-    def mean(self) -> float:
-        """UVA's `test_mean_score`."""
-        return float(self.scores.mean())
-
 
 def spec_of(config: PolicyConfig, max_steps: int = 300) -> RolloutSpec:
     """Returns what a policy observes and executes in each call."""
@@ -130,6 +125,7 @@ class RolloutPool:
 
     Attributes:
       simulator: what the simulator provides.
+      settings: the simulator's name and files, as JSON values.
     """
 
     def __init__(self, workers: int | None = None, *, simulator: str = "pusht", files: str = ""):
@@ -145,6 +141,7 @@ class RolloutPool:
         """
         if workers is not None and workers < 1:
             raise ValueError(f"a rollout pool needs at least one worker, got {workers}")
+        self.settings = {"simulator": simulator, "simulator_files": files}
         target, count = "uva_jax.envs.episode:EpisodeWorker", workers or usable_cores()
         self._workers = [WorkerProcess(target, simulator, files) for _ in range(count)]
         try:
@@ -315,11 +312,3 @@ class RolloutPool:
         for worker in self._workers:
             worker.send(method, *args)
         return [worker.receive() for worker in self._workers]
-
-
-def run_rollouts(
-    predict: Predict, seeds: Sequence[int], *, workers: int | None = None, **options
-) -> RolloutResult:
-    """Calls `RolloutPool.run` in a new pool; `options` are that method's further arguments."""
-    with RolloutPool(min(workers or usable_cores(), max(len(seeds), 1))) as pool:
-        return pool.run(predict, seeds, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,32 @@ class ScoreFile:
         """Returns how many of these (seed, number of the noise) are stored."""
         return sum(episode in self.scores for episode in episodes)
 
+    def add(self, scores: Mapping[tuple[int, int], Score], times: Times) -> int:
+        """Stores episodes that were rolled out elsewhere, unless they are stored already.
+
+        Args:
+          scores: by (seed, number of the noise).
+          times: of all these episodes, each of which counts with an equal share.
+
+        Returns:
+          how many were added.
+        """
+        missing = [key for key in scores if key not in self.scores]
+        if missing:
+            before = self.times
+            with open_for_lines(self.path) as file:
+                for done, key in enumerate(missing, 1):
+                    share = Times(*(t * done / len(scores) for t in times))
+                    self._store(file, key, scores[key], before.plus(share))
+        return len(missing)
+
+    def _store(self, file, key: tuple[int, int], score: Score, times: Times) -> None:
+        """Writes an episode's line; `times` is that of all lines."""
+        self.times = Times(*(round(t, 3) for t in times))
+        line = {"seed": key[0], "number": key[1], **score._asdict(), "times": self.times}
+        write_line(file, line)
+        self.scores[key] = score
+
     def roll_out(
         self,
         pool: RolloutPool,
@@ -75,11 +101,8 @@ class ScoreFile:
         with open_for_lines(self.path) as file:
 
             def store(outcome: Outcome, times: Times) -> None:
-                seed, number, score, success, steps, _ = outcome
-                self.times = Times(*(round(t, 3) for t in before.plus(times)))
-                line = {"seed": seed, "number": number, "score": score, "success": success}
-                write_line(file, line | {"steps": steps, "times": self.times})
-                self.scores[seed, number] = Score(score, success, steps)
+                seed, number, *score, _ = outcome
+                self._store(file, (seed, number), Score(*score), before.plus(times))
 
             pool.run(
                 predict,

@@ -18,11 +18,11 @@ from scipy.stats import binomtest, norm
 
 LEVEL = 0.05  # probability that an interval misses the mean
 PLANNED = 400  # seeds for which a sequence is tuned, unless its caller knows better
+PRACTICABLE = 5_000  # further seeds that one may still want to run
 
 _THRESHOLD = float(np.log(2 / LEVEL))  # of the log wealth that refutes a mean
 _LARGEST_BET = 0.9  # share of the capital that one seed may cost
 _PRIOR_VARIANCE = 0.2  # of one difference before the first seed; affects the width, not validity
-_FURTHEST = 100_000  # seeds up to which the end of an undecided comparison is estimated
 
 Kind = Literal["better", "not worse", "worse", "undecided"]
 
@@ -196,14 +196,14 @@ class PairedSequence:
         """Returns how many more seeds would decide if they were like those so far.
 
         Returns:
-          0 if it is decided; None if no number that one could run would, or without seeds.
+          0 if it is decided; None if more than PRACTICABLE would be needed, or without seeds.
         """
         if self.kind() != "undecided":
             return 0
         n = self._differences.size
         if not n:
             return None
-        future = np.resize(self._differences, _FURTHEST)
+        future = np.resize(self._differences, n + PRACTICABLE)
         later = PairedSequence(self.margin, max(self.planned, PLANNED))
         reached = np.maximum(
             later._wealth(future, -self.margin), later._wealth(-future, self.margin)
@@ -236,11 +236,6 @@ class Verdict:
     margin: float
     seeds: int
     seeds_needed: int | None  # see `PairedSequence.seeds_needed`
-
-    @property
-    def decided(self) -> bool:
-        """Whether more seeds are not needed."""
-        return self.kind != "undecided"
 
     def as_json(self) -> dict:
         """Returns the verdict as it is stored in metrics.json."""
@@ -315,8 +310,12 @@ def _sentence(sequence, kind, difference, needed, policy, reference) -> str:
         f"{numbers[2]}{f', {seeds}' if kind != 'undecided' else ''})"
     )
     if kind == "undecided":
-        more = f"about {_rounded(needed)} more would" if needed else "far more are needed"
-        said += f"; {more}"
+        said += (
+            f"; about {_rounded(needed)} more would"
+            if needed
+            else f"; the difference is too close to {-margin or 0:g} for any practicable number of "
+            "seeds to decide"
+        )
     return said[0].upper() + said[1:] + "."
 
 

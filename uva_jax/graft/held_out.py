@@ -51,7 +51,7 @@ def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Arra
         cond, streams = policy.condition(windows, key=sub_key(key, 0))
         z, truth = policy.video_tokens(cond, streams), policy.normalize("action", windows["action"])
     head, steps = policy.action_head, steps_of(policy.config.action_head, _STEPS)
-    loop = len(diffusion.make_schedule(steps, head.config.train_steps)) + 1
+    loop = len(diffusion.make_schedule(steps)) + 1
     noise = jax.random.normal(sub_key(key, 1), (_DRAWS, loop, *truth.shape))
     condition = head.condition(z)
     samples = jax.vmap(

@@ -115,7 +115,7 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
         head = nnx.merge(graph, state)
         condition = head.condition(z.astype(jnp.float32))
         steps = steps_of(head.config, options.sampling_steps)
-        shape = (len(diffusion.make_schedule(steps, 1000)) + 1, *rows)
+        shape = (len(diffusion.make_schedule(steps)) + 1, *rows)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(windows)
 
         def sample(number):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uva_jax.runtime.errors import UserError
-from uva_jax.runtime.respacing import SAMPLERS, space_timesteps
+from uva_jax.runtime.respacing import SAMPLERS, TRAIN_STEPS, space_timesteps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,12 +85,12 @@ def cosine_betas(num_steps: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def make_schedule(respacing: str = "", num_steps: int = 1000) -> Schedule:
+def make_schedule(respacing: str = "", num_steps: int = TRAIN_STEPS) -> Schedule:
     """Returns the respaced cosine process; betas follow from the kept cumulative alphas.
 
     Args:
       respacing: see `space_timesteps`.
-      num_steps: of the original process.
+      num_steps: of the original process; by default, that of sampling.
 
     Raises:
       UserError: the process cannot be respaced so.

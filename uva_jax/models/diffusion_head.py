@@ -176,8 +176,7 @@ class DiffusionHead(nnx.Module):
         Returns:
           (b, n, channels); with `guided` both halves hold the guided result.
         """
-        # As in the original, 1000 steps are respaced for any number of training steps.
-        schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps, 1000)
+        schedule = diffusion.make_schedule(sampling_steps or self.config.sampling_steps)
         context = self.context(condition)
         if noise is None:
             rows = (len(condition) // (2 if guided else 1), self.rows(condition))

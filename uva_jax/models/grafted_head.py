@@ -231,7 +231,7 @@ class GraftedHead(DiffusionHead):
     ):
         rows = len(condition) // (2 if guided else 1)
         if noise is None:
-            steps = len(make_schedule(sampling_steps or self.config.sampling_steps, 1000))
+            steps = len(make_schedule(sampling_steps or self.config.sampling_steps))
             noise = jax.random.normal(
                 key, (steps + 1, rows, self.rows(condition), self.config.channels)
             )

@@ -73,7 +73,7 @@ class PolicyCall:
         graph, self._config = nnx.graphdef(policy), policy.config
         head = self._config.action_head
         steps = steps_of(head, sampling_steps)
-        draws = len(diffusion.make_schedule(steps, 1000)) + 1
+        draws = len(diffusion.make_schedule(steps)) + 1
 
         def encode(policy, frames):
             n, f = frames.shape[:2]

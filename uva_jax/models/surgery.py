@@ -1,4 +1,4 @@
-"""Converts modules to flat dictionaries of arrays and back, and makes modules without arrays.
+"""Converts modules to flat dictionaries of arrays and back, hashes them, and makes empty modules.
 
 Flax's own update functions accept wrong shapes and missing keys silently, so modules are filled by
 `replace`, which checks them.
@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.models.policy import Policy
-from uva_jax.models.policy_config import PolicyConfig
+from uva_jax.models.policy_config import PolicyConfig, to_dict
 from uva_jax.runtime.errors import UserError
+from uva_jax.storage.identity import hash_arrays, hash_json
 
 
 def _path(keys: tuple) -> str:
@@ -35,6 +36,11 @@ def shapes(module: nnx.Module | nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         _path(keys): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
         for keys, variable in nnx.to_flat_state(state)
     }
+
+
+def policy_hash(policy: Policy) -> str:
+    """Returns the SHA-256 of a policy's architecture and of all its arrays."""
+    return hash_json([to_dict(policy.config), hash_arrays(flatten(policy))])
 
 
 def is_abstract(module: nnx.Module) -> bool:

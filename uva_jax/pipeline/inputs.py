@@ -20,7 +20,7 @@ from uva_jax.data import source
 from uva_jax.data.readers import READERS, open_reader
 from uva_jax.data.windows import WindowSpec
 from uva_jax.data.zarr_container import check_kind
-from uva_jax.models import policy_folder
+from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context
 from uva_jax.runtime import parallel
@@ -49,12 +49,13 @@ def policy_path(name: str) -> Path:
     return assets.POLICY if name == EMBEDDED else Path(name).expanduser()
 
 
-def any_policy(name: str, weights: str = "ema") -> Policy:
+def any_policy(name: str, weights: str = "ema", *, dtype=None) -> Policy:
     """Loads a policy from a folder, a PyTorch checkpoint, or "embedded".
 
     Args:
       name: path, or "embedded".
       weights: of a checkpoint: "ema" or "model".
+      dtype: of matrix products; None: float32.
 
     Raises:
       UserError: the path does not exist or is not a policy.
@@ -66,8 +67,12 @@ def any_policy(name: str, weights: str = "ema") -> Policy:
             "UVA .ckpt, or 'embedded'"
         )
     if path.is_dir():
-        return policy_folder.load_policy(path)
-    return convert_checkpoint(path, weights=weights)[0]
+        return policy_folder.load_policy(path, dtype=dtype)
+    policy = convert_checkpoint(path, weights=weights)[0]
+    if dtype is None:
+        return policy
+    empty = surgery.abstract_policy(policy.config, dtype=dtype)
+    return surgery.replace(empty, surgery.flatten(policy))
 
 
 def teacher_checkpoint(config) -> Path:

@@ -27,6 +27,7 @@ from uva_jax.models import policy_folder, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import (
+    compute_dtype,
     evaluation_data,
     graft_data,
     load_policy,
@@ -219,7 +220,9 @@ def run_evaluate(context: Context) -> dict:
     if "verdict" in found:
         both = [inputs[stage] / "policy" for stage in ("convert", "finetune")]
         out = context.workdir / "compared"
-        evaluate.say_verdict(found["verdict"], both, out, options, context.metrics)
+        more = {name: config.data[name] for name in ("language", "vocabulary")}
+        more["precision"] = "bfloat16" if compute_dtype(config) else ""
+        evaluate.say_verdict(found["verdict"], both, out, options, context.metrics, more)
     return evaluate.summary(found)
 
 
@@ -353,7 +356,7 @@ _STAGES = (
         needs=("convert", "finetune", "shorten"),
         derived=("assemble",),
         config_keys=("seed", "precision", "data", "evaluate"),
-        folder="eval",
+        folder=evaluate.FOLDER,
         describe="compares teacher and graft, writes the report",
         fingerprint=evaluation_data,
     ),

@@ -10,7 +10,8 @@ import math
 from uva_jax.runtime.errors import UserError
 
 SAMPLERS = ("ancestral", "ddim", "dpm++")
-TRAIN_STEPS = 1000  # of the process that UVA's heads learn
+# Of the process that sampling respaces, as in the original: also for heads that learn another one.
+TRAIN_STEPS = 1000
 
 
 def space_timesteps(num_steps: int, respacing: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The identity of a stage's result: hashes of the configuration and of the inputs it depends on."""
+"""Hashes of values, arrays and files, and the identity of a stage, which is made of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uva_jax.storage.atomic import plain, read_json, write_json
 
 _REST_SECONDS = 2.0  # a file changed more recently may change again with the same mtime
 _SHOWN_CHANGES = 8
+
+
+def hash_json(value: Any) -> str:
+    """Returns the SHA-256 of a value as JSON; the order of keys does not matter.
+
+    Raises:
+      TypeError: the value holds something that `plain` does not convert.
+    """
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_arrays(arrays: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of arrays by name: of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        values = np.asarray(array)
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values.reshape(-1)).view(np.uint8))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,17 +75,17 @@ class Identity:
     @cached_property
     def config_hash(self) -> str:
         """SHA-256 of the settings."""
-        return _hash_json(self.config)
+        return hash_json(self.config)
 
     @cached_property
     def inputs_hash(self) -> str:
         """SHA-256 of the inputs' hashes."""
-        return _hash_json(self.inputs)
+        return hash_json(self.inputs)
 
     @property
     def hash(self) -> str:
         """SHA-256 of both hashes."""
-        return _hash_json([self.config_hash, self.inputs_hash])
+        return hash_json([self.config_hash, self.inputs_hash])
 
     def record(self) -> dict[str, Any]:
         """Returns a JSON record for `matches` and `changes`."""
@@ -131,7 +153,7 @@ def external_hash(path: str | os.PathLike, workdir: str | os.PathLike) -> str:
     hashes = {str(p.relative_to(root)): _file_hash(p, cache) for p in files}
     if len(cache) != known:
         write_json(cache_path, cache)
-    return _hash_json(hashes) if root.is_dir() else hashes["."]
+    return hash_json(hashes) if root.is_dir() else hashes["."]
 
 
 def _files(root: Path, part: Part | None) -> Iterator[Path]:
@@ -151,11 +173,6 @@ def _file_hash(path: Path, cache: dict[str, str]) -> str:
     if time.time() - stat.st_mtime > _REST_SECONDS:
         cache[key] = digest
     return digest
-
-
-def _hash_json(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
