@@ -32,7 +32,7 @@ def get_config():
     config.finetune.ema.max_value = 0.99
     config.finetune.check_every = 60
     config.shorten.evaluations = 1
-    config.shorten.epochs = 12
+    config.shorten.epochs = 24
     config.shorten.lr = 1e-3
     config.shorten.batch = 128
     config.evaluate.windows = 128
