@@ -63,7 +63,7 @@ def shorten_head(
     config = dataclasses.replace(
         head.config, prediction="x0_from_eps", sampling_steps=str(options.evaluations)
     )
-    draw = _sampler(head, options, policy.config.temperature)
+    draw = _sampler(head, options, policy.config.temperature, metrics)
     data = draw(train["z"], options.samples, jax.random.key(seed + 1))
     arrays = surgery.flatten(head)
     student = nnx.merge(*nnx.split(head))
@@ -103,8 +103,10 @@ def _after_condition(path: str, form: str) -> bool:
     return top in ("input_proj", "time_embed", "final_layer")
 
 
-def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
-    """Returns f(z, samples, key), which draws samples of a head.
+def _sampler(
+    head: GraftedHead, options: ShortenOptions, temperature: float, metrics: MetricsWriter
+):
+    """Returns f(z, samples, key), which draws samples of a head and shows its progress.
 
     It returns "condition" (windows, ...) bfloat16 and "samples" (windows, samples, n, c).
     """
@@ -132,11 +134,14 @@ def _sampler(head: GraftedHead, options: ShortenOptions, temperature: float):
     rows = (head.config.n_actions, head.config.channels)
 
     def draw(z: np.ndarray, samples: int, key: jax.Array) -> dict[str, np.ndarray]:
-        return in_batches(
-            lambda rows: run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key, samples),
-            len(z),
-            _BATCH,
-        )
+        with metrics.progress(len(z), unit="windows", desc="samples") as bar:
+
+            def some(rows):
+                found = run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key, samples)
+                bar.update(len(np.unique(rows)))
+                return found
+
+            return in_batches(some, len(z), _BATCH)
 
     return draw
 
