@@ -33,9 +33,7 @@ def sampler(head: nn.Module, steps: str, wrap: Callable = lambda f: f) -> tuple:
     else:
         find, network = head.condition, head.denoise
     find, network = wrap(find), wrap(network)
-    schedule = Schedule(1000, steps)
-    place = timing.device()
-    schedule.tables = {name: values.to(place) for name, values in schedule.tables.items()}
+    schedule = timing.schedule(1000, steps)
 
     def loop(condition, noise, temperature=1.0):
         def denoise(x, timestep):
@@ -65,6 +63,23 @@ def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
     return images * 2 - 1
 
 
+def moments(
+    encode: Callable, frames: torch.Tensor, size: int, at_once: int = 0
+) -> list[torch.Tensor]:
+    """Computes mean and logarithm of the variance of frames' latents, each (b, t, c, h', w').
+
+    Args:
+      encode: of a VAE.
+      frames: (b, t, h, w, 3) uint8.
+      size: of the VAE's input.
+      at_once: frames that the VAE encodes at a time; 0: all.
+    """
+    flat = rearrange(frames, "b t h w c -> (b t) h w c")
+    found = [encode(preprocess(part, size)) for part in flat.split(at_once or len(flat))]
+    joined = (torch.cat(parts).float() for parts in zip(*found, strict=True))
+    return [rearrange(x, "(b t) c h w -> b t c h w", b=len(frames)) for x in joined]
+
+
 def sampled_latents(mean: torch.Tensor, logvar: torch.Tensor, config: PolicyConfig) -> torch.Tensor:
     """Samples latents of moments (b, t, c, h, w), as the transformer's tokens (b, t, s, c')."""
     latents = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * config.vae.scale_factor
@@ -92,7 +107,7 @@ def parts(
       following: gives the next window (batch, n_frames, h, w, 3) uint8.
       compiled: apply `torch.compile` to VAE, transformer and head.
     """
-    wrap = torch.compile if compiled else (lambda f: f)
+    wrap = timing.wrapper(compiled)
     policy = timing.ready(Policy(config).requires_grad_(False), dtype)
     mar, place, head = policy.model, timing.device(), config.action_head
     encode, tokens = wrap(policy.vae_model.encode), wrap(lambda x: tokens_of(mar, x))
@@ -103,10 +118,8 @@ def parts(
     def noise():
         return torch.randn(draws, batch, head.n_actions, head.channels, device=place)
 
-    def moments(frames):
-        flat = rearrange(frames, "b t h w c -> (b t) h w c")
-        mean, logvar = encode(preprocess(flat, size))
-        return [rearrange(x.float(), "(b t) c h w -> b t c h w", b=batch) for x in (mean, logvar)]
+    def encoded(frames):
+        return moments(encode, torch.from_numpy(frames).to(place), size)
 
     def act(mean, logvar):
         z = tokens(sampled_latents(mean, logvar, config)).float()
@@ -118,15 +131,15 @@ def parts(
 
     def call():  # with what earlier calls have encoded
         nonlocal kept
-        new = moments(torch.from_numpy(following()[:, -fresh:]).to(place))
+        new = encoded(following()[:, -fresh:])
         kept = [torch.cat([a, b], 1)[:, fresh:] for a, b in zip(kept, new, strict=True)]
         return act(*kept)
 
     def upstream():  # every call encodes all frames
-        return act(*moments(torch.from_numpy(following()).to(place)))
+        return act(*encoded(following()))
 
     with torch.inference_mode(), timing.precision(dtype):
-        kept = moments(torch.from_numpy(following()).to(place))
+        kept = encoded(following())
         frames = torch.from_numpy(following()[:, :fresh]).to(place).flatten(0, 1)
         latents = sampled_latents(*kept, config)
         images, z = preprocess(frames, size), tokens(latents).float()
@@ -146,7 +159,6 @@ def parts(
             with torch.inference_mode(), timing.precision(dtype):
                 function()
 
-        return timing.to_end(run)
+        return timing.measured(run)
 
-    runs = {name: acting(function) for name, function in functions.items()}
-    return {name: (run, timing.flops(run)) for name, run in runs.items()}
+    return {name: acting(function) for name, function in functions.items()}

@@ -9,7 +9,6 @@ import torch
 from einops import rearrange
 
 from convert.torch import acting, timing
-from convert.torch.diffusion import Schedule
 from convert.torch.reference import Policy
 from uva_jax.models.policy_config import PolicyConfig
 
@@ -35,21 +34,17 @@ def capture(
 
     It computes the arrays of `uva_jax.graft.capture.cache_arrays`.
     """
-    wrap, place = (torch.compile if compiled else (lambda f: f)), timing.device()
+    wrap, place = timing.wrapper(compiled), timing.device()
     policy = timing.ready(Policy(config).requires_grad_(False), dtype)
-    head, schedule = policy.model.diffactloss, Schedule(config.action_head.train_steps)
-    schedule.tables = {k: v.to(place) for k, v in schedule.tables.items()}
+    head, schedule = policy.model.diffactloss, timing.schedule(config.action_head.train_steps)
     encode = wrap(policy.vae_model.encode)
     tokens = wrap(lambda x: acting.tokens_of(policy.model, x))
     images, actions = (torch.from_numpy(data[k]) for k in ("image", "action"))
     strips, strip = actions.shape[:2]
     window = torch.arange(strip)[:, None] + torch.arange(config.mar.n_frames)
 
-    def moments(frames):  # (b, t, h, w, 3) -> two of (b, t, c, h', w')
-        flat = rearrange(frames.to(place), "b t h w c -> (b t) h w c")
-        found = [encode(acting.preprocess(x, config.image_size)) for x in flat.split(_FRAMES)]
-        joined = (torch.cat(part).float() for part in zip(*found, strict=True))
-        return [rearrange(x, "(b t) c h w -> b t c h w", b=len(frames)) for x in joined]
+    def moments(frames):
+        return acting.moments(encode, frames.to(place), config.image_size, _FRAMES)
 
     @wrap
     def inner(z, actions, t, noise):
@@ -81,5 +76,4 @@ def capture(
             found = {"z": z, "actions": targets, "t": t, "noise": noise}
             return found | inner(z, targets, t, noise)
 
-    whole = timing.to_end(run)
-    return whole, timing.flops(whole)
+    return timing.measured(run)

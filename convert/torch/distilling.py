@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional
 
 from convert.torch import timing
-from convert.torch.diffusion import Schedule
 from convert.torch.grafting import Training
 from convert.torch.head import GraftedActionHead
 from convert.torch.operators import KeptMlp
@@ -55,7 +54,7 @@ def steps(
     given = {k: torch.from_numpy(v).to(timing.device()) for k, v in data.items()}
     head = timing.ready(GraftedActionHead(dataclasses.asdict(graft.action_head)))
     old = timing.ready(MLPHead(teacher.action_head)).requires_grad_(False)
-    wrap = torch.compile if compiled else (lambda f: f)
+    wrap = timing.wrapper(compiled)
     blocks = _Blocks(head, old, options, given)
 
     def streams(loss):
@@ -86,8 +85,7 @@ def steps(
                     value = loss()
                 training.step(value)
 
-        run = timing.to_end(run)
-        found[family] = run, timing.flops(run)
+        found[family] = timing.measured(run)
     return found
 
 
@@ -112,9 +110,7 @@ class _Blocks:
 
     def __init__(self, head: GraftedActionHead, teacher: MLPHead, options, given):
         self.head, self.net, self.options, self.given = head, teacher.net, options, given
-        self.schedule = Schedule(teacher.config.train_steps)
-        place = given["actions"].device
-        self.schedule.tables = {k: v.to(place) for k, v in self.schedule.tables.items()}
+        self.schedule = timing.schedule(teacher.config.train_steps)
 
     def losses(self, family: str) -> list[tuple[list[nn.Parameter], Callable]]:
         """Returns parameters and loss of the operator of each block, if it has one that learns."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import nn
 
 from convert.torch import acting, timing
@@ -71,7 +70,7 @@ def finetune_step(
       dtype: of products, "float32" or "bfloat16".
       compiled: apply `torch.compile` to the networks.
     """
-    wrap, place = (torch.compile if compiled else (lambda f: f)), timing.device()
+    wrap, place = timing.wrapper(compiled), timing.device()
     tensors = {k: torch.from_numpy(v) for k, v in data.items()}
     frozen = "mar" in options.freeze
     if "z" in data:
@@ -95,15 +94,9 @@ def finetune_step(
     training, loss_of = Training(trained, options, average=True), wrap(head.forward)
 
     def latents():
-        images = tensors["image"].to(place)
-        flat = rearrange(images, "b t h w c -> (b t) h w c")
         with torch.no_grad():
-            mean, logvar = encode(acting.preprocess(flat, config.image_size))
-            mean, logvar = (
-                rearrange(x.float(), "(b t) c h w -> b t c h w", b=len(images))
-                for x in (mean, logvar)
-            )
-            return acting.sampled_latents(mean, logvar, config)
+            pair = acting.moments(encode, tensors["image"].to(place), config.image_size)
+            return acting.sampled_latents(*pair, config)
 
     def step():
         with timing.precision(dtype):
@@ -116,5 +109,4 @@ def finetune_step(
             loss = loss_of(target, z)
         training.step(loss)
 
-    run = timing.to_end(step)
-    return run, timing.flops(run)
+    return timing.measured(step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
+
+from convert.torch.diffusion import Schedule
 
 
 def _attention(query, key, value, *args, **kwargs) -> int:
@@ -56,6 +57,18 @@ def ready(module: nn.Module, dtype: str = "float32") -> nn.Module:
     return module.to(device())
 
 
+def wrapper(compiled: bool) -> Callable[[Callable], Callable]:
+    """Returns `torch.compile`, or a function that returns what it is given."""
+    return torch.compile if compiled else lambda function: function
+
+
+def schedule(steps: int, respacing: str = "") -> Schedule:
+    """Returns a schedule with its tables on the device."""
+    found = Schedule(steps, respacing)
+    found.tables = {name: values.to(device()) for name, values in found.tables.items()}
+    return found
+
+
 def to_end(run: Callable[[], object]) -> Callable[[], None]:
     """Returns a function that waits until what `run` started on a GPU is done."""
 
@@ -74,18 +87,19 @@ def flops(run: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
+def measured(run: Callable[[], object]) -> tuple[Callable[[], None], float]:
+    """Returns `to_end` of a function, and its `flops`."""
+    whole = to_end(run)
+    return whole, flops(whole)
+
+
 def memory() -> int | None:
     """Returns the most bytes of a GPU's memory that tensors have used, or None without a GPU."""
     return torch.cuda.max_memory_allocated() if device() == "cuda" else None
 
 
-def peak(bfloat16: bool) -> float:
-    """Returns the operations per second of a product of two large matrices."""
+def product(bfloat16: bool) -> tuple[Callable[[], None], float]:
+    """Returns a product of two large matrices as a function, and its operations."""
     size = 1024 if device() == "cpu" else 8192
     x = torch.ones(size, size, dtype=torch.bfloat16 if bfloat16 else torch.float32, device=device())
-    run, times = to_end(lambda: x @ x), []
-    for _ in range(12):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[2:])
+    return to_end(lambda: x @ x), 2.0 * size**3

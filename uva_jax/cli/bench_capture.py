@@ -12,7 +12,13 @@ import dataclasses
 import numpy as np
 
 from uva_jax.cli import bench_turns
-from uva_jax.cli.bench_models import FRAME_SIZE, policy_config, random_policy, settings
+from uva_jax.cli.bench_models import (
+    policy_config,
+    random_actions,
+    random_frames,
+    random_policy,
+    settings,
+)
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.sections_graft import CaptureOptions
@@ -29,12 +35,9 @@ def options_of(size: str, strips: int | None) -> CaptureOptions:
 
 
 def _batch(config: PolicyConfig, strips: int, strip: int) -> dict[str, np.ndarray]:
-    rng, head = np.random.default_rng(0), config.action_head
-    frames = (strips, strip + config.mar.n_frames - 1, FRAME_SIZE, FRAME_SIZE, 3)
-    actions = (strips, strip, head.n_actions, head.channels)
     return {
-        "image": rng.integers(0, 256, frames, np.uint8),
-        "action": rng.uniform(-1, 1, actions).astype(np.float32),
+        "image": random_frames(strips, strip + config.mar.n_frames - 1),
+        "action": random_actions(config, strips, strip),
     }
 
 
@@ -89,7 +92,7 @@ def bench_capture(size: str, dtype: str, strips: int | None, compiled: bool) -> 
       UserError: a process failed.
     """
     given, options = {"size": size, "dtype": dtype, "strips": strips}, options_of(size, strips)
-    backends = (TORCH, COMPILED) if compiled else (TORCH,)
+    backends = bench_turns.torch_backends(compiled)
     kinds = (APART, SHARED) if options.strip > 1 else (APART,)
     pairs = [(OURS, SHARED if options.strip > 1 else APART)]
     pairs += [(backend, frames) for frames in kinds for backend in backends]
@@ -100,7 +103,7 @@ def bench_capture(size: str, dtype: str, strips: int | None, compiled: bool) -> 
 
 def table(result: dict) -> str:
     """Formats the result of `bench_capture`; speeds are relative to PyTorch's, frames apart."""
-    (torch,) = (r for r in result["rows"] if (r["backend"], r["name"]) == (TORCH, APART))
+    torch = bench_turns.row_of(result, TORCH, APART)
     found = [
         f"{result['size']}: the capture of {result['strips']} strip(s) of {result['strip']} "
         f"window(s) in {result['dtype']}, by window",

@@ -25,6 +25,7 @@ from convert import rules
 from convert.formats import torch_file
 from convert.to_torch import plain_cfg
 from uva_jax import assets
+from uva_jax.cli.bench_turns import apart
 from uva_jax.models import surgery
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.errors import UserError
@@ -127,11 +128,7 @@ def _touch_memory(folder: Path, size: int) -> None:
 
 
 def _apart(name: str, source: object, out: Path) -> dict:
-    command = [sys.executable, "-m", "uva_jax.cli.bench_conversion", name, str(source), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"bench: the step {name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart("uva_jax.cli.bench_conversion", f"the step {name}", name, source, out)
 
 
 def bench(size: str, folder: Path) -> dict:

@@ -130,7 +130,7 @@ def bench_distill(size: str, dtype: str, batch: int, compiled: bool) -> dict:
       UserError: a process failed.
     """
     given = {"size": size, "dtype": dtype, "batch": batch}
-    backends = (OURS, TORCH, COMPILED) if compiled else (OURS, TORCH)
+    backends = (OURS, *bench_turns.torch_backends(compiled))
     rows = [
         Row(noise, backend, given | {"noise": noise})
         for noise in (FRESH, STORED)

@@ -13,7 +13,13 @@ import dataclasses
 import numpy as np
 
 from uva_jax.cli import bench_turns
-from uva_jax.cli.bench_models import FRAME_SIZE, policy_config, random_policy, settings
+from uva_jax.cli.bench_models import (
+    policy_config,
+    random_actions,
+    random_frames,
+    random_policy,
+    settings,
+)
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
 from uva_jax.graft.finetune import FinetuneOptions
 from uva_jax.models.policy_config import PolicyConfig
@@ -41,13 +47,12 @@ def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
 
 
 def _batch(config: PolicyConfig, batch: int, source: str) -> dict[str, np.ndarray]:
-    rng, head, mar = np.random.default_rng(0), config.action_head, config.mar
-    actions = rng.uniform(-1, 1, (batch, head.n_actions, head.channels)).astype(np.float32)
+    actions, mar = random_actions(config, batch), config.mar
     if source == TOKENS:
-        z = rng.standard_normal((batch, mar.n_tokens, mar.decoder_embed_dim), np.float32)
+        shape = (batch, mar.n_tokens, mar.decoder_embed_dim)
+        z = np.random.default_rng(0).standard_normal(shape, np.float32)
         return {"z": z, "actions": actions}
-    shape = (batch, mar.n_frames, FRAME_SIZE, FRAME_SIZE, 3)
-    return {"image": rng.integers(0, 256, shape, np.uint8), "action": actions}
+    return {"image": random_frames(batch, mar.n_frames), "action": actions}
 
 
 def build(backend: str, *, size: str, dtype: str, batch: int, source: str) -> dict[str, Work]:
@@ -108,7 +113,7 @@ def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:
       UserError: a process failed.
     """
     given = {"size": size, "dtype": dtype, "batch": batch}
-    backends = (TORCH, COMPILED) if compiled else (TORCH,)
+    backends = bench_turns.torch_backends(compiled)
     pairs = [(OURS, TOKENS)]
     pairs += [(backend, source) for source in (TOKENS, FROZEN, WHOLE) for backend in backends]
     rows = [Row(source, backend, given | {"source": source}) for backend, source in pairs]
@@ -117,7 +122,7 @@ def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:
 
 def table(result: dict) -> str:
     """Formats the result of `bench_finetune`; speeds are relative to PyTorch's from tokens."""
-    (torch,) = (r for r in result["rows"] if (r["backend"], r["name"]) == (TORCH, TOKENS))
+    torch = bench_turns.row_of(result, TORCH, TOKENS)
     return "\n".join(
         [
             f"{result['size']}: a step of Stage 2 for {result['batch']} windows in "

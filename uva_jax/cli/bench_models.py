@@ -43,6 +43,18 @@ def policy_config(size: str, head: str) -> PolicyConfig:
     return dataclasses.replace(config, action_head=grafted)
 
 
+def random_frames(*shape: int) -> np.ndarray:
+    """Returns random recorded frames (*shape, FRAME_SIZE, FRAME_SIZE, 3) uint8."""
+    size = (*shape, FRAME_SIZE, FRAME_SIZE, 3)
+    return np.random.default_rng(0).integers(0, 256, size, np.uint8)
+
+
+def random_actions(config: PolicyConfig, *shape: int) -> np.ndarray:
+    """Returns random normalised actions (*shape, n, a) float32 of a policy."""
+    size = (*shape, config.action_head.n_actions, config.action_head.channels)
+    return np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+
+
 def random_policy(config: PolicyConfig, dtype: str = "float32") -> Policy:
     """Makes a policy with random weights, norms as at the start of training.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uva_jax.cli import bench_turns
-from uva_jax.cli.bench_models import FRAME_SIZE, HEADS, policy_config, random_policy
+from uva_jax.cli.bench_models import FRAME_SIZE, HEADS, policy_config, random_frames, random_policy
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
 from uva_jax.models.policy_call import new_frames
 from uva_jax.models.policy_config import PolicyConfig, steps_of
@@ -29,8 +29,7 @@ def windows(config: PolicyConfig, batch: int) -> Callable[[], np.ndarray]:
     A window has `new_frames` new ones and otherwise the last ones of the window before.
     """
     total, fresh = config.mar.n_frames, new_frames(config)
-    shape = (batch, total + fresh, FRAME_SIZE, FRAME_SIZE, 3)
-    frames, start = np.random.default_rng(0).integers(0, 256, shape, np.uint8), 0
+    frames, start = random_frames(batch, total + fresh), 0
 
     def following():
         nonlocal start
@@ -135,14 +134,14 @@ def bench_policy(
     steps = steps_of(policy_config(size, "teacher").action_head, str(sampling_steps or ""))
     space_timesteps(TRAIN_STEPS, steps)
     given = {"size": size, "dtype": dtype, "batch": batch, "sampling_steps": steps}
-    backends = (OURS, TORCH, COMPILED) if compiled else (OURS, TORCH)
+    backends = (OURS, *bench_turns.torch_backends(compiled))
     rows = [Row(head, backend, given | {"head": head}) for head in HEADS for backend in backends]
     return given | bench_turns.measure(__name__, rows)
 
 
 def table(result: dict) -> str:
     """Formats the result of `bench_policy`; speeds are relative to PyTorch's teacher."""
-    (teacher,) = (r for r in result["rows"] if (r["backend"], r["name"]) == (TORCH, HEADS[0]))
+    teacher = bench_turns.row_of(result, TORCH, HEADS[0])
     reference = {name: part["seconds"] for name, part in teacher["parts"].items()}
     # PyTorch's call as upstream's, which is what a user has.
     reference[CALL] = reference[UPSTREAM]

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from uva_jax.cli.bench_conversion import architecture
+from uva_jax.cli.bench_models import random_actions, random_frames, random_policy
+from uva_jax.cli.bench_turns import apart, fastest
 from uva_jax.envs.workers import usable_cores
 from uva_jax.models.policy_config import PolicyConfig
-from uva_jax.runtime.errors import UserError
 
 _REPEATS = 5  # timed calls; the fastest counts
-_FRAME_SIZE = 96  # of the recorded frames, which are resized to the policy's size
 
 
 class Row(NamedTuple):
@@ -49,16 +47,13 @@ ROWS = (
 
 
 def _batch(config: PolicyConfig, row: Row, size: int) -> dict[str, np.ndarray]:
-    rng, n = np.random.default_rng(0), 2 * config.mar.n_frames
-    c = config.mar
-    found = {"action": rng.uniform(-1, 1, (size, c.n_actions, c.action_dim)).astype(np.float32)}
+    n, side = 2 * config.mar.n_frames, config.image_size // config.vae.stride
+    found = {"action": random_actions(config, size)}
     if row.source == "frames":
-        shape = (size, n, _FRAME_SIZE, _FRAME_SIZE, 3)
-        return found | {"image": rng.integers(0, 256, shape, np.uint8)}
-    side = config.image_size // config.vae.stride
+        return found | {"image": random_frames(size, n)}
     shape = (size, n, side, side, config.vae.z_channels)
     return found | {
-        "mean": rng.standard_normal(shape, np.float32),
+        "mean": np.random.default_rng(0).standard_normal(shape, np.float32),
         "logvar": np.full(shape, -2, np.float32),
     }
 
@@ -67,20 +62,17 @@ def _jax_step(config: PolicyConfig, row: Row, size: int) -> Callable[[], object]
     """Returns a function that runs one step of `size` windows to its end."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from uva_jax.models import losses, surgery
     from uva_jax.models.layers import sub_key
-    from uva_jax.models.policy import Policy
     from uva_jax.pretrain import latents
     from uva_jax.runtime import parallel
     from uva_jax.runtime.sections_training import PretrainOptions
     from uva_jax.train import loop
 
     dtype = jnp.bfloat16 if row.precision == "bfloat16" else None
-    policy = Policy(config, dtype=dtype, rngs=nnx.Rngs(0))
     abstract = surgery.abstract_policy(config, dtype=dtype)
-    arrays = surgery.flatten(policy)
+    arrays = surgery.flatten(random_policy(config))
     params = {k: v for k, v in arrays.items() if k.startswith(("mar/", "action_head/"))}
     frozen = {k: v for k, v in arrays.items() if k not in params}
     options = PretrainOptions(batch=size, steps_per_call=1)
@@ -136,13 +128,7 @@ def measure(row: Row, size: str, batch: int) -> float:
     """Returns the seconds of one step of `batch` windows."""
     config = architecture(size)
     step = (_torch_step if row.backend == "torch" else _jax_step)(config, row, batch)
-    times = []
-    for number in range(_REPEATS + 2):
-        start = time.perf_counter()
-        step()
-        if number >= 2:  # the first calls compile and allocate memory
-            times.append(time.perf_counter() - start)
-    return min(times)
+    return fastest(step, _REPEATS)
 
 
 def bench_training(size: str, batch: int) -> dict:
@@ -165,18 +151,13 @@ def bench_training(size: str, batch: int) -> dict:
     environment.setdefault("XLA_FLAGS", devices)
     found = []
     for row in ROWS:
-        command = [sys.executable, "-m", "uva_jax.cli.bench_training", size, str(batch)]
-        done = subprocess.run(
-            [*command, json.dumps(row)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
+        seconds = apart(
+            "uva_jax.cli.bench_training",
+            f"a step of {row.backend}",
+            *(size, batch, json.dumps(row)),
+            environment=environment,
         )
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1]
-            raise UserError(f"bench: a step of {row.backend} failed: {reason}")
-        found.append(row._asdict() | {"seconds": float(done.stdout.splitlines()[-1])})
+        found.append(row._asdict() | {"seconds": seconds})
     return {"size": size, "batch": batch, "rows": found}
 
 

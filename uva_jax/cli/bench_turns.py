@@ -13,7 +13,10 @@ in any of the processes, measured after the turns.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -94,8 +97,31 @@ class Runner:
 
     def peak(self) -> float:
         """Returns the operations per second of a product of two large matrices."""
-        find = _jax_peak if self._backend == OURS else _torch_tools().peak
-        return find(self._bfloat16)
+        find = _jax_product if self._backend == OURS else _torch_tools().product
+        run, count = find(self._bfloat16)
+        return count / fastest(run)
+
+
+def apart(module: str, what: str, *arguments: object, environment: Mapping | None = None):
+    """Runs a module in a process of its own.
+
+    Args:
+      module: prints JSON as its last line.
+      what: it does, for the error.
+      arguments: of the command.
+      environment: of the process; None: this one's.
+
+    Returns:
+      what the module printed.
+
+    Raises:
+      UserError: the process failed.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise UserError(f"bench: {what} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _torch_tools():
@@ -104,14 +130,14 @@ def _torch_tools():
     return timing
 
 
-def _jax_peak(bfloat16: bool) -> float:
+def _jax_product(bfloat16: bool) -> tuple[Callable[[], object], float]:
     import jax
     import jax.numpy as jnp
 
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), jnp.bfloat16 if bfloat16 else jnp.float32)
     product = jax.jit(jnp.dot)
-    return 2 * size**3 / fastest(lambda: jax.block_until_ready(product(x, x)))
+    return lambda: jax.block_until_ready(product(x, x)), 2.0 * size**3
 
 
 def fastest(run: Callable[[], object], calls: int = 10) -> float:
@@ -177,6 +203,17 @@ def _ask(worker: WorkerProcess, row: Row, method: str):
     except WorkerError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"bench: the process of {row.label} failed: {reason}") from error
+
+
+def torch_backends(compiled: bool) -> tuple[str, ...]:
+    """Returns PyTorch, and `torch.compile` if that is measured too."""
+    return (TORCH, COMPILED) if compiled else (TORCH,)
+
+
+def row_of(result: Mapping, backend: str, name: str) -> Mapping:
+    """Returns a row of `measure`'s result."""
+    (found,) = (r for r in result["rows"] if (r["backend"], r["name"]) == (backend, name))
+    return found
 
 
 def seconds(row: Mapping, part: str) -> float:
