@@ -139,6 +139,12 @@ def test_the_twin_of_a_shortened_head_equals_flax(evaluations):
     assert_close(got["guided"], twin.sample(z, cfg=1.5, noise=noise[:, :2]))
 
 
+def test_the_twin_refuses_a_prediction_that_it_cannot_sample():
+    config = dataclasses.asdict(make_head().config) | {"prediction": "x0"}
+    with pytest.raises(ValueError, match="predicts 'x0'"):
+        GraftedActionHead(config)
+
+
 def test_the_twin_has_the_originals_interface_and_trains():
     twin = GraftedActionHead(dataclasses.asdict(make_head().config))
     z = torch.randn(2, 64, 24)

@@ -137,7 +137,10 @@ class GraftedActionHead(nn.Module):
         # As in the original, 1000 steps are respaced for any number of training steps.
         self.sample_schedule = Schedule(1000, config.sampling_steps)
         # Exports of earlier versions do not say what the network predicts: it is eps.
-        self.few_steps = getattr(config, "prediction", "eps") == "x0_from_eps"
+        prediction = getattr(config, "prediction", "eps")
+        if prediction not in ("eps", "x0_from_eps"):
+            raise ValueError(f"this file has no sampler for a head that predicts {prediction!r}")
+        self.few_steps = prediction == "x0_from_eps"
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> GraftedActionHead:
