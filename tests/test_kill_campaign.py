@@ -27,7 +27,10 @@ def reference(place) -> kills.Reference:
 def test_killed_runs_are_completed_with_the_bits_of_an_undisturbed_one(place, reference):
     tally = kills.Tally()
     rng = random.Random(0)
-    kills.killed_run(place, "killed", reference, tally, rng, kills=2, per_stage=2)
+    runs = 0
+    while (left := 2 - sum(tally.kills.values())) and runs < 5:  # a fast run may end unharmed
+        runs += 1
+        kills.killed_run(place, f"killed{runs}", reference, tally, rng, kills=left, per_stage=2)
     assert not tally.problems
     assert sum(tally.kills.values()) == 2 and tally.resumed == tally.equal == tally.kills
 

@@ -40,7 +40,7 @@ def sampler(head: nn.Module, steps: str, wrap: Callable = lambda f: f) -> tuple:
             t = torch.full((len(x),), timestep, device=x.device)
             return network(x, t, condition).float()
 
-        if getattr(config, "few_steps", False):
+        if getattr(head, "few_steps", False):
             return few_step_loop(
                 lambda x, t: denoise(x, t)[..., : config.channels], noise, clip=config.clip
             )
