@@ -198,6 +198,17 @@ def test_episodes_of_other_settings_or_another_policy_are_not_taken(
     assert ("2 episodes are taken from" in said) == ("--draws" in changed)
 
 
+def test_of_a_finished_evaluation_only_the_wanted_seeds_are_taken(finished):
+    folder = finished.workdir / "eval"
+    identity = json.loads((folder / "teacher.json").read_text())["identity"]
+    whole, times = evaluate.finished_episodes(folder, identity, [100_000, 100_001])
+    part, share = evaluate.finished_episodes(folder, identity, [5, 100_001])
+    assert [seed for seed, _ in whole] == [100_000, 100_001]
+    assert list(part.items()) == list(whole.items())[1:]
+    assert share == pytest.approx([t / 2 for t in times])
+    assert not evaluate.finished_episodes(folder, "another", [100_000])[0]
+
+
 @pytest.mark.parametrize(
     ("spread", "mean", "seeds"),
     [(0.05, 0.0, "more than is needed"), (0.3, -0.005, "all"), (0.3, -0.0199, "too close")],

@@ -202,15 +202,15 @@ def _entrants(args: argparse.Namespace, policies: Mapping, pool, stack) -> list:
     return found
 
 
-def _take_finished(comparison, policies: Mapping, metrics) -> None:
-    """Adds the episodes that the evaluation in a policy folder's own run has finished."""
+def _take_finished(comparison, policies: Mapping, seeds: Sequence[int], metrics) -> None:
+    """Adds those of the seeds that the evaluation in a policy folder's own run has finished."""
     from uva_jax.eval.evaluate import FOLDER, finished_episodes
     from uva_jax.pipeline.inputs import policy_path
 
     for entrant in comparison.entrants:
         if entrant.policy in policies:
             folder = policy_path(entrant.policy).absolute().parent.parent / FOLDER
-            finished = finished_episodes(folder, entrant.identity)
+            finished = finished_episodes(folder, entrant.identity, seeds)
             if count := comparison.scores[entrant.label].add(*finished):
                 metrics.say(f"{entrant.label}: {count} episodes are taken from {folder}")
 
@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
         comparison = Comparison(
             entrants, pool, out / "episodes", metrics, draws=args.draws, slots=args.slots
         )
-        _take_finished(comparison, policies, metrics)
+        _take_finished(comparison, policies, seeds, metrics)
         # A round has a slow end, in which ever fewer slots are full.
         size = 2 * args.slots if args.until_decided else len(seeds)
         for stop in range(size, len(seeds) + size, size):

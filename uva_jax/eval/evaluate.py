@@ -93,24 +93,30 @@ def evaluate(
     return found
 
 
-def finished_episodes(folder: Path, identity: str) -> tuple[dict[tuple[int, int], Score], Times]:
+def finished_episodes(
+    folder: Path, identity: str, seeds: Sequence[int]
+) -> tuple[dict[tuple[int, int], Score], Times]:
     """Returns the episodes of a policy that `evaluate` has finished in a folder, and their times.
 
     Args:
       folder: of the stage; it need not exist.
       identity: see `compare.Entrant`.
+      seeds: of which episodes are wanted.
 
     Returns:
-      the scores by (seed, number of the noise), and the times; nothing and zero if the folder holds
-      no scores of this identity.
+      the scores by (seed, number of the noise), and the time of an equal share for each; nothing
+      and zero if the folder holds no scores of this identity.
     """
+    wanted = set(seeds)
     for path in sorted(folder.glob("*.json")):
         found = read_json(path) or {}
         if found.get("identity") == identity:
             columns = ("seeds", "noise_numbers", "scores", "success", "steps")
             rows = zip(*(found[name] for name in columns), strict=True)
-            times = (found[f"{part}seconds"] for part in ("", "policy_", "simulator_"))
-            return {(seed, number): Score(*row) for seed, number, *row in rows}, Times(*times)
+            scores = {row[:2]: Score(*row[2:]) for row in rows if row[0] in wanted}
+            share = len(scores) / len(found["seeds"])
+            times = (share * found[f"{part}seconds"] for part in ("", "policy_", "simulator_"))
+            return scores, Times(*times)
     return {}, Times()
 
 
