@@ -110,7 +110,10 @@ def test_the_timed_parts_of_sampling_equal_the_heads_own(head):
 
 def test_steps_of_stage_2_do_the_same_work_and_more_from_frames(monkeypatch):
     sources = (bench_finetune.TOKENS, bench_finetune.FROZEN, bench_finetune.WHOLE)
-    ours = build(bench_finetune, monkeypatch, OURS, batch=4, source=sources[0])["step"]
+    ours, training = (
+        build(bench_finetune, monkeypatch, OURS, batch=4, source=source)["step"]
+        for source in (sources[0], bench_finetune.LATENTS)
+    )
     tokens, frozen, whole = (
         build(bench_finetune, monkeypatch, TORCH, batch=4, source=source)["step"].flops
         for source in sources
@@ -118,6 +121,8 @@ def test_steps_of_stage_2_do_the_same_work_and_more_from_frames(monkeypatch):
     # Ours computes the features of the memory before the steps.
     assert 0.5 * tokens < ours.flops < tokens
     assert tokens < frozen < whole
+    # What torch spends on frames that are encoded in every step is left.
+    assert ours.flops < training.flops < whole - (frozen - tokens) + tokens
 
 
 def test_a_torch_step_trains_and_averages_what_is_not_frozen():

@@ -21,7 +21,7 @@ from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.replay_writer import write_replay_buffer
 from uva_jax.data.umi import absolute_poses
 from uva_jax.data.windows import Strips
-from uva_jax.graft.capture import capture_strips
+from uva_jax.graft.capture import capture_strips, latent_arrays, latent_strips
 from uva_jax.main import run
 from uva_jax.models import policy_folder, surgery
 from uva_jax.runtime.errors import UserError
@@ -95,6 +95,27 @@ def test_captured_tokens_are_those_of_the_policy_on_each_window(name, settings):
     np.testing.assert_allclose(found["z"], z, atol=2e-4)
     assert found["actions"].shape == (4, 16, 10)
     np.testing.assert_allclose(found["condition"], policy.action_head.condition(z), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["libero10", "umi", "toolhang"])
+def test_a_policy_sees_the_same_in_stored_latents_as_in_frames(name, settings):
+    policy = make_policy(VARIANTS[name])
+    reader = reader_of(policy, settings())
+    batch = reader.read(strips_of([[3, 7], [20, 24]]), np.arange(2))
+    singles = source.single_windows(reader.read(strips_of([[3], [7], [20], [24]]), np.arange(4)))
+    found = jax.jit(lambda b: latent_strips(policy, b, encode_frames=3))(dict(batch))
+    arrays = latent_arrays(policy, batch)
+    assert {k: x.shape[1:] for k, x in found.items()} == {k: v[0] for k, v in arrays.items()}
+    stored = {k: np.asarray(x).astype(arrays[k][1]) for k, x in found.items()}
+    assert not {"image", "wrist_image"} & stored.keys()
+    for key in singles.keys() & stored.keys():
+        np.testing.assert_array_equal(stored[key], singles[key], err_msg=key)
+    condition = jax.jit(lambda obs: policy.condition(obs, key=jax.random.key(2)))
+    (latents, streams), (wanted, others) = condition(stored), condition(singles)
+    np.testing.assert_allclose(latents, wanted, atol=0.01)  # stored in float16
+    assert streams.keys() == others.keys()
+    for key, x in others.items():
+        np.testing.assert_allclose(streams[key], x, atol=0.01, err_msg=key)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

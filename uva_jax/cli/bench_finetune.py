@@ -1,9 +1,10 @@
 """`bench finetune`: times a step of Stage 2 here and in PyTorch.
 
-Here everything before the head is frozen, so a step starts from cached tokens. In PyTorch the step
-starts from the same tokens, or, without a cache, from frames: with everything before the head
-frozen, or with the transformer training too. A step is the diffusion loss with one noise draw, its
-gradient, AdamW with clipping, and the moving average of what trains.
+Here a step starts from cached tokens if everything before the head is frozen, and from cached
+latents if the transformer trains too. In PyTorch it starts from the same tokens, or, without a
+cache, from frames: with everything before the head frozen, or with the transformer training too.
+A step is the diffusion loss with one noise draw, its gradient, AdamW with clipping, and the moving
+average of what trains.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from uva_jax.cli.bench_models import (
 )
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
 from uva_jax.graft.finetune import FinetuneOptions
+from uva_jax.models import surgery
+from uva_jax.models.policy import moments_of
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.settings import section
 
 STEP = "step"
 TOKENS, FROZEN, WHOLE = "from tokens", "from frames", "from frames, transformer trains"
+LATENTS = "from latents, transformer trains"
 
 
 def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
     """Returns the options of a size's configuration for a row: what trains, and the loss alone."""
-    config = settings(size)
-    freeze = tuple(config.finetune.freeze)
-    freeze = tuple(p for p in freeze if p != "mar") if source == WHOLE else ("mar", *freeze)
+    config, trains = settings(size), source in (WHOLE, LATENTS)
+    freeze = tuple(p for p in config.finetune.freeze if not trains or p != "mar")
+    freeze = freeze if trains else ("mar", *freeze)
     return dataclasses.replace(
         section(config.finetune, FinetuneOptions),
         batch=batch,
@@ -41,7 +45,7 @@ def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
         steps_per_call=1,
         teacher_weight=0.0,
         freeze=tuple(dict.fromkeys(freeze)),
-        freeze_encoder=source != WHOLE,
+        freeze_encoder=not trains,
         reuse_cache=source == TOKENS,
     )
 
@@ -52,7 +56,15 @@ def _batch(config: PolicyConfig, batch: int, source: str) -> dict[str, np.ndarra
         shape = (batch, mar.n_tokens, mar.decoder_embed_dim)
         z = np.random.default_rng(0).standard_normal(shape, np.float32)
         return {"z": z, "actions": actions}
+    if source == LATENTS:
+        moments = np.random.default_rng(0).standard_normal(_moments_shape(config, batch))
+        return {moments_of("image"): moments.astype(np.float16), "action": actions}
     return {"image": random_frames(batch, mar.n_frames), "action": actions}
+
+
+def _moments_shape(config: PolicyConfig, batch: int) -> tuple[int, ...]:
+    *rest, z = surgery.abstract_policy(config).latent_shape(batch)
+    return (*rest, 2 * z)
 
 
 def build(backend: str, *, size: str, dtype: str, batch: int, source: str) -> dict[str, Work]:
@@ -114,7 +126,7 @@ def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:
     """
     given = {"size": size, "dtype": dtype, "batch": batch}
     backends = bench_turns.torch_backends(compiled)
-    pairs = [(OURS, TOKENS)]
+    pairs = [(OURS, TOKENS), (OURS, LATENTS)]
     pairs += [(backend, source) for source in (TOKENS, FROZEN, WHOLE) for backend in backends]
     rows = [Row(source, backend, given | {"source": source}) for backend, source in pairs]
     return given | bench_turns.measure(__name__, rows)

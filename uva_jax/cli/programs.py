@@ -23,7 +23,7 @@ from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.source import DataOptions
 from uva_jax.envs.pusht import IMAGE_SIZE
 from uva_jax.graft import assemble, distill, finetune, fixed
-from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
+from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays, latent_arrays
 from uva_jax.models import diffusion, diffusion_head, surgery
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy
@@ -172,6 +172,12 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
         }
         if fixed.features_are_fixed(trainer.policy, trainer.phases):
             batch = _fixed_shapes(trainer.policy, reference, batch)
+    elif options.cache_latents:
+        strips = batch_shapes.strip_shapes(teacher, options.batch, 1, _frame_size(config))
+        batch = {
+            k: jax.ShapeDtypeStruct((options.batch, *shape), jnp.dtype(kind))
+            for k, (shape, kind) in latent_arrays(old, strips).items()
+        }
     else:
         batch = batch_shapes.single_shapes(teacher, options.batch, _frame_size(config))
     phase = max(trainer.phases, key=lambda phase: len(phase.trainable))
@@ -183,7 +189,7 @@ def finetune_step(config, teacher: PolicyConfig, devices: Devices, dtype) -> Pro
         advice.append("--config.mesh.fsdp=4")
     return Program(
         "Stage 2",
-        f"batch {options.batch} of {'tokens' if trainer.tokens else 'frames'}, mesh "
+        f"batch {options.batch} of {trainer.source}, mesh "
         f"{'x'.join(str(n) for n in mesh.shape.values())}, {trained / 1e6:.1f} M train",
         mesh.size,
         trainer.lower(phase, batch),

@@ -1,6 +1,7 @@
 """Capture: a jitted pass over windows that computes the activations of the teacher's head.
 
-The pass (VAE, MAR, head) is mapped over the devices with `jax.shard_map`. Each device always
+A shorter pass computes the latents of frames alone, for training that starts from these. The pass
+(VAE, MAR, head) is mapped over the devices with `jax.shard_map`. Each device always
 processes the same number of strips and every draw comes from `fold_in(key, sample)`, so the cache
 is equal to the bit on any number of devices.
 """
@@ -19,9 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
-from uva_jax.models.policy import Policy
+from uva_jax.models.policy import Policy, moments_of
 from uva_jax.runtime import parallel
 from uva_jax.runtime.sections_graft import CaptureOptions
+
+_CAMERAS = ("image", "wrist_image")
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -94,31 +97,17 @@ def capture_strips(
     Returns:
       the arrays of `cache_arrays`, each with a leading axis b * strip.
     """
-    b, strip = samples.shape
-    window = np.arange(strip)[:, None] + np.arange(policy.config.mar.n_frames)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(samples.reshape(-1))
 
     def draw(stream, make):
         return jax.vmap(lambda k: make(jax.random.fold_in(k, stream)))(keys)
 
     def latents(images, stream):
-        frames = rearrange(images, "b f h w c -> (b f) h w c")
-        moments = encode_in_parts(policy, frames, encode_frames)
-        mean, logvar = (
-            rearrange(
-                rearrange(x, "(b f) h w c -> b f h w c", b=b)[:, window],
-                "b k t h w c -> (b k) t h w c",
-            )
-            for x in moments
-        )
+        mean, logvar = _moments(policy, images, encode_frames)
         eps = draw(stream, lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))
         return policy.vae.sample(mean, logvar, eps)
 
-    obs = {
-        name: rearrange(values, "b k ... -> (b k) ...")
-        for name, values in batch.items()
-        if name not in ("image", "wrist_image")
-    }
+    obs = _without_images(batch)
     wrist = latents(batch["wrist_image"], 3) if policy.config.mar.proprio_image else None
     z = policy.video_tokens(latents(batch["image"], 0), policy.streams(obs, wrist))
     head = policy.action_head
@@ -133,10 +122,70 @@ def capture_strips(
     return found
 
 
+def latent_strips(
+    policy: Policy, batch: Mapping[str, jax.Array], *, encode_frames: int = 0
+) -> dict[str, jax.Array]:
+    """Encodes strips of windows.
+
+    Args:
+      policy: only its VAE is used.
+      batch: see `capture_strips`.
+      encode_frames: frames that the VAE encodes at a time (0: all).
+
+    Returns:
+      the windows as `Policy.condition` takes them, with moments in the place of images, and
+      "action"; each with a leading axis b * strip.
+    """
+    found = _without_images(batch)
+    for camera in batch.keys() & set(_CAMERAS):
+        moments = _moments(policy, batch[camera], encode_frames)
+        found[moments_of(camera)] = jnp.concatenate(moments, axis=-1)
+    return found
+
+
+def latent_arrays(
+    policy: Policy, batch: Mapping[str, jax.Array]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the arrays of `latent_strips` for each window, with the dtype in which they are
+    stored: name -> (shape, dtype). `batch` may have shapes in place of arrays."""
+    found = nnx.eval_shape(latent_strips, policy, batch)
+    moments = {moments_of(camera) for camera in _CAMERAS}
+    return {
+        name: (x.shape[1:], "float16" if name in moments else "float32")
+        for name, x in found.items()
+    }
+
+
+def _moments(policy: Policy, images: jax.Array, encode_frames: int) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and log-variance (b * strip, t, h', w', z) of strips' images."""
+    b, frames = images.shape[:2]
+    n = policy.config.mar.n_frames
+    window = np.arange(frames - n + 1)[:, None] + np.arange(n)
+    found = encode_in_parts(policy, rearrange(images, "b f h w c -> (b f) h w c"), encode_frames)
+    mean, logvar = (
+        rearrange(
+            rearrange(x, "(b f) h w c -> b f h w c", b=b)[:, window],
+            "b k t h w c -> (b k) t h w c",
+        )
+        for x in found
+    )
+    return mean, logvar
+
+
+def _without_images(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        name: rearrange(values, "b k ... -> (b k) ...")
+        for name, values in batch.items()
+        if name not in _CAMERAS
+    }
+
+
 def make_capture(
-    policy: Policy, mesh: Mesh, *, blocks: bool, encode_frames: int = 0
+    policy: Policy, mesh: Mesh, *, blocks: bool, latents: bool = False, encode_frames: int = 0
 ) -> Callable[..., Mapping[str, jax.Array]]:
     """Returns the mapped, jitted capture: f(variables, batch, samples, key) -> activations.
+
+    With `latents` it is that of `latent_strips`, otherwise that of `capture_strips`.
 
     `variables` is `nnx.state(policy)`, replicated. The arrays of `batch` and `samples`, and every
     result, are divided over the mesh's data axes along their leading (strip) axis.
@@ -146,6 +195,8 @@ def make_capture(
 
     def per_device(variables, batch, samples, key):
         policy = nnx.merge(graphdef, variables)
+        if latents:
+            return latent_strips(policy, batch, encode_frames=encode_frames)
         return capture_strips(
             policy, batch, samples, key, blocks=blocks, encode_frames=encode_frames
         )
@@ -161,12 +212,26 @@ class Capture:
       run: the function of `make_capture`.
     """
 
-    def __init__(self, policy: Policy, options: CaptureOptions, devices: Sequence[jax.Device]):
-        """Builds the function; the policy may have no arrays (`surgery.abstract_policy`)."""
+    def __init__(
+        self,
+        policy: Policy,
+        options: CaptureOptions,
+        devices: Sequence[jax.Device],
+        *,
+        latents: bool = False,
+    ):
+        """Builds the function; the policy may have no arrays (`surgery.abstract_policy`).
+
+        With `latents` it computes latents alone.
+        """
         self.mesh = parallel.make_mesh(devices=devices)
         self.strips, self.strip = options.batch * self.mesh.size, options.strip
         self.run = make_capture(
-            policy, self.mesh, blocks=options.blocks, encode_frames=options.encode_frames
+            policy,
+            self.mesh,
+            blocks=options.blocks,
+            latents=latents,
+            encode_frames=options.encode_frames,
         )
         self._state = nnx.state(policy)
 

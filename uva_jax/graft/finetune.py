@@ -3,7 +3,7 @@
 Training has phases of one loop (`train.loop`) in which more and more parameters train. The loop's
 state holds no frozen parameters: they have no gradient, optimiser state or weight decay and do not
 change. If everything before the head is frozen, batches are cached tokens and a step runs only the
-head.
+head; otherwise they are cached latents, because the VAE never trains.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from uva_jax.train.loop import Flat, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
 
+_HELD_BYTES = 4 * 2**30  # a larger cache of latents stays on disk
 _TEACHER = "teacher"  # prefix of the teacher's parameters among the frozen ones
 
 
@@ -65,7 +66,10 @@ def loss_on_images(
     options: FinetuneOptions,
     teacher: Policy | None = None,
 ) -> dict[str, jax.Array]:
-    """Computes the same from raw windows: an observation for `Policy.condition`, and "action"."""
+    """Computes the same from windows: an observation for `Policy.condition`, and "action".
+
+    The observation holds images, or latents of `capture.latent_strips` in their place.
+    """
     cond, streams = policy.condition(batch, key=sub_key(key, 0))
     cond = jax.lax.stop_gradient(cond)
     z = policy.video_tokens(cond, streams, key=sub_key(key, 1) if options.dropout else None)
@@ -170,6 +174,7 @@ class Trainer:
     Attributes:
       phases: which parameters train from which step on.
       tokens: batches hold cached tokens, because nothing before the head trains; else windows.
+      source: what batches hold, in words.
       loss: of such a batch, for `loop.run_loop`.
     """
 
@@ -208,6 +213,9 @@ class Trainer:
             arrays |= jax.eval_shape(adapters, arrays) if abstract else adapters(arrays)
         self.phases = plan_phases(arrays, options)
         self.tokens = fixed.trunk_is_frozen(self.phases, options)
+        self.source = "cached tokens" if self.tokens else "frames"
+        if options.cache_latents and not self.tokens:
+            self.source = "cached latents"
         check_reuse(self.phases, options)
         self.arrays = place(arrays, parallel.shardings_for(arrays, mesh))
         if teacher is not None:
@@ -297,6 +305,14 @@ def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed
         return {k: v[rows] for k, v in data.items()}
 
     return batches
+
+
+def latent_batches(store: SampleStore, options: FinetuneOptions, seed: int):
+    """Returns the same for a cache of `capture.latent_strips`, read from disk if it is large."""
+    if (held := store.load(max_bytes=_HELD_BYTES)) is not None:
+        return token_batches(held, options, seed)
+    rows_of = _batch_rows(store.num_samples, options, seed)
+    return lambda step: store.read_rows(store.names, rows_of(step))
 
 
 def image_batches(reader: source.WindowReader, strips: Strips, options: FinetuneOptions, seed: int):

@@ -17,7 +17,7 @@ from flax import nnx
 from uva_jax.data import source
 from uva_jax.data.check import check_split
 from uva_jax.data.windows import Strips
-from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays
+from uva_jax.graft.capture import Capture, CaptureOptions, cache_arrays, latent_arrays
 from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.metrics import MetricsWriter
@@ -87,6 +87,7 @@ def capture_cache(
     *,
     seed: int,
     origin: str,
+    latents: bool = False,
 ) -> SampleStore:
     """Fills one cache with `options.num_samples` windows, resumes it, or opens the finished one.
 
@@ -98,6 +99,7 @@ def capture_cache(
       options: `config.capture`.
       seed: of the VAE's and the diffusion's draws, which depend only on (seed, sample).
       origin: the teacher's hash, which the cache records.
+      latents: store what `capture.latent_strips` computes in place of the activations.
 
     Returns:
       the finished cache.
@@ -105,12 +107,15 @@ def capture_cache(
     Raises:
       UserError: the folder holds a cache of another teacher, other data or other options.
     """
-    capture = Capture(teacher, options, jax.local_devices())
+    capture = Capture(teacher, options, jax.local_devices(), latents=latents)
     devices = capture.mesh.size
     chunk = options.batch * options.strip
-    arrays = cache_arrays(teacher, options)
     samples = options.num_samples
     meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(reader.options)}
+    if latents:
+        arrays = latent_arrays(teacher, reader.read(strips, np.arange(1)))
+    else:
+        arrays = cache_arrays(teacher, options)
     cache = site.open(arrays, samples, chunk=chunk, meta=meta)
     variables = jax.device_put(nnx.state(teacher), parallel.replicated(capture.mesh))
     key = jax.random.key(seed)

@@ -1,7 +1,7 @@
 """Stage 2 as a whole: selects the batches and fine-tunes the assembled graft.
 
-`finetune.py` has the training. Batches come from the tokens of the capture, from tokens of other
-windows that are captured first, or from the windows themselves.
+`finetune.py` has the training. Batches come from the tokens of the capture, from tokens or latents
+of other windows that are captured first, or from the windows themselves.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from uva_jax.graft import finetune, fixed, held_out, record
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
+from uva_jax.storage.sample_store import SampleStore
 from uva_jax.storage.site import Site
 
 
@@ -33,6 +34,7 @@ class Inputs:
       reader: () -> the reader of the policy's windows.
       cache: folder of the capture, or None.
       origin: the teacher's hash, which caches of tokens record.
+      latents: folder of `store_latents`, or None.
     """
 
     policy: Policy
@@ -40,6 +42,7 @@ class Inputs:
     reader: Callable[[], source.WindowReader]
     cache: Path | None
     origin: str
+    latents: Path | None = None
 
 
 def fine_tune(
@@ -59,9 +62,9 @@ def fine_tune(
     Args:
       inputs: see `Inputs`.
       options: of the training.
-      folder: holds resumable states and captured tokens.
+      folder: holds resumable states, and captured tokens or latents.
       metrics: writer of progress and messages.
-      capture: options for capturing tokens.
+      capture: options for capturing these.
       mesh: (data, fsdp, tensor).
       seed: of windows, order and draws.
       is_primary, barrier: see `Site`.
@@ -80,29 +83,28 @@ def fine_tune(
     trainer = finetune.Trainer(inputs.policy, options, mesh, seed, teacher)
     known = functools.partial(fixed.known, inputs.policy, teacher, trainer.phases)
 
-    def tokens(name: str, strips: Strips, draws: int) -> dict[str, np.ndarray]:
-        samples, strip = strips.current.size, strips.current.shape[1]
-        cache = record.capture_cache(
-            Site(folder / name, metrics, is_primary, barrier),
-            inputs.teacher(),
-            strips,
-            inputs.reader(),
-            dataclasses.replace(capture, num_samples=samples, strip=strip, blocks=False),
-            seed=draws,
-            origin=inputs.origin,
-        )
-        return finetune.cached_tokens(cache.folder)
+    def captured(name: str, strips: Strips, draws: int) -> SampleStore:
+        site = Site(folder / name, metrics, is_primary, barrier)
+        return _captured(inputs, site, strips, capture, draws, latents=not trainer.tokens)
 
     if options.reuse_cache:
         cached = finetune.cached_tokens(inputs.cache / "train")
         batches = finetune.token_batches(known(cached), options, seed)
     else:
         reader = inputs.reader()
-        strips = _windows(reader, options, metrics, capture.strip if trainer.tokens else 1, seed)
         if trainer.tokens:
-            cached = known(tokens("tokens", strips, seed + 2))
+            strips = _windows(reader, options, metrics, capture.strip, seed)
+            cached = known(finetune.cached_tokens(captured("tokens", strips, seed + 2).folder))
             batches = finetune.token_batches(cached, options, seed)
+        elif options.cache_latents:
+            if inputs.latents is None:
+                site = Site(folder / "latents", metrics, is_primary, barrier)
+                store = store_latents(inputs, options, capture, site, seed)
+            else:
+                store = SampleStore.open(inputs.latents)
+            batches = finetune.latent_batches(store, options, seed)
         else:
+            strips = _windows(reader, options, metrics, 1, seed)
             batches = finetune.image_batches(reader, strips, options, seed)
     windows = None
     if options.keep_best:
@@ -113,15 +115,17 @@ def fine_tune(
             strips = inputs.reader().held_out(
                 seed=seed, count=count, way_out="; or set config.finetune.keep_best=False"
             )
-            windows = (
-                tokens("tokens_held_out", strips, seed + 3)
-                if trainer.tokens
-                else source.single_windows(inputs.reader().read(strips, np.arange(count)))
-            )
+            if trainer.tokens:
+                cached = captured("tokens_held_out", strips, seed + 3)
+                windows = finetune.cached_tokens(cached.folder)
+            elif options.cache_latents:
+                windows = captured("latents_held_out", strips, seed).load()
+            else:
+                windows = source.single_windows(inputs.reader().read(strips, np.arange(count)))
     count = sum(trainer.arrays[k].size for k in trainer.phases[0].trainable)
     metrics.say(
         f"{count / 1e6:.2f} M of {sum(x.size for x in trainer.arrays.values()) / 1e6:.2f} M "
-        f"parameters train, on {'cached tokens' if trainer.tokens else 'frames'}"
+        f"parameters train, on {trainer.source}"
     )
     tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=windows)
     found = {"trainable_parameters": count, "steps": options.steps}
@@ -133,6 +137,43 @@ def fine_tune(
             f"held-out windows is {error:.5f}, before fine-tuning {before:.5f}"
         )
     return tuned, found
+
+
+def store_latents(
+    inputs: Inputs,
+    options: finetune.FinetuneOptions,
+    capture: CaptureOptions,
+    site: Site,
+    seed: int,
+) -> SampleStore:
+    """Encodes the windows that `options.data_fraction` selects; every process calls it.
+
+    Args:
+      inputs: its teacher encodes frames.
+      options: of the training.
+      capture: strips and batches.
+      site: the cache's folder, metrics and processes.
+      seed: of the choice of episodes and the order.
+
+    Returns:
+      a cache of `capture.latent_strips`.
+    """
+    strips = _windows(inputs.reader(), options, site.metrics, capture.strip, seed)
+    return _captured(inputs, site, strips, capture, seed, latents=True)
+
+
+def _captured(inputs, site, strips: Strips, capture, draws: int, *, latents: bool) -> SampleStore:
+    samples, strip = strips.current.size, strips.current.shape[1]
+    return record.capture_cache(
+        site,
+        inputs.teacher(),
+        strips,
+        inputs.reader(),
+        dataclasses.replace(capture, num_samples=samples, strip=strip, blocks=False),
+        seed=draws,
+        origin=inputs.origin,
+        latents=latents,
+    )
 
 
 def _windows(reader, options, metrics, strip: int, seed: int) -> Strips:

@@ -39,6 +39,11 @@ def make_head(config: HeadConfig | None, *, dtype=None, rngs: nnx.Rngs) -> Diffu
     return kind(config, dtype=dtype, rngs=rngs)
 
 
+def moments_of(camera: str) -> str:
+    """Returns the name under which an observation holds a camera's encoded frames."""
+    return f"{camera}_moments"
+
+
 def _divide(x: jax.Array, divisor: float) -> jax.Array:
     """Returns x / divisor, rounded as a division; XLA would multiply by the reciprocal."""
     return x / jax.lax.optimization_barrier(jnp.float32(divisor))
@@ -239,20 +244,29 @@ class Policy(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Encodes an observation for `video_tokens`: history latents and further inputs.
 
-        Args: as for `predict_action`; `key` draws the VAE's noise if it is not given.
+        Args: as for `predict_action`; `key` draws the VAE's noise if it is not given. In the place
+          of a camera's images, `obs` can hold "image_moments" and "wrist_image_moments"
+          (b, n_frames, h', w', 2 z): what the VAE gives for them, mean and log-variance.
 
         Raises:
           UserError: the observation lacks an input of this policy.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         names = ("image", "wrist_image") if self.config.mar.proprio_image else ("image",)
-        if missing := [name for name in names if name not in obs]:
+        if missing := [x for x in names if x not in obs and moments_of(x) not in obs]:
             raise UserError(f"the observation has no {' and no '.join(missing)}: add it")
+
+        def latents(name, key, eps):
+            if name in obs:
+                return self.encode_observation(obs[name], key=key, eps=eps)
+            mean, logvar = jnp.split(obs[moments_of(name)].astype(jnp.float32), 2, axis=-1)
+            eps = jax.random.normal(key, mean.shape) if eps is None else eps
+            return self.vae.sample(mean, logvar, eps)
+
         wrist = None
         if self.config.mar.proprio_image:
-            wrist = self.encode_observation(obs["wrist_image"], key=keys[1], eps=wrist_eps)
-        cond = self.encode_observation(obs["image"], key=keys[0], eps=vae_eps)
-        return cond, self.streams(obs, wrist)
+            wrist = latents("wrist_image", keys[1], wrist_eps)
+        return latents("image", keys[0], vae_eps), self.streams(obs, wrist)
 
     def actor(
         self, *, sampling_steps: str | int = "", sampler: str = "ancestral", seed: int = 0

@@ -41,6 +41,9 @@ from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage import sample_store
 from uva_jax.storage.identity import external_hash
+from uva_jax.storage.site import Site
+
+_STORE = "store"  # in the folder of `run_latents`
 
 
 def run_convert(context: Context) -> dict:
@@ -131,15 +134,8 @@ def run_finetune(context: Context) -> dict:
     """Fine-tunes the assembled policy (Stage 2) and writes finetune/policy."""
     config = context.config
     start = context.inputs.get("assemble", context.inputs["convert"])
-    policy = load_policy(start / "policy", config)
     tuned, found = stage2.fine_tune(
-        stage2.Inputs(
-            policy,
-            teacher=lambda: _teacher(context),
-            reader=lambda: open_data(context, policy),
-            cache=context.inputs.get("capture"),
-            origin=_teacher_hash(context),
-        ),
+        _stage2_inputs(context, load_policy(start / "policy", config)),
         section(config.finetune, finetune.FinetuneOptions),
         context.folder,
         context.metrics,
@@ -151,6 +147,32 @@ def run_finetune(context: Context) -> dict:
     )
     _save_like_teacher(context, tuned)
     return found
+
+
+def run_latents(context: Context) -> dict:
+    """Stores the latents on which Stage 2 trains, for several trainings on the same ones."""
+    config = context.config
+    site = Site(context.folder / _STORE, context.metrics, context.is_primary, context.barrier)
+    store = stage2.store_latents(
+        _stage2_inputs(context, _teacher(context)),
+        section(config.finetune, finetune.FinetuneOptions),
+        section(config.capture, CaptureOptions),
+        site,
+        config.seed,
+    )
+    return {"samples": store.num_samples, "bytes": store.nbytes()}
+
+
+def _stage2_inputs(context: Context, policy: Policy) -> stage2.Inputs:
+    latents = context.inputs.get("latents")
+    return stage2.Inputs(
+        policy,
+        teacher=lambda: _teacher(context),
+        reader=lambda: open_data(context, policy),
+        cache=context.inputs.get("capture"),
+        origin=_teacher_hash(context),
+        latents=latents and latents / _STORE,
+    )
 
 
 def run_shorten(context: Context) -> dict:

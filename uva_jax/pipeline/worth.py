@@ -39,6 +39,7 @@ RECIPES = {
     "lora": "LoRA on the trunk",
     "unfreeze": "decoder from a tenth of the steps on",
 }
+_TRUNK = ("lora", "unfreeze")  # recipes with which more than the head trains
 _WEIGHT = 100.0  # of the teacher's term, where the configuration has none
 SHARED = ("convert", "capture", "distill", "assemble")
 _ERROR_KEYS = tuple(
@@ -109,15 +110,9 @@ def cell_stages(base, config, cell: Cell) -> list[Stage]:
             found["assemble"], needs=("convert",), folder="assembled/random"
         )
     if config.finetune.reuse_cache and cell.fraction < 1:
-        found["tokens"] = Stage(
-            "tokens",
-            _run_tokens,
-            needs=("convert",),
-            config_keys=("seed", "precision", "data", "capture", "finetune.data_fraction"),
-            folder=f"tokens/{cell.fraction:g}",
-            describe=f"stores tokens of {cell.fraction:g} of the episodes",
-            fingerprint=graft_data,
-        )
+        found["tokens"] = _stored("tokens", _run_tokens, cell.fraction)
+    elif cell.recipe in _TRUNK and config.finetune.cache_latents:
+        found["latents"] = _stored("latents", stages.run_latents, cell.fraction)
     (base,) = (s for s in stages.stages(config) if s.name == "finetune")
     own = dataclasses.replace(
         base,
@@ -129,6 +124,19 @@ def cell_stages(base, config, cell: Cell) -> list[Stage]:
         describe=f"{HEADS[cell.head]}, {RECIPES[cell.recipe]}",
     )
     return [*found.values(), own]
+
+
+def _stored(what: str, run, fraction: float) -> Stage:
+    """Returns the stage that stores what cells with the same share of the data train on."""
+    return Stage(
+        what,
+        run,
+        needs=("convert",),
+        config_keys=("seed", "precision", "data", "capture", "finetune.data_fraction"),
+        folder=f"{what}/{fraction:g}",
+        describe=f"stores {what} of {fraction:g} of the episodes",
+        fingerprint=graft_data,
+    )
 
 
 def shared_stages(config) -> list[Stage]:

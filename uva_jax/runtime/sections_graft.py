@@ -178,6 +178,12 @@ class FinetuneOptions(LoopOptions):
         "train on the windows that capture has cached instead of data_fraction of the episodes; "
         "needs everything before the head frozen: freeze=('mar',)",
     )
+    cache_latents: bool = setting(
+        True,
+        "if parameters before the head train: encode every frame once, before the first step, in "
+        "place of in every step that reads it",
+        added=True,
+    )
     freeze_encoder: bool = setting(True, "freeze the VAE and the MAR encoder")
     freeze: tuple[str, ...] = setting(
         (), "further frozen path patterns, such as 'mar' or 'action_head/memory'"
