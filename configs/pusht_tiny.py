@@ -24,6 +24,7 @@ def get_config():
     config.finetune.freeze = ("mar", "action_head/memory/conv", "action_head/memory/aggregator")
     config.finetune.reuse_cache = True
     config.finetune.steps = 300
+    config.finetune.steps_per_call = 10
     config.finetune.batch = 64
     config.finetune.lr = 1e-5
     config.finetune.teacher_weight = 100.0

@@ -42,7 +42,6 @@ def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
         section(config.finetune, FinetuneOptions),
         batch=batch,
         accumulate=1,
-        steps_per_call=1,
         teacher_weight=0.0,
         freeze=tuple(dict.fromkeys(freeze)),
         freeze_encoder=not trains,
@@ -93,20 +92,21 @@ def _ours(config: PolicyConfig, options: FinetuneOptions, data: dict, dtype: str
     trainer = Trainer(policy, options, mesh, seed=0)
     if trainer.tokens:
         data = fixed.known(policy, None, trainer.phases, data)
-    params, frozen = trainer.parts(trainer.phases[0])
+    (params, frozen), steps = trainer.parts(trainer.phases[0]), options.steps_per_call
     state = loop.start_state(params, options, mesh)
     run = loop.make_steps(trainer.loss, options, mesh, jax.tree.map(lambda x: x.sharding, state))
     key, number = jax.random.key(0), 0
+    stacked = {k: np.stack([v] * steps) for k, v in data.items()}
 
     def step():
         nonlocal state, number
-        group = parallel.shard_batch(mesh, {k: v[None] for k, v in data.items()}, axis=1)
+        group = parallel.shard_batch(mesh, stacked, axis=1)
         state, scalars, _ = run(state, frozen, group, jnp.int32(number), key)
-        number += 1
+        number += steps
         return jax.block_until_ready((state, scalars))
 
-    group = {k: v[None] for k, v in data.items()}
-    return Work(step, flops(run, state, frozen, group, jnp.int32(0), key))
+    total = flops(run, state, frozen, stacked, jnp.int32(0), key)
+    return Work(step, total / steps, steps)
 
 
 def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from uva_jax.models.diffusion import few_step_loop, make_schedule, predict_x0
 from uva_jax.models.diffusion_head import DiffusionHead
-from uva_jax.models.layers import conv, layer_norm, linear
+from uva_jax.models.layers import conv, conv3x3, layer_norm, linear
 from uva_jax.models.mlp_head import (
     FinalLayer,
     TimestepEmbedder,
@@ -63,7 +63,7 @@ class Memory(nnx.Module):
             x = rearrange(z, "b (t h w) c -> (b t) h w c", t=config.n_frames, h=config.grid[0])
             rows, cols = config.pool
             video = reduce(
-                jax.nn.relu(self.conv(x)),
+                jax.nn.relu(conv3x3(self.conv, x)),
                 "(b t) (h i) (w j) c -> b (t h w) c",
                 "mean",
                 t=config.n_frames,

@@ -14,6 +14,7 @@ from flax import nnx
 
 _XAVIER = nnx.initializers.xavier_uniform()
 _ROWS_AND_COLUMNS = (((1,), (0,)), ((), ()))  # of a plain matrix product
+_SMALL_MAP = 64  # positions
 _STRIPES = 64
 
 
@@ -116,12 +117,14 @@ def conv(
     )
 
 
-def conv3x3_as_matrix(layer: nnx.Conv, x: jax.Array) -> jax.Array:
-    """Applies a 3x3 convolution with stride 1 and padding 1 to x (n, h, w, c) as a matrix product.
+def conv3x3(layer: nnx.Conv, x: jax.Array) -> jax.Array:
+    """Applies a 3x3 convolution with stride 1 and padding 1 to x (n, h, w, c).
 
-    Convolutions inside a loop are a hundred times slower in XLA's CPU backend. On small maps the
-    matrix product is not slower elsewhere.
+    On small maps it is a matrix product, because convolutions inside a loop are a hundred times
+    slower in XLA's CPU backend, and the product is not slower elsewhere.
     """
+    if x.shape[1] * x.shape[2] > _SMALL_MAP:
+        return layer(x)
     kernel, bias = layer.kernel[...], layer.bias[...]
     if layer.dtype is not None:
         x, kernel, bias = (v.astype(layer.dtype) for v in (x, kernel, bias))

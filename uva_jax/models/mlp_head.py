@@ -18,7 +18,7 @@ from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.layers import (
     Modulated,
     conv,
-    conv3x3_as_matrix,
+    conv3x3,
     layer_norm,
     linear,
     modulate,
@@ -166,8 +166,7 @@ class ConvFC(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         x = rearrange(z, "b (t h w) c -> (b t) h w c", t=self.n_frames, h=self.grid[0])
-        small = self.grid[0] * self.grid[1] <= 64
-        x = jax.nn.relu(conv3x3_as_matrix(self.conv, x) if small else self.conv(x))
+        x = jax.nn.relu(conv3x3(self.conv, x))
         x = reduce(x, "n (h i) (w j) c -> n c h w", "mean", h=4, w=4)  # flattened channel-major
         x = self.fc2(jax.nn.relu(self.fc1(rearrange(x, "n c h w -> n (c h w)"))))
         x = rearrange(x, "(b t) c -> b c t", t=self.n_frames)
