@@ -10,11 +10,14 @@ import pytest
 from conftest import HEAD
 from test_grafting import grafted
 
-from uva_jax.graft import assemble, shorten
+from uva_jax.graft import assemble, own_samples, shorten
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.policy_config import steps_of
+from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
+from uva_jax.storage.sample_store import SampleStore
+from uva_jax.storage.site import Site
 
 OPTIONS = ShortenOptions(
     evaluations=1,
@@ -87,7 +90,7 @@ def shortened(policy, windows, folder, **changes):
     folder.mkdir(exist_ok=True)
     with MetricsWriter(folder, "shorten") as metrics:
         return shorten.shorten_head(
-            policy, windows, windows, options, seed=0, folder=folder, metrics=metrics
+            policy, windows, windows, options, seed=0, site=Site(folder, metrics)
         )
 
 
@@ -136,6 +139,47 @@ def test_an_interrupted_training_goes_on_to_the_same_parameters(
     resumed, _ = shortened(policy, windows, tmp_path / "cut", **how)
     for path, x in surgery.flatten(whole).items():
         np.testing.assert_array_equal(x, surgery.flatten(resumed)[path], err_msg=path)
+
+
+def test_samples_are_drawn_once_and_by_chunks(policy, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_samples, "_CHUNK", 6)
+    how = dict(samples=3, sampling_steps="4", seed=2)
+
+    def draw(folder):
+        with MetricsWriter(tmp_path, "shorten") as metrics:
+            return own_samples.draw_samples(Site(folder, metrics), policy, windows["z"], **how)
+
+    whole, written = draw(tmp_path / "whole"), []
+    write = SampleStore.write_chunk
+
+    def write_and_count(self, index, values):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(index)
+        return write(self, index, values)
+
+    monkeypatch.setattr(SampleStore, "write_chunk", write_and_count)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "cut")
+    written.clear()
+    resumed = draw(tmp_path / "cut")
+    assert written == [2]  # of three chunks, the last with 4 of 16 windows
+    assert resumed["samples"].shape == (16, 3, 16, 2)
+    for name, x in whole.items():
+        np.testing.assert_array_equal(x, resumed[name], err_msg=name)
+    written.clear()
+    draw(tmp_path / "cut")
+    assert written == []
+    # A window's noise does not depend on the others.
+    monkeypatch.setattr(own_samples, "_CHUNK", 16)
+    np.testing.assert_allclose(draw(tmp_path / "one")["samples"], whole["samples"], atol=1e-5)
+    head = policy.action_head
+    np.testing.assert_allclose(
+        whole["condition"].astype(np.float32), head.condition(windows["z"]), atol=0.02, rtol=0.01
+    )
+    how["seed"] = 3
+    with pytest.raises(UserError, match="seed"):
+        draw(tmp_path / "cut")
 
 
 def test_a_shortened_head_keeps_its_own_number_of_evaluations(policy, windows, tmp_path):

@@ -12,9 +12,7 @@ condition of a window is computed only once. Further evaluations start from diff
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +21,14 @@ from flax import nnx
 
 from uva_jax.graft.assemble import assemble
 from uva_jax.graft.energy import distance, mixed_distance
+from uva_jax.graft.own_samples import draw_samples
 from uva_jax.models import diffusion, surgery
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
-from uva_jax.runtime.batches import in_batches
-from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
+from uva_jax.storage.site import Site
 from uva_jax.train.fit import Arrays, fit
-
-_BATCH = 256  # windows in one call of a program
 
 
 def shorten_head(
@@ -42,8 +38,7 @@ def shorten_head(
     options: ShortenOptions,
     *,
     seed: int,
-    folder: Path,
-    metrics: MetricsWriter,
+    site: Site,
 ) -> tuple[Policy, dict]:
     """Trains the head to sample in `options.evaluations` evaluations.
 
@@ -53,8 +48,7 @@ def shorten_head(
         (samples, n, channels), normalised.
       options: of the training.
       seed: of noise and sample order.
-      folder: holds the resumable states.
-      metrics: writer of progress and messages.
+      site: the folder for samples and resumable states, metrics and processes.
 
     Returns:
       the policy with the shortened head, and its `_figures` on held-out windows.
@@ -63,8 +57,18 @@ def shorten_head(
     config = dataclasses.replace(
         head.config, prediction="x0_from_eps", sampling_steps=str(options.evaluations)
     )
-    draw = _sampler(head, options, policy.config.temperature, metrics)
-    data = draw(train["z"], options.samples, jax.random.key(seed + 1))
+
+    def drawn(name: str, z: np.ndarray, samples: int, seed: int) -> dict[str, np.ndarray]:
+        return draw_samples(
+            site._replace(folder=site.folder / name),
+            policy,
+            z,
+            samples=samples,
+            sampling_steps=options.sampling_steps,
+            seed=seed,
+        )
+
+    data = drawn("samples", train["z"], options.samples, seed + 1)
     arrays = surgery.flatten(head)
     student = nnx.merge(*nnx.split(head))
     student.config = config
@@ -77,16 +81,16 @@ def shorten_head(
         lr=options.lr,
         options=options,
         seed=seed,
-        folder=folder / "state",
-        metrics=metrics,
+        folder=site.folder / "state",
+        metrics=site.metrics,
         name="shorten",
     )
     student = surgery.replace(student, arrays | params)
-    found = draw(held_out["z"], 2, jax.random.key(seed + 2))
+    found = drawn("samples_held_out", held_out["z"], 2, seed + 2)
     figures = _figures(
         student, found, held_out["actions"], policy.config.temperature, jax.random.key(seed + 3)
     )
-    metrics.say(
+    site.metrics.say(
         f"{options.evaluations} evaluation(s) in the place of "
         f"{steps_of(head.config, options.sampling_steps)}: on held-out windows the energy distance "
         f"between the samples is {figures['energy_distance']:.5f}, their variance over noises "
@@ -101,49 +105,6 @@ def _after_condition(path: str, form: str) -> bool:
     if top == "blocks":
         return form == "residual" or rest[1] != "cross_attn"
     return top in ("input_proj", "time_embed", "final_layer")
-
-
-def _sampler(
-    head: GraftedHead, options: ShortenOptions, temperature: float, metrics: MetricsWriter
-):
-    """Returns f(z, samples, key), which draws samples of a head and shows its progress.
-
-    It returns "condition" (windows, ...) bfloat16 and "samples" (windows, samples, n, c).
-    """
-    graph, state = nnx.split(head)
-
-    @functools.partial(jax.jit, static_argnames="count")
-    def run(state, z, windows, key, count):
-        head = nnx.merge(graph, state)
-        condition = head.condition(z.astype(jnp.float32))
-        steps = steps_of(head.config, options.sampling_steps)
-        shape = (len(diffusion.make_schedule(steps)) + 1, *rows)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(windows)
-
-        def sample(number):
-            noise = jax.vmap(
-                lambda key: jax.random.normal(jax.random.fold_in(key, number), shape), out_axes=1
-            )(keys)
-            return head.sample_given(
-                condition, noise=noise, temperature=temperature, sampling_steps=steps
-            )
-
-        samples = jax.vmap(sample, out_axes=1)(jnp.arange(count))  # they share the modulations
-        return {"condition": condition.astype(jnp.bfloat16), "samples": samples}
-
-    rows = (head.config.n_actions, head.config.channels)
-
-    def draw(z: np.ndarray, samples: int, key: jax.Array) -> dict[str, np.ndarray]:
-        with metrics.progress(len(z), unit="windows", desc="samples") as bar:
-
-            def some(rows):
-                found = run(state, jnp.asarray(z[rows]), jnp.asarray(rows), key, samples)
-                bar.update(len(np.unique(rows)))
-                return found
-
-            return in_batches(some, len(z), _BATCH)
-
-    return draw
 
 
 def _loss(student: GraftedHead, arrays: Arrays, options: ShortenOptions):

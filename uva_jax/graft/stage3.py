@@ -22,6 +22,7 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.sections_graft import ShortenOptions
 from uva_jax.storage.sample_store import SampleStore
+from uva_jax.storage.site import Site
 
 
 def shorten(
@@ -40,7 +41,7 @@ def shorten(
     Args:
       inputs: see `stage2.Inputs`; its policy is the fine-tuned graft, in float32.
       options: of the training.
-      folder: holds resumable states and captured tokens.
+      folder: holds samples, resumable states and captured tokens.
       metrics: writer of progress and messages.
       capture: options for capturing tokens.
       seed: of windows, order and draws.
@@ -66,9 +67,8 @@ def shorten(
     train, held_out = (
         SampleStore.open(cache / name).load(["z", "actions"]) for name in ("train", "held_out")
     )
-    return shorten_head(
-        inputs.policy, train, held_out, options, seed=seed, folder=folder, metrics=metrics
-    )
+    site = Site(folder, metrics, is_primary, barrier)
+    return shorten_head(inputs.policy, train, held_out, options, seed=seed, site=site)
 
 
 def _same_tokens(policy: Policy, teacher: Policy) -> bool:
