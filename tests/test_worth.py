@@ -16,6 +16,7 @@ from uva_jax.pipeline.worth import RECIPES, Cell, cell_config, cell_stages
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.runtime.settings import check, leaves
+from uva_jax.storage.sample_store import SampleStore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,6 +69,26 @@ def test_processes_capture_tokens_together(finished, config, tmp_path, monkeypat
     given["barrier"]("written")
     assert not given["is_primary"] and calls == ["written"]
     assert given["episodes"].sum() == 1
+
+
+def test_recipes_that_train_the_trunk_share_one_store_of_latents(finished, config, tmp_path):
+    found = {}
+    for recipe in ("configured", "lora", "unfreeze"):
+        cell = Cell("graft", recipe, 0.5)
+        tuned = check(cell_config(config, cell))
+        by_name = {s.name: s for s in cell_stages(check(config), tuned, cell)}
+        found[recipe] = by_name.get("latents")
+        assert ("latents" in by_name[cell.name].needs) == (recipe != "configured")
+    assert found["configured"] is None
+    assert found["lora"].folder == found["unfreeze"].folder == "latents/0.5"
+    with MetricsWriter(tmp_path, "latents") as metrics:
+        inputs = {"convert": finished.workdir / "teacher"}
+        context = Context(tuned, tmp_path, tmp_path, metrics, inputs, True, lambda name: None)
+        facts = found["lora"].run(context)
+    store = SampleStore.open(tmp_path / "store")
+    assert set(store.names) == {"image_moments", "action"}
+    # All windows of one of the two training episodes.
+    assert facts["samples"] == store.num_samples > 100
 
 
 def test_the_table_ranks_all_rolls_out_the_best_and_resumes(finished, config, tmp_path):
