@@ -10,7 +10,7 @@ from flax import nnx
 
 from uva_jax.data import source
 from uva_jax.data.readers import open_reader
-from uva_jax.graft import assemble, finetune, fixed, stage2
+from uva_jax.graft import assemble, finetune, fixed, held_out, stage2
 from uva_jax.graft.capture import CaptureOptions
 from uva_jax.graft.energy import energy_scores
 from uva_jax.models import diffusion, surgery
@@ -147,6 +147,32 @@ def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, t
     assert checked.keys() == {0, 2, 4, 5} and min(checked.values()) == checked[0]
     better = train(graft, tokens, tmp_path / "better", lr=3e-3, **how | {"steps": 20})
     assert better["step"] > 0 and better["error"] < better["start"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_result_can_lie_between_the_start_and_the_tuned_policy(graft, tokens, tmp_path, lora):
+    how = {"lr": 1e-2, "steps": 3}
+    if lora:
+        how |= {"use_lora": True, "lora_targets": ("action_head/blocks/*/mlp/fc*/kernel",)}
+    before, after = surgery.flatten(graft), train(graft, tokens, tmp_path / "whole", **how)
+    found = train(graft, tokens, tmp_path / "part", interpolation=0.25, **how)
+    assert any(np.abs(after[k] - before[k]).max() > 1e-3 for k in before)
+    for path, x in before.items():
+        np.testing.assert_allclose(
+            found[path], x + 0.25 * (after[path] - x), atol=1e-6, err_msg=path
+        )
+
+
+def test_the_checks_judge_the_interpolated_policy(graft, tokens, tmp_path):
+    how = {"held_out": tokens, "check_every": 2, "steps": 20, "lr": 3e-3}
+    kept = train(graft, tokens, tmp_path, interpolation=0.5, **how)
+    policy = surgery.replace(
+        surgery.abstract_policy(graft.config),
+        {k: v for k, v in kept.items() if k not in ("step", "error", "start")},
+    )
+    error = held_out.error_of(lambda p: p, tokens, parallel.make_mesh(), 0)(policy)
+    assert kept["step"] > 0
+    np.testing.assert_allclose(error, kept["error"], rtol=1e-5)
 
 
 def test_the_energy_score_is_smallest_for_the_true_distribution():

@@ -251,6 +251,9 @@ class Trainer:
     ) -> tuple[Policy, Best | None]:
         """Trains to `options.steps` and returns the policy with averaged parameters.
 
+        With `options.interpolation` below 1, the checks judge and the result has parameters
+        between those before training and the averaged ones.
+
         Args:
           batches: step -> this process's share of its batch, as host arrays.
           folder: holds resumable states, by phase.
@@ -266,6 +269,9 @@ class Trainer:
         """
         total, state, error = self.options.steps, None, None
         every = self.options.check_every or -(-total // 10)
+        before = {}
+        if self.options.interpolation < 1:
+            before = {k: self.arrays[k] for phase in self.phases for k in phase.trainable}
         if held_out is not None:
             error = error_of(self._build, held_out, self.mesh, self.seed)
         stops = [*(phase.start for phase in self.phases[1:]), total]
@@ -282,14 +288,22 @@ class Trainer:
                 folder=folder / f"phase{index}",
                 metrics=metrics,
                 steps=range(phase.start, min(stop, total)),
-                keep=error and Keep(partial(error, frozen), every),
+                keep=error and Keep(partial(error, frozen, before), every),
             )
         found = state.ema if state.best is None else state.best.params
-        arrays = merge_lora(self.arrays | found)
+        arrays = self._result({}, self.arrays, self.arrays | found)
         return surgery.replace(surgery.abstract_policy(self.policy.config), arrays), state.best
 
-    def _build(self, frozen: Flat, params: Flat) -> Policy:
-        return surgery.replace(self._structure, _policy_arrays(params, frozen))
+    def _build(self, frozen: Flat, before: Flat, params: Flat) -> Policy:
+        return surgery.replace(self._structure, self._result(frozen, before, params))
+
+    def _result(self, frozen: Flat, before: Flat, params: Flat) -> Flat:
+        """Returns the policy's arrays, given trained parameters before and after training."""
+        found, share = _policy_arrays(params, frozen), self.options.interpolation
+        if share == 1.0:
+            return found
+        start = _policy_arrays({}, frozen | params | before)
+        return {k: start[k] + share * (x - start[k]) for k, x in found.items()}
 
 
 def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):

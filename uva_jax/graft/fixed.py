@@ -29,7 +29,7 @@ _FEATURE, _REFERENCE = "feature", "reference"
 
 def trunk_is_frozen(phases: tuple[Phase, ...], options: FinetuneOptions) -> bool:
     """Whether nothing before the action head trains in any phase, so that tokens can be cached."""
-    trained = {path for phase in phases for path in phase.trainable}
+    trained = {path.removeprefix(PREFIX) for phase in phases for path in phase.trainable}
     return not options.dropout and all(path.startswith("action_head/") for path in trained)
 
 

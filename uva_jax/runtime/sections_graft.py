@@ -208,6 +208,14 @@ class FinetuneOptions(LoopOptions):
         "that of the actions, so that the timesteps that decide a sample count most",
         least=0,
     )
+    interpolation: float = setting(
+        1.0,
+        "how far the returned parameters are from those before Stage 2 to the fine-tuned ones; "
+        "with 0.5 a policy keeps more of what it did well before (arXiv 2109.01903)",
+        above=0,
+        most=1,
+        added=True,
+    )
     keep_best: bool = setting(
         True,
         "return the state whose action samples on held-out windows have the smallest error, the "
