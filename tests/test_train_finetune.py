@@ -20,6 +20,7 @@ from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter, read_metrics
 from uva_jax.runtime.sections import EMAOptions
 from uva_jax.runtime.settings import section
+from uva_jax.storage.sample_store import SampleStore
 from uva_jax.train import loop
 
 OPTIONS = finetune.FinetuneOptions(
@@ -404,8 +405,10 @@ def test_training_on_stored_latents_is_training_on_frames(
 ):
     config = section(make_config().data, source.DataOptions)
 
-    def tuned(name, held=finetune._HELD_BYTES, **changes):
-        monkeypatch.setattr(finetune, "_HELD_BYTES", held)
+    arrays = SampleStore.arrays
+
+    def tuned(name, held=2**30, **changes):
+        monkeypatch.setattr(SampleStore, "arrays", lambda store, names: arrays(store, names, held))
         how = dict(freeze=(), steps=2, lr=1e-3, keep_best=True, check_windows=4, check_every=1)
         folder = tmp_path / name
         folder.mkdir()

@@ -29,14 +29,13 @@ from uva_jax.models.policy import Policy
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections_graft import FinetuneOptions
-from uva_jax.storage.sample_store import SampleStore
+from uva_jax.storage.sample_store import Rows, SampleStore
 from uva_jax.train import loop
 from uva_jax.train.best import Best, Keep
 from uva_jax.train.loop import Flat, Loss, part
 from uva_jax.train.order import epoch_rows
 from uva_jax.train.trainable import Phase, training_phases
 
-_HELD_BYTES = 4 * 2**30  # a larger cache of latents stays on disk
 _TEACHER = "teacher"  # prefix of the teacher's parameters among the frozen ones
 
 
@@ -306,7 +305,7 @@ class Trainer:
         return {k: start[k] + share * (x - start[k]) for k, x in found.items()}
 
 
-def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed: int):
+def token_batches(data: Mapping[str, np.ndarray | Rows], options: FinetuneOptions, seed: int):
     """Returns step -> this process's share of the batch of cached samples.
 
     Raises:
@@ -319,14 +318,6 @@ def token_batches(data: Mapping[str, np.ndarray], options: FinetuneOptions, seed
         return {k: v[rows] for k, v in data.items()}
 
     return batches
-
-
-def latent_batches(store: SampleStore, options: FinetuneOptions, seed: int):
-    """Returns the same for a cache of `capture.latent_strips`, read from disk if it is large."""
-    if (held := store.load(max_bytes=_HELD_BYTES)) is not None:
-        return token_batches(held, options, seed)
-    rows_of = _batch_rows(store.num_samples, options, seed)
-    return lambda step: store.read_rows(store.names, rows_of(step))
 
 
 def image_batches(reader: source.WindowReader, strips: Strips, options: FinetuneOptions, seed: int):
@@ -361,9 +352,9 @@ def _batch_rows(count: int, options: FinetuneOptions, seed: int) -> Callable[[in
     return rows
 
 
-def cached_tokens(folder) -> dict[str, np.ndarray]:
-    """Reads the tokens and actions of an activation cache."""
-    return SampleStore.open(folder).load(["z", "actions"])
+def cached_tokens(folder: Path) -> Mapping[str, np.ndarray | Rows]:
+    """Returns the tokens and actions of an activation cache; large ones stay on disk."""
+    return SampleStore.open(folder).arrays(["z", "actions"])
 
 
 def chosen_episodes(buffer, data: source.DataOptions, options: FinetuneOptions, seed: int):

@@ -20,6 +20,7 @@ from uva_jax.models.lora import PREFIX
 from uva_jax.models.policy import Policy
 from uva_jax.runtime.batches import in_batches
 from uva_jax.runtime.sections_graft import FinetuneOptions
+from uva_jax.storage.sample_store import Rows
 from uva_jax.train.trainable import Phase
 
 _COPIED = ("action_head/memory/conv/", "action_head/memory/aggregator/")
@@ -73,8 +74,8 @@ def known(
     policy: Policy,
     teacher: Policy | None,
     phases: Sequence[Phase],
-    tokens: Mapping[str, np.ndarray],
-) -> Mapping[str, np.ndarray]:
+    tokens: Mapping[str, np.ndarray | Rows],
+) -> Mapping[str, np.ndarray | Rows]:
     """Returns cached tokens as Stage 2 reads them: if features are fixed, in the place of "z".
 
     Args:

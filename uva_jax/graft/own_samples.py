@@ -16,13 +16,20 @@ from uva_jax.models import diffusion, surgery
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime import parallel
+from uva_jax.storage.sample_store import Rows
 from uva_jax.storage.site import Site
 
 _CHUNK = 256  # windows that a device samples in one call
 
 
 def draw_samples(
-    site: Site, policy: Policy, z: np.ndarray, *, samples: int, sampling_steps: str, seed: int
+    site: Site,
+    policy: Policy,
+    z: np.ndarray | Rows,
+    *,
+    samples: int,
+    sampling_steps: str,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Draws samples of the policy's head, or reads them if the folder has them already.
 

@@ -27,13 +27,14 @@ from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.policy import Policy
 from uva_jax.models.policy_config import steps_of
 from uva_jax.runtime.sections_graft import ShortenOptions
+from uva_jax.storage.sample_store import Rows
 from uva_jax.storage.site import Site
 from uva_jax.train.fit import Arrays, fit
 
 
 def shorten_head(
     policy: Policy,
-    train: Mapping[str, np.ndarray],
+    train: Mapping[str, np.ndarray | Rows],
     held_out: Mapping[str, np.ndarray],
     options: ShortenOptions,
     *,
@@ -58,7 +59,7 @@ def shorten_head(
         head.config, prediction="x0_from_eps", sampling_steps=str(options.evaluations)
     )
 
-    def drawn(name: str, z: np.ndarray, samples: int, seed: int) -> dict[str, np.ndarray]:
+    def drawn(name: str, z: np.ndarray | Rows, samples: int, seed: int) -> dict[str, np.ndarray]:
         return draw_samples(
             site._replace(folder=site.folder / name),
             policy,

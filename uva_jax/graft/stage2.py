@@ -102,7 +102,7 @@ def fine_tune(
                 store = store_latents(inputs, options, capture, site, seed)
             else:
                 store = SampleStore.open(inputs.latents)
-            batches = finetune.latent_batches(store, options, seed)
+            batches = finetune.token_batches(store.arrays(store.names), options, seed)
         else:
             strips = _windows(reader, options, metrics, 1, seed)
             batches = finetune.image_batches(reader, strips, options, seed)
@@ -116,8 +116,7 @@ def fine_tune(
                 seed=seed, count=count, way_out="; or set config.finetune.keep_best=False"
             )
             if trainer.tokens:
-                cached = captured("tokens_held_out", strips, seed + 3)
-                windows = finetune.cached_tokens(cached.folder)
+                windows = captured("tokens_held_out", strips, seed + 3).load(["z", "actions"])
             elif options.cache_latents:
                 windows = captured("latents_held_out", strips, seed).load()
             else:

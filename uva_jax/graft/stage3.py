@@ -15,6 +15,7 @@ import numpy as np
 from uva_jax.graft import record
 from uva_jax.graft.assemble import assemble
 from uva_jax.graft.capture import CaptureOptions
+from uva_jax.graft.finetune import cached_tokens
 from uva_jax.graft.shorten import shorten_head
 from uva_jax.graft.stage2 import Inputs
 from uva_jax.models import surgery
@@ -64,9 +65,8 @@ def shorten(
             is_primary=is_primary,
             barrier=barrier,
         )
-    train, held_out = (
-        SampleStore.open(cache / name).load(["z", "actions"]) for name in ("train", "held_out")
-    )
+    train = cached_tokens(cache / "train")
+    held_out = SampleStore.open(cache / "held_out").load(["z", "actions"])
     site = Site(folder, metrics, is_primary, barrier)
     return shorten_head(inputs.policy, train, held_out, options, seed=seed, site=site)
 

@@ -33,6 +33,7 @@ from uva_jax.storage.identity import Identity, shaping_values
 INDEX = "index.json"
 _FORMAT = "uva_jax activation cache 1"
 _BITS = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}  # dtypes stored as their bits
+_HELD_BYTES = 4 * 2**30  # of arrays that `SampleStore.arrays` keeps in memory
 _MAX_CHUNK_BYTES = 2**31 - 64  # the limit of blosc
 _MEND = "delete it and run the command that made it again, or copy it again"
 
@@ -284,6 +285,11 @@ class SampleStore:
             return None
         return {name: self.read(name) for name in names}
 
+    def arrays(self, names: Sequence[str], max_bytes: int = _HELD_BYTES) -> dict[str, Any]:
+        """Returns arrays to look up rows in: in memory if they fit in `max_bytes`, else `Rows`."""
+        held = self.load(names, max_bytes)
+        return {name: Rows(self, name) for name in names} if held is None else held
+
     def batches(
         self,
         names: Sequence[str],
@@ -379,6 +385,22 @@ class SampleStore:
             for name, (_, dtype) in self._arrays.items()
         }
         self._stores = {name: self._finish(name, future) for name, future in opened.items()}
+
+
+class Rows:
+    """An array of a store that stays on disk: `rows[numbers]` reads the rows of these numbers."""
+
+    def __init__(self, store: SampleStore, name: str):
+        self._store, self._name = store, name
+        self.shape = (store.num_samples, *store.shape(name))
+        self.dtype = store.dtype(name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """See `SampleStore.read_rows`."""
+        return self._store.read_rows((self._name,), np.asarray(numbers))[self._name]
 
 
 def _open(path: Path, shape: Sequence, chunk: int, dtype: np.dtype, create: bool) -> ts.Future:
