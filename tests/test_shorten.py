@@ -106,6 +106,14 @@ def test_it_learns_the_distribution_of_the_samples(policy, windows, tmp_path, ev
     assert 0.4 < after["shortened_spread"] / after["graft_spread"] < 2.0
 
 
+def test_rounded_factors_change_a_fit_in_its_last_digits(policy, windows, tmp_path):
+    exact, _ = shortened(policy, windows, tmp_path / "exact", epochs=2)
+    rounded, _ = shortened(policy, windows, tmp_path / "b", epochs=2, matmul_precision="bfloat16")
+    path = "action_head/final_layer/linear/kernel"
+    found, other, before = (surgery.flatten(p)[path] for p in (rounded, exact, policy))
+    assert 0 < np.abs(found - other).max() < np.abs(other - before).max()
+
+
 def test_what_comes_before_the_diffusion_stays(policy, windows, tmp_path):
     short, _ = shortened(policy, windows, tmp_path, epochs=2)
     before, after = surgery.flatten(policy), surgery.flatten(short)

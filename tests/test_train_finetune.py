@@ -189,6 +189,15 @@ def test_the_energy_score_is_smallest_for_the_true_distribution():
     assert found == 1.0
 
 
+def test_rounded_factors_change_training_in_its_last_digits(graft, tokens, tmp_path):
+    how = {"lr": 1e-3, "steps": 3}
+    exact = train(graft, tokens, tmp_path / "exact", **how)
+    rounded = train(graft, tokens, tmp_path / "rounded", matmul_precision="bfloat16", **how)
+    path = "action_head/final_layer/linear/kernel"
+    moved = np.abs(exact[path] - surgery.flatten(graft)[path]).max()
+    assert 0 < np.abs(rounded[path] - exact[path]).max() < moved
+
+
 def test_phases_open_further_parameters_at_their_step(graft):
     options = dataclasses.replace(
         OPTIONS,

@@ -16,7 +16,7 @@ import numpy as np
 
 from uva_jax.cli import bench_turns
 from uva_jax.cli.bench_models import policy_config, random_policy, settings
-from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
+from uva_jax.cli.bench_turns import COMPILED, OURS, ROUNDED, TORCH, Row, Work
 from uva_jax.models.policy_config import PolicyConfig
 from uva_jax.runtime.sections_graft import DistillOptions
 from uva_jax.runtime.settings import section
@@ -45,10 +45,17 @@ def activations(config: PolicyConfig, samples: int) -> dict[str, np.ndarray]:
     }
 
 
-def build(backend: str, *, size: str, dtype: str, batch: int, noise: str) -> dict[str, Work]:
-    """Returns a step of each operator family; see `bench_turns.measure`."""
+def build(
+    backend: str, *, size: str, dtype: str, batch: int, noise: str, products: str = "default"
+) -> dict[str, Work]:
+    """Returns a step of each operator family; see `bench_turns.measure`.
+
+    `products` is the setting `distill.matmul_precision`.
+    """
     options = section(settings(size).distill, DistillOptions)
-    options = dataclasses.replace(options, batch=batch, fresh_noise=noise == FRESH)
+    options = dataclasses.replace(
+        options, batch=batch, fresh_noise=noise == FRESH, matmul_precision=products
+    )
     teacher, graft = policy_config(size, "teacher"), policy_config(size, "graft")
     if backend == OURS:
         return _ours(teacher, graft, options, dtype)
@@ -136,6 +143,10 @@ def bench_distill(size: str, dtype: str, batch: int, compiled: bool) -> dict:
         for noise in (FRESH, STORED)
         for backend in backends
     ]
+    rows += [
+        Row(f"{noise}{ROUNDED}", OURS, given | {"noise": noise, "products": "bfloat16"})
+        for noise in (FRESH, STORED)
+    ]
     result = given | bench_turns.measure(__name__, rows)
     for row in result["rows"]:
         named = (name for name in row["parts"] if name != FEATURES)
@@ -149,10 +160,10 @@ def table(result: dict) -> str:
         f"{result['size']}: a step of Stage 1 for {result['batch']} windows in {result['dtype']}",
         *bench_turns.lines(result, {}),
         "",
-        f"{'a step of all operators':<46}{'ms':>10}{'speed':>10}",
+        f"{'a step of all operators':<64}{'ms':>10}{'speed':>10}",
     ]
     totals = {(row["backend"], row["name"]): row["total"] for row in result["rows"]}
     for (backend, noise), total in totals.items():
-        ratio = totals[TORCH, noise] / total
-        found.append(f"{backend + ' ' + noise:<46}{1e3 * total:>10,.2f}{f'x{ratio:.2f}':>10}")
+        ratio = totals[TORCH, noise.removesuffix(ROUNDED)] / total
+        found.append(f"{backend + ' ' + noise:<64}{1e3 * total:>10,.2f}{f'x{ratio:.2f}':>10}")
     return "\n".join(found)

@@ -21,7 +21,7 @@ from uva_jax.cli.bench_models import (
     random_policy,
     settings,
 )
-from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
+from uva_jax.cli.bench_turns import COMPILED, OURS, ROUNDED, TORCH, Row, Work
 from uva_jax.graft.finetune import FinetuneOptions
 from uva_jax.models import surgery
 from uva_jax.models.policy import moments_of
@@ -33,8 +33,11 @@ TOKENS, FROZEN, WHOLE = "from tokens", "from frames", "from frames, transformer 
 LATENTS = "from latents, transformer trains"
 
 
-def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
-    """Returns the options of a size's configuration for a row: what trains, and the loss alone."""
+def options_of(size: str, batch: int, source: str, products: str = "default") -> FinetuneOptions:
+    """Returns the options of a size's configuration for a row: what trains, and the loss alone.
+
+    `products` is the setting `finetune.matmul_precision`.
+    """
     config, trains = settings(size), source in (WHOLE, LATENTS)
     freeze = tuple(p for p in config.finetune.freeze if not trains or p != "mar")
     freeze = freeze if trains else ("mar", *freeze)
@@ -46,6 +49,7 @@ def options_of(size: str, batch: int, source: str) -> FinetuneOptions:
         freeze=tuple(dict.fromkeys(freeze)),
         freeze_encoder=not trains,
         reuse_cache=source == TOKENS,
+        matmul_precision=products,
     )
 
 
@@ -66,9 +70,11 @@ def _moments_shape(config: PolicyConfig, batch: int) -> tuple[int, ...]:
     return (*rest, 2 * z)
 
 
-def build(backend: str, *, size: str, dtype: str, batch: int, source: str) -> dict[str, Work]:
+def build(
+    backend: str, *, size: str, dtype: str, batch: int, source: str, products: str = "default"
+) -> dict[str, Work]:
     """Returns the step; see `bench_turns.measure`."""
-    config, options = policy_config(size, "graft"), options_of(size, batch, source)
+    config, options = policy_config(size, "graft"), options_of(size, batch, source, products)
     data = _batch(config, batch, source)
     if backend == OURS:
         return {STEP: _ours(config, options, data, dtype)}
@@ -129,6 +135,9 @@ def bench_finetune(size: str, dtype: str, batch: int, compiled: bool) -> dict:
     pairs = [(OURS, TOKENS), (OURS, LATENTS)]
     pairs += [(backend, source) for source in (TOKENS, FROZEN, WHOLE) for backend in backends]
     rows = [Row(source, backend, given | {"source": source}) for backend, source in pairs]
+    for source in (TOKENS, LATENTS):
+        how = {"source": source, "products": "bfloat16"}
+        rows.append(Row(f"{source}{ROUNDED}", OURS, given | how))
     return given | bench_turns.measure(__name__, rows)
 
 

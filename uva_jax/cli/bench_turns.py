@@ -32,6 +32,7 @@ _ROUNDS = 5
 _TURN = 0.3  # seconds of a turn for each part, at least one call
 _ENOUGH = 20.0  # seconds of calls after which a row that has had two turns skips the others
 TORCH, COMPILED, OURS = "torch", "torch.compile", "uva_jax"
+ROUNDED = ", bfloat16 products"  # end of the name of a row with `matmul_precision="bfloat16"`
 
 
 class Work(NamedTuple):
@@ -230,7 +231,7 @@ def lines(result: Mapping, reference: Mapping[str, float]) -> list[str]:
     """
     found = [
         f"peak: {result['peak'] / 1e9:,.0f} GFLOP/s, the fastest product of two large matrices",
-        f"{'':<46}{'ms':>10}{'GFLOP':>10}{'of peak':>9}{'MB':>8}{'speed':>8}",
+        f"{'':<64}{'ms':>10}{'GFLOP':>10}{'of peak':>9}{'MB':>8}{'speed':>8}",
     ]
     for row in result["rows"]:
         for number, (name, part) in enumerate(row["parts"].items()):
@@ -239,7 +240,7 @@ def lines(result: Mapping, reference: Mapping[str, float]) -> list[str]:
             most = f"{row['memory'] / 1e6:,.0f}" if number == 0 else ""
             ratio = f"x{reference[name] / part['seconds']:.2f}" if name in reference else ""
             found.append(
-                f"{label + ', ' + name:<46}{1e3 * part['seconds']:>10,.2f}"
+                f"{label + ', ' + name:<64}{1e3 * part['seconds']:>10,.2f}"
                 f"{part['flops'] / 1e9:>10,.2f}{share:>9.1%}{most:>8}{ratio:>8}"
             )
     return found

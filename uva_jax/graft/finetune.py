@@ -120,7 +120,8 @@ def graft_loss(
             known = part(frozen, _TEACHER)
             rest = {k: v for k, v in arrays.items() if not k.startswith("action_head/")}
             held = surgery.replace(reference, rest | known)
-        scalars = loss(surgery.replace(abstract, arrays), batch, key, options, held)
+        with jax.default_matmul_precision(options.matmul_precision):
+            scalars = loss(surgery.replace(abstract, arrays), batch, key, options, held)
         return scalars["loss"], scalars
 
     return objective

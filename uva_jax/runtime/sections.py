@@ -61,6 +61,9 @@ class Section:
         return ".".join(part for part in ("config", self.at, name) if part)
 
 
+MATMUL_PRECISIONS = ("default", "bfloat16")  # of linear layers
+
+
 @dataclass(frozen=True)
 class TeacherOptions(Section):
     """The policy to graft."""
@@ -282,6 +285,13 @@ class FitOptions(Section):
     warmup: int = setting(200, "steps of learning-rate warm-up", least=0)
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0, most=1)
     clip_norm: float = setting(1.0, "largest norm of a gradient (0: no clipping)", least=0)
+    matmul_precision: str = setting(
+        "default",
+        "of linear layers; 'bfloat16' rounds their factors and sums in float32, which is faster on "
+        "a CPU with AVX-512's or AMX' bfloat16",
+        choices=MATMUL_PRECISIONS,
+        added=True,
+    )
     checkpoint_every: int = setting(1000, "steps between resumable states", above=0)
     log_every: int = setting(50, "steps between logged lines", above=0)
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from uva_jax.runtime.fields import setting
-from uva_jax.runtime.sections import FitOptions, LoopOptions, Section, no_schedule
+from uva_jax.runtime.sections import (
+    MATMUL_PRECISIONS,
+    FitOptions,
+    LoopOptions,
+    Section,
+    no_schedule,
+)
 
 FAMILIES = ("cross_attn", "self_attn", "mlp")  # of operators
 _LOSSES = ("l1", "l2", "huber")
@@ -225,6 +231,12 @@ class FinetuneOptions(LoopOptions):
         0, "steps between the checks of keep_best (0: a tenth of finetune.steps)", least=0
     )
     check_windows: int = setting(128, "held-out windows of such a check", above=0)
+    matmul_precision: str = setting(
+        "default",
+        "of linear layers, as distill.matmul_precision",
+        choices=MATMUL_PRECISIONS,
+        added=True,
+    )
     use_lora: bool = setting(False, "train low-rank adapters instead of the targets' kernels")
     lora_rank: int = setting(64, "rank of the adapters", above=0)
     lora_targets: tuple[str, ...] = setting(

@@ -8,7 +8,14 @@ from typing import ClassVar
 
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.fields import setting
-from uva_jax.runtime.sections import LARGEST_SEED, EMAOptions, LoopOptions, Section, no_schedule
+from uva_jax.runtime.sections import (
+    LARGEST_SEED,
+    MATMUL_PRECISIONS,
+    EMAOptions,
+    LoopOptions,
+    Section,
+    no_schedule,
+)
 
 # A task mode says which of past, future and actions are given and which are predicted.
 TASK_MODES = (
@@ -210,7 +217,7 @@ class PretrainOptions(LoopOptions):
         "default",
         "precision of float32 matrix products: 'default', or 'bfloat16', which rounds the factors "
         "of linear layers and sums in float32 (faster on newer CPUs)",
-        choices=("default", "bfloat16"),
+        choices=MATMUL_PRECISIONS,
     )
     steps: int = setting(
         100_000,

@@ -24,8 +24,8 @@ from uva_jax.train.order import epoch_rows
 Arrays = Mapping[str, jax.Array]
 
 
-def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
-    """Returns a program of k steps.
+def make_advance(loss_fn: Callable, optimizer, seed: int, precision: str = "default") -> Callable:
+    """Returns a program of k steps, with linear layers in a precision of `FitOptions`.
 
     It is f((params, moments), data, rows (k, batch), steps (k,)) -> ((params, moments), mean
     scalars, `health` of each step (k, 2)).
@@ -41,7 +41,8 @@ def make_advance(loss_fn: Callable, optimizer, seed: int) -> Callable:
             batch = jax.tree.map(lambda x: x[row], data)
             key = jax.random.fold_in(base, step)
             objective = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, scalars), grads = objective(params, batch, key)
+            with jax.default_matmul_precision(precision):
+                (loss, scalars), grads = objective(params, batch, key)
             updates, moments = optimizer.update(grads, moments, params)
             params = jax.tree.map(lambda p, u: p + u, params, updates)
             return (params, moments), (scalars, health(loss, grads))
@@ -84,7 +85,8 @@ def make_fit(
         ),
         stacked_axes=stacked_axes,
     )
-    return Fit(make_advance(loss_fn, optimizer, seed), optimizer, batch, total)
+    advance = make_advance(loss_fn, optimizer, seed, options.matmul_precision)
+    return Fit(advance, optimizer, batch, total)
 
 
 def fit(
