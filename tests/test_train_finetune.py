@@ -258,6 +258,13 @@ def test_adapters_change_nothing_at_first_and_merge_exactly(graft):
     np.testing.assert_allclose(x @ merged[path], x @ arrays[path] + x @ a @ b, atol=1e-4)
 
 
+def test_frames_are_encoded_outside_a_loop(graft):
+    for changes, calls in (({"freeze": ("mar",)}, 5), ({}, 5), ({"cache_latents": False}, 1)):
+        options = dataclasses.replace(OPTIONS, **{"freeze": (), "steps_per_call": 5} | changes)
+        trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0)
+        assert trainer.options.steps_per_call == calls
+
+
 def test_with_adapters_their_targets_stay_frozen(graft):
     options = dataclasses.replace(OPTIONS, freeze=(), use_lora=True)
     trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0)

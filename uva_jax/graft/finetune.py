@@ -8,6 +8,7 @@ head; otherwise they are cached latents, because the VAE never trains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -216,6 +217,9 @@ class Trainer:
         self.source = "cached tokens" if self.tokens else "frames"
         if options.cache_latents and not self.tokens:
             self.source = "cached latents"
+        if self.source == "frames":
+            # XLA's CPU backend makes the VAE's convolutions a hundred times slower inside a loop.
+            self.options = dataclasses.replace(options, steps_per_call=1)
         check_reuse(self.phases, options)
         self.arrays = place(arrays, parallel.shardings_for(arrays, mesh))
         if teacher is not None:
