@@ -345,10 +345,12 @@ def test_a_workdir_in_use_by_a_live_process_is_refused_with_its_holder(tmp_path)
 
 def test_a_worker_that_outlives_the_run_does_not_keep_the_lock(tmp_path):
     read_end, write_end = os.pipe()
+    alive, alive_in_child = os.pipe()
 
     def leave_a_worker(context):
         child = os.fork()
         if child == 0:
+            os.write(alive_in_child, b"x")
             os.read(read_end, 1)
             os._exit(0)
         workers.append(child)
@@ -358,13 +360,14 @@ def test_a_worker_that_outlives_the_run_does_not_keep_the_lock(tmp_path):
     recorder.before_write["convert"] = leave_a_worker
     recorder.run(tmp_path, only=["convert"])
     try:
+        os.read(alive, 1)  # a child that has not run yet has closed nothing
         with open(tmp_path / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.write(write_end, b"x")
         os.waitpid(workers[0], 0)
-        os.close(read_end)
-        os.close(write_end)
+        for end in (read_end, write_end, alive, alive_in_child):
+            os.close(end)
 
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):

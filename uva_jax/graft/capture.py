@@ -21,10 +21,9 @@ from jax.sharding import PartitionSpec as P
 from uva_jax.models import diffusion
 from uva_jax.models.encoding import encode_in_parts
 from uva_jax.models.policy import Policy, moments_of
+from uva_jax.models.policy_call import cameras
 from uva_jax.runtime import parallel
 from uva_jax.runtime.sections_graft import CaptureOptions
-
-_CAMERAS = ("image", "wrist_image")
 
 
 def cache_arrays(policy: Policy, options: CaptureOptions) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -107,7 +106,7 @@ def capture_strips(
         eps = draw(stream, lambda k: jax.random.normal(k, policy.latent_shape(1)[1:]))
         return policy.vae.sample(mean, logvar, eps)
 
-    obs = _without_images(batch)
+    obs = _without_images(policy, batch)
     wrist = latents(batch["wrist_image"], 3) if policy.config.mar.proprio_image else None
     z = policy.video_tokens(latents(batch["image"], 0), policy.streams(obs, wrist))
     head = policy.action_head
@@ -136,8 +135,8 @@ def latent_strips(
       the windows as `Policy.condition` takes them, with moments in the place of images, and
       "action"; each with a leading axis b * strip.
     """
-    found = _without_images(batch)
-    for camera in batch.keys() & set(_CAMERAS):
+    found = _without_images(policy, batch)
+    for camera in cameras(policy.config):
         moments = _moments(policy, batch[camera], encode_frames)
         found[moments_of(camera)] = jnp.concatenate(moments, axis=-1)
     return found
@@ -149,7 +148,7 @@ def latent_arrays(
     """Returns the arrays of `latent_strips` for each window, with the dtype in which they are
     stored: name -> (shape, dtype). `batch` may have shapes in place of arrays."""
     found = nnx.eval_shape(latent_strips, policy, batch)
-    moments = {moments_of(camera) for camera in _CAMERAS}
+    moments = {moments_of(camera) for camera in cameras(policy.config)}
     return {
         name: (x.shape[1:], "float16" if name in moments else "float32")
         for name, x in found.items()
@@ -172,11 +171,11 @@ def _moments(policy: Policy, images: jax.Array, encode_frames: int) -> tuple[jax
     return mean, logvar
 
 
-def _without_images(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _without_images(policy: Policy, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {
         name: rearrange(values, "b k ... -> (b k) ...")
         for name, values in batch.items()
-        if name not in _CAMERAS
+        if name not in cameras(policy.config)
     }
 
 

@@ -86,20 +86,9 @@ def draw_samples(
         chunk=chunk,
         meta={"policy": surgery.policy_hash(policy), "sampling_steps": steps, "seed": seed},
     )
-    mine = store.missing_chunks()[jax.process_index() :: jax.process_count()]
-    done = store.samples_done()
-    with site.metrics.progress(len(z), unit="windows", desc=site.folder.name, initial=done) as bar:
-        for start in range(0, len(mine), mesh.size):
-            chunks = mine[start : start + mesh.size]
-            # Repeated windows fill what a call lacks; they are not stored.
-            padded = (list(chunks) + [chunks[-1]] * mesh.size)[: mesh.size]
-            numbers = np.concatenate([np.arange(chunk) + c * chunk for c in padded])
-            numbers = np.minimum(numbers, len(z) - 1).astype(np.int32)
-            found = run(state, z[numbers], numbers, key)
-            found = {name: np.asarray(x) for name, x in found.items()}
-            for slot, index in enumerate(chunks):
-                first, last = store.chunk_range(index)
-                part = slice(slot * chunk, slot * chunk + last - first)
-                store.write_chunk(index, {name: x[part] for name, x in found.items()})
-                bar.update(last - first)
-    return site.finish(store).load()
+
+    def compute(numbers: np.ndarray) -> dict[str, jax.Array]:
+        numbers = np.minimum(numbers, len(z) - 1).astype(np.int32)
+        return run(state, z[numbers], numbers, key)
+
+    return site.fill(store, compute, chunks=mesh.size, unit="windows").load()

@@ -7,7 +7,7 @@ chunks, so no data crosses the network. A resumed run keeps the chunks that are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -108,7 +108,6 @@ def capture_cache(
       UserError: the folder holds a cache of another teacher, other data or other options.
     """
     capture = Capture(teacher, options, jax.local_devices(), latents=latents)
-    devices = capture.mesh.size
     chunk = options.batch * options.strip
     samples = options.num_samples
     meta = {"teacher": origin, "seed": seed, "capture": str(options), "data": str(reader.options)}
@@ -119,21 +118,11 @@ def capture_cache(
     cache = site.open(arrays, samples, chunk=chunk, meta=meta)
     variables = jax.device_put(nnx.state(teacher), parallel.replicated(capture.mesh))
     key = jax.random.key(seed)
-    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
-    done = cache.samples_done()
-    with site.metrics.progress(samples, unit="windows", desc=site.folder.name, initial=done) as bar:
-        for start in range(0, len(mine), devices):
-            chunks = mine[start : start + devices]
-            padded = (list(chunks) + [chunks[-1]] * devices)[:devices]
-            rows = np.concatenate([np.arange(options.batch) + c * options.batch for c in padded])
-            # Repeated strips fill an incomplete last chunk; they are not stored.
-            batch = reader.read(strips, np.minimum(rows, len(strips) - 1))
-            numbers = rows[:, None] * options.strip + np.arange(options.strip)
-            found = capture.run(variables, batch, numbers, key)
-            found = {k: np.asarray(v).astype(cache.dtype(k)) for k, v in found.items()}
-            for slot, index in enumerate(chunks):
-                first, last = cache.chunk_range(index)
-                part = slice(slot * chunk, slot * chunk + last - first)
-                cache.write_chunk(index, {k: v[part] for k, v in found.items()})
-                bar.update(last - first)
-    return site.finish(cache)
+
+    def compute(numbers: np.ndarray) -> Mapping[str, jax.Array]:
+        rows = numbers[:: options.strip] // options.strip
+        # Repeated strips fill an incomplete last chunk.
+        batch = reader.read(strips, np.minimum(rows, len(strips) - 1))
+        return capture.run(variables, batch, numbers.reshape(-1, options.strip), key)
+
+    return site.fill(cache, compute, chunks=capture.mesh.size, unit="windows")

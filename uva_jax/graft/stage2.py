@@ -94,7 +94,7 @@ def fine_tune(
         reader = inputs.reader()
         if trainer.tokens:
             strips = _windows(reader, options, metrics, capture.strip, seed)
-            cached = known(finetune.cached_tokens(captured("tokens", strips, seed + 2).folder))
+            cached = known(captured("tokens", strips, seed + 2).arrays(["z", "actions"]))
             batches = finetune.token_batches(cached, options, seed)
         elif options.cache_latents:
             if inputs.latents is None:

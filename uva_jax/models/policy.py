@@ -21,6 +21,7 @@ from uva_jax.models.diffusion_head import DiffusionHead
 from uva_jax.models.frames import frame_indices
 from uva_jax.models.grafted_head import GraftedHead
 from uva_jax.models.mlp_head import MLPHead
+from uva_jax.models.policy_call import cameras
 from uva_jax.models.policy_config import HeadConfig, PolicyConfig
 from uva_jax.models.text_tower import TextTower
 from uva_jax.models.vae import VAE
@@ -252,8 +253,9 @@ class Policy(nnx.Module):
           UserError: the observation lacks an input of this policy.
         """
         keys = (None, None) if key is None else jax.random.split(key)
-        names = ("image", "wrist_image") if self.config.mar.proprio_image else ("image",)
-        if missing := [x for x in names if x not in obs and moments_of(x) not in obs]:
+        if missing := [
+            x for x in cameras(self.config) if x not in obs and moments_of(x) not in obs
+        ]:
             raise UserError(f"the observation has no {' and no '.join(missing)}: add it")
 
         def latents(name, key, eps):

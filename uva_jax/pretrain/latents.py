@@ -121,17 +121,11 @@ def encode_frames(
     cache = site.open(arrays, total, chunk=_CHUNK, meta=meta)
     mesh = parallel.make_mesh(devices=jax.local_devices())
     encode = encoder(policy, mesh)
-    mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
-    done = cache.samples_done()
-    with site.metrics.progress(total, unit="frames", desc=site.folder.name, initial=done) as bar:
-        for index in mine:
-            start, stop = cache.chunk_range(index)
-            numbers = np.minimum(np.arange(start, start + _CHUNK), total - 1)
-            frames = copies.read(buffer, image_key, numbers)
-            moments = {k: np.asarray(v)[: stop - start] for k, v in encode(frames).items()}
-            cache.write_chunk(index, {k: v.astype(cache.dtype(k)) for k, v in moments.items()})
-            bar.update(stop - start)
-    return site.finish(cache)
+
+    def compute(numbers: np.ndarray) -> Mapping[str, np.ndarray]:
+        return encode(copies.read(buffer, image_key, np.minimum(numbers, total - 1)))
+
+    return site.fill(cache, compute, chunks=1, unit="frames")
 
 
 def encoder(policy: Policy, mesh):

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
+
 from uva_jax.runtime.metrics import MetricsWriter
 from uva_jax.storage.sample_store import SampleStore
 
@@ -25,6 +28,41 @@ class Site(NamedTuple):
                 cache = SampleStore.create(self.folder, arrays, samples, chunk=chunk, meta=meta)
             self.barrier(f"{self.folder.name}:created:{turn}")
         return cache
+
+    def fill(
+        self,
+        cache: SampleStore,
+        compute: Callable[[np.ndarray], Mapping[str, jax.Array]],
+        *,
+        chunks: int,
+        unit: str,
+    ) -> SampleStore:
+        """Computes and writes the chunks that are missing, which the processes divide.
+
+        Args:
+          cache: of `open`.
+          compute: from the numbers of `chunks` whole chunks of samples to their arrays, samples
+            first. Numbers may exceed the cache, and chunks may repeat: those are not stored.
+          chunks: computed in one call.
+          unit: of the progress bar, such as "windows".
+
+        Returns:
+          the finished cache.
+        """
+        mine = cache.missing_chunks()[jax.process_index() :: jax.process_count()]
+        total, done, size = cache.num_samples, cache.samples_done(), cache.chunk
+        with self.metrics.progress(total, unit=unit, desc=self.folder.name, initial=done) as bar:
+            for start in range(0, len(mine), chunks):
+                group = mine[start : start + chunks]
+                padded = (list(group) + [group[-1]] * chunks)[:chunks]
+                found = compute(np.concatenate([np.arange(size) + c * size for c in padded]))
+                found = {k: np.asarray(v).astype(cache.dtype(k)) for k, v in found.items()}
+                for slot, index in enumerate(group):
+                    first, last = cache.chunk_range(index)
+                    part = slice(slot * size, slot * size + last - first)
+                    cache.write_chunk(index, {k: v[part] for k, v in found.items()})
+                    bar.update(last - first)
+        return self.finish(cache)
 
     def finish(self, cache: SampleStore) -> SampleStore:
         """Waits until every process has written its chunks; returns the finished cache."""
