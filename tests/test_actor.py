@@ -16,7 +16,7 @@ from uva_jax.envs.pusht import PushT
 from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.models import surgery
 from uva_jax.models.actor import Actor
-from uva_jax.models.policy_call import PolicyCall, new_frames
+from uva_jax.models.policy_call import PolicyCall, new_frames, steps_before
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
@@ -74,6 +74,7 @@ def calls(monkeypatch):
         return np.repeat(steps[None].astype(np.float32), len(seed_index), axis=0)
 
     monkeypatch.setattr(PolicyCall, "__call__", call)
+    monkeypatch.setattr(PolicyCall, "see", lambda self, frames: None)
     return seen
 
 
@@ -113,20 +114,30 @@ def test_a_new_episode_starts_without_the_last_ones_history(calls):
 def test_a_frame_is_encoded_once(quick_compilation):
     policy = make_policy(SMALL)
     actor, given, encoded = policy.actor(sampling_steps=2), observations(17), []
-    compiled = actor._call._call
-    actor._call._call = lambda *args: encoded.append(args[2]) or compiled(*args)
-    for obs in given:
+    call, see = actor._call._call, actor._call._see
+    actor._call._call = lambda *args: encoded.append((step, args[2])) or call(*args)
+    actor._call._see = lambda *args: encoded.append((step, args[2])) or see(*args)
+    for step, obs in enumerate(given):  # noqa: B007
         actor(obs)
     assert new_frames(policy.config) == 2  # 4 frames, 4 steps apart; 8 actions between the calls
-    assert [{k: v.shape[1] for k, v in x.items()} for x in encoded] == [
-        {"image": 2, "wrist_image": 2}
-    ] * 3
+    assert [(step, {k: v.shape[1] for k, v in x.items()}) for step, x in encoded] == [
+        (step, {"image": 1, "wrist_image": 1}) for step in range(0, 17, 4)
+    ]
     window = actor._window()
     encode = jax.jit(lambda frames: policy.vae.encode(policy.preprocess(frames)))
     for name, kept in actor._call._kept[0].moments.items():
         wanted = encode(window[name][0])
         for found, moment in zip(kept, wanted, strict=True):
             np.testing.assert_allclose(found[0], moment, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("executed", "ahead"), [(8, {4}), (16, {4, 8, 12}), (4, set()), (10, set())]
+)
+def test_new_frames_are_seen_before_the_call(executed, ahead):
+    """With 10 actions a call's frames lie between those of the call before."""
+    config = dataclasses.replace(SMALL, n_action_steps=executed)
+    assert steps_before(config) == ahead
 
 
 def test_each_environment_of_a_batch_gets_what_it_gets_alone(quick_compilation):

@@ -21,7 +21,7 @@ from uva_jax.runtime.metrics import MetricsWriter, read_metrics
 from uva_jax.runtime.sections import EMAOptions
 from uva_jax.runtime.settings import section
 from uva_jax.storage.sample_store import SampleStore
-from uva_jax.train import loop
+from uva_jax.train import best, loop
 
 OPTIONS = finetune.FinetuneOptions(
     steps=4,
@@ -87,16 +87,25 @@ def tokens():
     }
 
 
+@pytest.fixture(scope="module")
+def many(tokens):
+    """Each window ten times, with noise of its own, so that small gains exceed the noise."""
+    return {k: np.concatenate([x] * 10) for k, x in tokens.items()}
+
+
+CHECKS = ("step", "errors", "start")  # what a check finds
+
+
 def train(graft, tokens, folder, teacher=None, held_out=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
     folder.mkdir(exist_ok=True)
     trainer = finetune.Trainer(graft, options, parallel.make_mesh(), 0, teacher)
     batches = finetune.token_batches(tokens, options, 0)
     with MetricsWriter(folder, "finetune") as metrics:
-        tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=held_out)
-    if best is None:
+        tuned, kept = trainer.run(batches, folder=folder, metrics=metrics, held_out=held_out)
+    if kept is None:
         return surgery.flatten(tuned)
-    return surgery.flatten(tuned) | {"step": best.step, "error": best.error, "start": best.start}
+    return surgery.flatten(tuned) | {k: getattr(kept, k) for k in CHECKS}
 
 
 def test_frozen_parameters_stay_to_the_bit_and_the_head_moves(graft, tokens, tmp_path):
@@ -129,9 +138,9 @@ def test_a_resumed_run_gives_the_same_parameters(graft, tokens, tmp_path, monkey
         np.testing.assert_array_equal(x, resumed[path], err_msg=path)
 
 
-def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, tmp_path):
+def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, many, tmp_path):
     how = {
-        "held_out": tokens,
+        "held_out": many,
         "check_every": 2,
         "steps": 5,
         "freeze": ("mar", "action_head/memory"),
@@ -140,14 +149,40 @@ def test_the_state_with_the_smallest_error_is_kept_or_the_start(graft, tokens, t
     worse = train(
         graft, tokens, tmp_path, lr=0.1, unfreeze_at={"3": ("action_head/memory",)}, **how
     )
-    assert worse["step"] == 0 and worse["error"] == worse["start"]
+    assert worse["step"] == 0
+    np.testing.assert_array_equal(worse["errors"], worse["start"])
     for path, x in surgery.flatten(graft).items():
         np.testing.assert_array_equal(x, worse[path], err_msg=path)
     lines = [r for r in read_metrics(tmp_path, "finetune") if "held_out_error" in r]
     checked = {r["step"]: r["held_out_error"] for r in lines}
     assert checked.keys() == {0, 2, 4, 5} and min(checked.values()) == checked[0]
-    better = train(graft, tokens, tmp_path / "better", lr=3e-3, **how | {"steps": 20})
-    assert better["step"] > 0 and better["error"] < better["start"]
+    better = train(graft, tokens, tmp_path / "better", lr=1e-2, **how | {"steps": 40})
+    assert better["step"] > 0 and better["errors"].mean() < better["start"].mean()
+
+
+def test_a_state_that_is_better_by_less_than_the_noise_is_not_kept():
+    mesh, noise = parallel.make_mesh(), np.linspace(-1, 1, 50)
+    first, later = ({"w": jnp.full(2, x)} for x in (1.0, 2.0))
+    start = best.better(
+        best.unchecked(first, best.Keep(None, 50, 1), mesh), first, 0, 3 + noise, mesh
+    )
+    assert start.step == 0
+    # The paired differences, not the errors, must be large against their own spread.
+    for errors, step in (
+        (3 - 0.01 - noise, 0),
+        (3 - 0.5 - noise, 4),
+        (3 - 0.01 + noise, 4),
+        (3 + 0.01 + noise, 0),
+        (np.full(50, np.nan), 0),
+    ):
+        found = best.better(start, later, 4, errors, mesh)
+        assert found.step == step
+        assert found.params["w"][0] == (2.0 if step else 1.0)
+        np.testing.assert_allclose(found.start, 3 + noise, rtol=1e-6)
+    broken = best.better(
+        best.unchecked(first, best.Keep(None, 1, 1), mesh), first, 0, np.array([np.nan]), mesh
+    )
+    assert best.better(broken, later, 4, np.array([9.0]), mesh).step == 4
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -164,16 +199,16 @@ def test_the_result_can_lie_between_the_start_and_the_tuned_policy(graft, tokens
         )
 
 
-def test_the_checks_judge_the_interpolated_policy(graft, tokens, tmp_path):
-    how = {"held_out": tokens, "check_every": 2, "steps": 20, "lr": 3e-3}
+def test_the_checks_judge_the_interpolated_policy(graft, tokens, many, tmp_path):
+    how = {"held_out": many, "check_every": 10, "steps": 40, "lr": 1e-2}
     kept = train(graft, tokens, tmp_path, interpolation=0.5, **how)
     policy = surgery.replace(
         surgery.abstract_policy(graft.config),
-        {k: v for k, v in kept.items() if k not in ("step", "error", "start")},
+        {k: v for k, v in kept.items() if k not in CHECKS},
     )
-    error = held_out.error_of(lambda p: p, tokens, parallel.make_mesh(), 0)(policy)
+    errors = held_out.errors_of(lambda p: p, many, parallel.make_mesh(), 0)(policy)
     assert kept["step"] > 0
-    np.testing.assert_allclose(error, kept["error"], rtol=1e-5)
+    np.testing.assert_allclose(errors, kept["errors"], rtol=1e-5)
 
 
 def test_the_energy_score_is_smallest_for_the_true_distribution():

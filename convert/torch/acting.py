@@ -93,10 +93,11 @@ def parts(
     batch: int,
     steps: str,
     fresh: int,
+    ahead: int,
     following: Callable[[], np.ndarray],
     compiled: bool,
-) -> dict[str, tuple[Callable[[], None], float]]:
-    """Returns functions that do the call and its parts to their end, and their operations.
+) -> dict[str, tuple]:
+    """Returns the arguments of `bench_turns.Work` for the call and its parts.
 
     Args:
       config: the architecture; weights are random.
@@ -104,6 +105,7 @@ def parts(
       batch: observations of a call.
       steps: respacing of the diffusion.
       fresh: frames of a window that the window before does not have.
+      ahead: how many of these are encoded before the call.
       following: gives the next window (batch, n_frames, h, w, 3) uint8.
       compiled: apply `torch.compile` to VAE, transformer and head.
     """
@@ -128,11 +130,21 @@ def parts(
         return actions[:, : config.n_action_steps].cpu().numpy()
 
     kept: list[torch.Tensor] = []
+    window: np.ndarray = following()
 
-    def call():  # with what earlier calls have encoded
+    def keep(frames):
         nonlocal kept
-        new = encoded(following()[:, -fresh:])
-        kept = [torch.cat([a, b], 1)[:, fresh:] for a, b in zip(kept, new, strict=True)]
+        parts = zip(kept, encoded(frames), strict=True)
+        kept = [torch.cat([a, b], 1)[:, b.shape[1] :] for a, b in parts]
+
+    def before_call():
+        nonlocal window
+        window = following()
+        if ahead:
+            keep(window[:, -fresh:][:, :ahead])
+
+    def call():
+        keep(window[:, ahead - fresh :])
         return act(*kept)
 
     def upstream():  # every call encodes all frames
@@ -140,7 +152,7 @@ def parts(
 
     with torch.inference_mode(), timing.precision(dtype):
         kept = encoded(following())
-        frames = torch.from_numpy(following()[:, :fresh]).to(place).flatten(0, 1)
+        frames = torch.from_numpy(following()[:, ahead - fresh :]).to(place).flatten(0, 1)
         latents = sampled_latents(*kept, config)
         images, z = preprocess(frames, size), tokens(latents).float()
         condition = find(z)
@@ -159,6 +171,8 @@ def parts(
             with torch.inference_mode(), timing.precision(dtype):
                 function()
 
-        return timing.measured(run)
+        return run
 
-    return {name: acting(function) for name, function in functions.items()}
+    found = {name: timing.measured(acting(run)) for name, run in functions.items()}
+    found["call"] += (1, timing.to_end(acting(before_call)))
+    return found

@@ -1,26 +1,29 @@
 """`bench policy`: times a policy's call, whole and by parts, here and in PyTorch.
 
-The whole call is that of `actor` and of rollouts (`models/policy_call.py`), from new frames in the
-host's memory to actions there, after calls with the frames before: it encodes only the new frames.
-PyTorch's is upstream's, which encodes all frames of the window, and one that also keeps what it has
-encoded. The parts are separate programs, so they need not add up to the whole. The new frames are
-resized and encoded in both frameworks.
+The whole call is that of an actor (`models/actor.py`) at a step at which it calls the policy, from
+a frame in the host's memory to an action there. The other frames of the window were encoded when
+they were observed. PyTorch's call is upstream's, which encodes all frames of the window, or one
+that has also encoded all but the last frame before. The parts are separate programs, so they need
+not add up to the whole. "VAE" encodes the last frame.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 
 import numpy as np
 
 from uva_jax.cli import bench_turns
-from uva_jax.cli.bench_models import FRAME_SIZE, HEADS, policy_config, random_frames, random_policy
+from uva_jax.cli.bench_models import HEADS, policy_config, random_frames, random_policy
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
-from uva_jax.models.policy_call import new_frames
+from uva_jax.models.policy_call import new_frames, steps_before
 from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
 CALL, UPSTREAM = "call", "call, all frames"
+_PAUSE = 0.02  # seconds before a timed call, in which the frame before it is encoded
 
 
 def windows(config: PolicyConfig, batch: int) -> Callable[[], np.ndarray]:
@@ -52,8 +55,9 @@ def build(backend: str, *, head: str, size: str, dtype: str, batch: int, samplin
         return _ours(config, dtype, batch, steps)
     from convert.torch import acting
 
+    fresh, ahead = new_frames(config), len(steps_before(config))
     found = acting.parts(
-        config, dtype, batch, steps, new_frames(config), windows(config, batch), backend == COMPILED
+        config, dtype, batch, steps, fresh, ahead, windows(config, batch), backend == COMPILED
     )
     return {name: Work(*part) for name, part in found.items()}
 
@@ -64,18 +68,22 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
     from flax import nnx
 
     from uva_jax.cli.flops import flops
-    from uva_jax.models.policy_call import PolicyCall
 
     policy = random_policy(config, dtype)
     graph, state = nnx.split(policy)
-    call, following = PolicyCall(policy, steps), windows(config, batch)
-    numbers, count = np.arange(batch, dtype=np.int32), 0
+    variables, tree = jax.tree.flatten(state)  # as in the call, because jax.jit is slow on a State
+    actor = policy.actor(sampling_steps=steps)
+    frames = itertools.cycle(np.swapaxes(random_frames(batch, 3 * config.n_action_steps), 0, 1))
 
-    def whole():
-        nonlocal count
-        actions = call({"image": following()}, numbers, count)
-        count += 1
-        return actions
+    def step():
+        return actor({"image": next(frames)})
+
+    def other_steps():
+        for _ in range(config.n_action_steps - 1):
+            step()
+        time.sleep(_PAUSE)
+
+    step()
 
     functions = {
         "resize": lambda policy, frames: policy.preprocess(frames),
@@ -87,30 +95,36 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
         ),
     }
     jitted = {
-        name: jax.jit(lambda state, *args, of=function: of(nnx.merge(graph, state), *args))
+        name: jax.jit(
+            lambda variables, *args, of=function: of(
+                nnx.merge(graph, jax.tree.unflatten(tree, variables)), *args
+            )
+        )
         for name, function in functions.items()
     }
     key, action_head = jax.random.key(0), config.action_head
-    fresh = jnp.asarray(following()[:, : new_frames(config)].reshape(-1, FRAME_SIZE, FRAME_SIZE, 3))
+    encoded = new_frames(config) - len(steps_before(config))
+    fresh = jnp.asarray(random_frames(batch * encoded))
     latents = jax.random.normal(key, policy.latent_shape(batch))
-    z = jitted["transformer"](state, latents)
+    z = jitted["transformer"](variables, latents)
     draws = len(space_timesteps(TRAIN_STEPS, steps)) + 1
     noise = jax.random.normal(key, (draws, batch, action_head.n_actions, action_head.channels))
     arguments = {
         "resize": (fresh,),
-        "VAE": (jitted["resize"](state, fresh),),
+        "VAE": (jitted["resize"](variables, fresh),),
         "transformer": (latents,),
         "condition": (z,),
-        "loop": (jitted["condition"](state, z), noise),
+        "loop": (jitted["condition"](variables, z), noise),
     }
     parts = {
         name: Work(
-            lambda of=jitted[name], given=given: jax.block_until_ready(of(state, *given)),
-            flops(jitted[name], state, *given),
+            lambda of=jitted[name], given=given: jax.block_until_ready(of(variables, *given)),
+            flops(jitted[name], variables, *given),
         )
         for name, given in arguments.items()
     }
-    return {CALL: Work(whole, sum(part.flops for part in parts.values()))} | parts
+    whole = Work(step, sum(part.flops for part in parts.values()), before=other_steps)
+    return {CALL: whole} | parts
 
 
 def bench_policy(

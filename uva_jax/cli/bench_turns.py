@@ -36,11 +36,19 @@ ROUNDED = ", bfloat16 products"  # end of the name of a row with `matmul_precisi
 
 
 class Work(NamedTuple):
-    """A function that does some work to its end, `count` times, and the operations of once."""
+    """Some work to be timed.
+
+    Attributes:
+      run: does it to its end.
+      flops: operations of doing it once.
+      count: how often `run` does it.
+      before: is called before every run and not timed.
+    """
 
     run: Callable[[], object]
     flops: float
     count: int = 1
+    before: Callable[[], object] = lambda: None
 
 
 class Row(NamedTuple):
@@ -70,22 +78,15 @@ class Runner:
     def warm(self) -> dict[str, float]:
         """Does all work twice; returns the operations of each part."""
         for name, part in self._parts.items():
-            part.run()
-            start = time.perf_counter()
-            part.run()
-            seconds = time.perf_counter() - start
-            self._calls[name] = max(1, min(50, round(_TURN / seconds)))
+            _seconds(part)
+            self._calls[name] = max(1, min(50, round(_TURN / _seconds(part))))
         return {name: part.flops for name, part in self._parts.items()}
 
     def turn(self) -> dict[str, list[float]]:
         """Times each part; returns the seconds of every call."""
         found = {}
         for name, part in self._parts.items():
-            times = found[name] = []
-            for _ in range(self._calls[name]):
-                start = time.perf_counter()
-                part.run()
-                times.append((time.perf_counter() - start) / part.count)
+            found[name] = [_seconds(part) / part.count for _ in range(self._calls[name])]
         return found
 
     def memory(self) -> int:
@@ -101,6 +102,13 @@ class Runner:
         find = _jax_product if self._backend == OURS else _torch_tools().product
         run, count = find(self._bfloat16)
         return count / fastest(run)
+
+
+def _seconds(part: Work) -> float:
+    part.before()
+    start = time.perf_counter()
+    part.run()
+    return time.perf_counter() - start
 
 
 def apart(module: str, what: str, *arguments: object, environment: Mapping | None = None):

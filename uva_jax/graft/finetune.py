@@ -22,7 +22,7 @@ from uva_jax.data import source
 from uva_jax.data.episodes import select_episodes
 from uva_jax.data.windows import Strips
 from uva_jax.graft import fixed
-from uva_jax.graft.held_out import error_of
+from uva_jax.graft.held_out import errors_of
 from uva_jax.models import surgery
 from uva_jax.models.layers import sub_key
 from uva_jax.models.lora import PREFIX, init_lora, merge_lora
@@ -262,8 +262,8 @@ class Trainer:
           batches: step -> this process's share of its batch, as host arrays.
           folder: holds resumable states, by phase.
           metrics: writer of progress and messages.
-          held_out: windows for `held_out.error_of`; the policy is then the one of the check with
-            the smallest error, without them that of the last step.
+          held_out: windows for `held_out.errors_of`; the policy is then the one of the check with
+            the smallest errors (see `best.better`), without them that of the last step.
 
         Returns:
           the policy, and with `held_out` the result of the checks.
@@ -271,13 +271,14 @@ class Trainer:
         Raises:
           UserError: training diverged.
         """
-        total, state, error = self.options.steps, None, None
+        total, state, errors = self.options.steps, None, None
         every = self.options.check_every or -(-total // 10)
         before = {}
         if self.options.interpolation < 1:
             before = {k: self.arrays[k] for phase in self.phases for k in phase.trainable}
         if held_out is not None:
-            error = error_of(self._build, held_out, self.mesh, self.seed)
+            errors = errors_of(self._build, held_out, self.mesh, self.seed)
+            count = len(next(iter(held_out.values())))
         stops = [*(phase.start for phase in self.phases[1:]), total]
         for index, (phase, stop) in enumerate(zip(self.phases, stops, strict=True)):
             params, frozen = self.parts(phase)
@@ -292,7 +293,7 @@ class Trainer:
                 folder=folder / f"phase{index}",
                 metrics=metrics,
                 steps=range(phase.start, min(stop, total)),
-                keep=error and Keep(partial(error, frozen, before), every),
+                keep=errors and Keep(partial(errors, frozen, before), count, every),
             )
         found = state.ema if state.best is None else state.best.params
         arrays = self._result({}, self.arrays, self.arrays | found)

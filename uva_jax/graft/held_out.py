@@ -7,6 +7,7 @@ noise that is always the same, and compared with the demonstration.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def cached_windows(folder: Path, count: int) -> dict[str, np.ndarray]:
     return {k: v[rows] for k, v in found.items()}
 
 
-def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Computes the mean energy score of a policy's action samples, in normalised units.
+def sample_errors(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Computes the energy scores (b,) of a policy's action samples, in normalised units.
 
     Samples are compared over the actions that a rollout executes.
 
@@ -60,11 +61,11 @@ def sample_error(policy: Policy, windows: Mapping[str, jax.Array], key: jax.Arra
         )
     )(noise)
     executed = slice(policy.config.n_action_steps)
-    return jnp.mean(energy_scores(samples[:, :, executed], truth[:, executed]))
+    return energy_scores(samples[:, :, executed], truth[:, executed])
 
 
 def whole_batches(count: int, mesh: Mesh) -> int:
-    """Returns a number of windows, at least `count`, that `error_of` divides over the mesh."""
+    """Returns a number of windows, at least `count`, that `errors_of` divides over the mesh."""
     batch = _batch(count, mesh)
     return -(-count // batch) * batch
 
@@ -74,14 +75,14 @@ def _batch(count: int, mesh: Mesh) -> int:
     return -(-min(count, _AT_ONCE) // shares) * shares
 
 
-def error_of(
+def errors_of(
     build: Callable[..., Policy], windows: Mapping[str, np.ndarray], mesh: Mesh, seed: int
-) -> Callable[..., float]:
-    """Returns a function from parameters to the mean `sample_error` of windows.
+) -> Callable[..., np.ndarray]:
+    """Returns a function from parameters to the `sample_errors` (n,) of windows.
 
     Args:
       build: from the parameters, which may be several trees, to the policy.
-      windows: see `sample_error`; as many as `whole_batches` returns, equal on every process.
+      windows: see `sample_errors`; as many as `whole_batches` returns, equal on every process.
       mesh: its data axes divide the windows.
       seed: of all noise.
     """
@@ -94,15 +95,16 @@ def error_of(
     ]
     rows = dict.fromkeys(windows, parallel.batch_sharding(mesh))
 
-    @jax.jit
+    # Every process needs all errors, to choose the same state.
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def run(parameters, windows, key):
-        return sample_error(build(*parameters), windows, key)
+        return sample_errors(build(*parameters), windows, key)
 
-    def error(*parameters) -> float:
+    def errors(*parameters) -> np.ndarray:
         found = [
             run(parameters, parallel.on_mesh(part, rows), key)
             for part, key in zip(parts, keys, strict=True)
         ]
-        return float(np.mean([float(x) for x in found]))
+        return np.concatenate([np.asarray(x) for x in found])
 
-    return error
+    return errors

@@ -72,7 +72,7 @@ def fine_tune(
     Returns:
       the policy with averaged parameters, and metrics that JSON can hold: with `keep_best`
       "kept_step", and "held_out_error" and "held_out_error_before", of that step and of the graft
-      as it was given (see `held_out.sample_error`).
+      as it was given (the means of `held_out.sample_errors`).
 
     Raises:
       UserError: `reuse_cache` is set, but parameters before the head train; there are too few
@@ -129,7 +129,7 @@ def fine_tune(
     tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=windows)
     found = {"trainable_parameters": count, "steps": options.steps}
     if best is not None:
-        kept, error, before = int(best.step), float(best.error), float(best.start)
+        kept, error, before = int(best.step), *map(float, map(np.mean, (best.errors, best.start)))
         found |= {"kept_step": kept, "held_out_error": error, "held_out_error_before": before}
         metrics.say(
             f"kept the state of step {kept} of {options.steps}: its error of action samples on "

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.models.frames import frame_indices
-from uva_jax.models.policy_call import PolicyCall, cameras
+from uva_jax.models.policy_call import PolicyCall, cameras, steps_before
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.respacing import SAMPLERS
 
@@ -27,8 +27,9 @@ class Actor:
 
     It keeps the observations of the last `n_obs_steps` steps (before the start the first one is
     repeated), the actions of the last `n_actions`, and the encoded frames. It calls the policy when
-    its `n_action_steps` actions are used up. It acts in one environment, or in several at once if
-    the arrays of the observation have a leading batch axis.
+    its `n_action_steps` actions are used up, and encodes the frames of the next call when they are
+    observed. It acts in one environment, or in several at once if the arrays of the observation
+    have a leading batch axis.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Actor:
         if sampler not in SAMPLERS:
             raise UserError(f"the sampler is {sampler!r}, but it can be {', '.join(SAMPLERS)}")
         self._config = policy.config
-        self._call = PolicyCall(policy, str(sampling_steps), seed, sampler)
+        self._call = PolicyCall(policy, str(sampling_steps), seed, sampler, sees=True)
+        self._ahead = steps_before(policy.config)
         self._calls = 0
         self.reset()
 
@@ -85,6 +87,8 @@ class Actor:
             actions = self._call(window, numbers, self._calls)
             self._calls += 1
             self._planned.extend(np.moveaxis(actions, 1, 0))
+        elif len(self._planned) in self._ahead:
+            self._call.see({name: self._seen[-1][name] for name in cameras(self._config)})
         action = self._planned.popleft()
         self._done.append(action)
         return action[0] if single else action

@@ -34,8 +34,23 @@ def new_frames(config: PolicyConfig) -> int:
     return sum(pick + config.n_action_steps not in picks for pick in picks)
 
 
+def steps_before(config: PolicyConfig) -> frozenset[int]:
+    """Returns how many steps before a call the new frames of its window are observed.
+
+    Such a frame can be encoded when it is observed (`PolicyCall.see`). The current step's is left
+    out. Nothing is returned if a call encodes frames again that an earlier step has observed.
+    """
+    last = config.n_obs_steps - 1
+    picks = frame_indices(config.n_obs_steps, config.mar.n_frames)
+    since = [last - pick for pick in picks if last - pick < config.n_action_steps]
+    return frozenset(since) - {0} if len(since) == new_frames(config) else frozenset()
+
+
 class _Kept(NamedTuple):
-    """What a call leaves for the next one of a slot: a row of its frames and moments, by camera."""
+    """The frames that are encoded for the next call of a slot, with their moments, by camera.
+
+    Both are (n, n_frames, ...), for several slots; `row` is the slot's.
+    """
 
     frames: dict[str, np.ndarray]
     moments: dict[str, tuple[jax.Array, jax.Array]]
@@ -60,6 +75,8 @@ class PolicyCall:
         sampling_steps: str = "",
         noise_seed: int = 0,
         sampler: str = "ancestral",
+        *,
+        sees: bool = False,
     ):
         """Compiles nothing yet.
 
@@ -68,9 +85,14 @@ class PolicyCall:
           sampling_steps: diffusion steps of the action head; "": the policy's own.
           noise_seed: of all noise.
           sampler: see `diffusion.sample_loop`.
+          sees: frames are given to `see` when they are observed, `steps_before` a call, so that
+            the call has fewer to encode.
         """
         self.load(policy)
-        graph, self._config = nnx.graphdef(policy), policy.config
+        graph, tree = nnx.graphdef(policy), jax.tree.structure(nnx.state(policy))
+        self._config = policy.config
+        ahead = steps_before(self._config) if sees else ()
+        self._fresh = new_frames(self._config) - len(ahead)  # frames that a call encodes
         head = self._config.action_head
         steps = steps_of(head, sampling_steps)
         draws = len(diffusion.make_schedule(steps)) + 1
@@ -84,9 +106,22 @@ class PolicyCall:
         def normal(keys, shape, axis=0):
             return jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=axis)(keys)
 
+        def merge(variables):
+            return nnx.merge(graph, jax.tree.unflatten(tree, variables))
+
+        @jax.jit
+        def see(variables, moments, frames):
+            found = {}
+            for camera, new in frames.items():
+                encoded = zip(moments[camera], encode(merge(variables), new), strict=True)
+                found[camera] = tuple(
+                    jnp.concatenate([old[:, 1:], new], axis=1) for old, new in encoded
+                )
+            return found
+
         @jax.jit
         def call(variables, moments, frames, index, inputs, seed_index, call_index):
-            policy = nnx.merge(graph, variables)
+            policy = merge(variables)
             keys = jax.vmap(functools.partial(_keys, noise_seed))(seed_index, call_index)
             latents, eps_keys = {}, {"image": keys[:, 0], "wrist_image": _other(keys[:, 0])}
             for camera, new in frames.items():
@@ -106,11 +141,12 @@ class PolicyCall:
             actions = policy.unnormalize("action", nactions)
             return actions[:, : policy.config.n_action_steps], moments
 
-        self._call = call
+        self._call, self._see = call, see
 
     def load(self, policy: nnx.Module) -> None:
         """Uses the parameters of another policy of the same architecture."""
-        self.variables = nnx.state(policy)
+        # A list, because jax.jit takes a millisecond to flatten an nnx.State.
+        self.variables = jax.tree.leaves(nnx.state(policy))
         self._latents = policy.latent_shape
         self._kept: dict[int, _Kept] = {}  # by slot
 
@@ -153,10 +189,10 @@ class PolicyCall:
         """
         frames = {name: np.asarray(obs[name]) for name in cameras(self._config)}
         n, total = frames["image"].shape[:2]
-        fresh = new_frames(self._config)
-        kept = total - fresh
         numbers = range(n) if slots is None else np.asarray(slots).tolist()
         before = [self._kept.get(number) for number in numbers]
+        fresh = self._fresh
+        kept = total - fresh
         moments = self._moments(before)
         continues = self._continues(before, frames, kept)
         # At the start of an episode all frames are equal.
@@ -177,6 +213,21 @@ class PolicyCall:
         )
         self._kept |= {slot: _Kept(frames, moments, row) for row, slot in enumerate(numbers)}
         return np.asarray(actions)
+
+    def see(self, frames: Mapping[str, np.ndarray]) -> None:
+        """Encodes frames before the call whose window they are in, without waiting for the result.
+
+        Args:
+          frames: (n, h, w, 3) by camera, of slots 0 to n - 1, all of which have had a call.
+        """
+        before = [self._kept[slot] for slot in range(len(frames["image"]))]
+        new = {name: np.asarray(x)[:, None] for name, x in frames.items()}
+        moments = self._see(self.variables, self._moments(before), new)
+        last = {
+            name: np.concatenate([[kept.frames[name][kept.row, 1:] for kept in before], x], axis=1)
+            for name, x in new.items()
+        }
+        self._kept |= {slot: _Kept(last, moments, slot) for slot in range(len(before))}
 
     def _moments(self, before: Sequence[_Kept | None]) -> dict:
         """Returns the moments of the call before for these rows, by camera."""

@@ -225,7 +225,8 @@ class FinetuneOptions(LoopOptions):
     keep_best: bool = setting(
         True,
         "return the state whose action samples on held-out windows have the smallest error, the "
-        "start included, in place of the last one; a part of every check is cheap sampling",
+        "start included, in place of the last one; a state replaces an earlier one only if it is "
+        "better by more than a standard error",
     )
     check_every: int = setting(
         0, "steps between the checks of keep_best (0: a tenth of finetune.steps)", least=0

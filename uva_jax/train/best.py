@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,49 +16,66 @@ Flat = dict[str, jax.Array]
 
 
 class Best(NamedTuple):
-    """The averaged parameters with the smallest error so far; numbers are arrays of shape ().
+    """The best averaged parameters so far.
 
-    `step` is negative before the first check, and `start` is the error before the first step.
+    Attributes:
+      params: the parameters.
+      step: () after which step they were found; negative before the first check.
+      errors: (n,) their errors.
+      start: (n,) the errors before the first step.
     """
 
     params: Flat
     step: jax.Array
-    error: jax.Array
+    errors: jax.Array
     start: jax.Array
 
 
 class Keep(NamedTuple):
-    """Tells `run_loop` to keep the averaged parameters with the smallest error.
+    """Tells `run_loop` to keep the averaged parameters with the smallest mean error.
 
     Attributes:
-      error: averaged parameters -> their error, always the same number for the same parameters.
+      errors: averaged parameters -> their errors (n,), equal for equal parameters.
+      count: n.
       every: steps between checks; there is also one before the first step and after the last.
     """
 
-    error: Callable[[Flat], float]
+    errors: Callable[[Flat], np.ndarray]
+    count: int
     every: int
 
 
-def unchecked(params: Flat, mesh: Mesh) -> Best:
+def unchecked(params: Flat, keep: Keep, mesh: Mesh) -> Best:
     """Returns the best parameters before the first check."""
-    return _best(params, -1, math.nan, math.nan, mesh)
+    nothing = np.full(keep.count, np.nan)
+    return _best(params, -1, nothing, nothing, mesh)
 
 
-def better(best: Best, params: Flat, step: int, error: float, mesh: Mesh) -> Best:
-    """Returns the best parameters after a check: `params` if their error is less, else `best`.
+def better(best: Best, params: Flat, step: int, errors: np.ndarray, mesh: Mesh) -> Best:
+    """Returns the best parameters after a check: `params` if their errors are smaller, else `best`.
 
-    An error that is not a number is larger than any other.
+    Smaller means that the mean of the paired differences exceeds its standard error, so that noise
+    does not replace a state by one that is as good (the one-standard-error rule of Breiman et al.,
+    Classification and Regression Trees, 1984, 3.4.3). Errors that are not numbers are the largest.
     """
-    start = float(best.start)
     if best.step < 0:
-        start = error
-    elif not (error < float(best.error) or math.isnan(float(best.error))):
+        return _best(params, step, errors, errors, mesh)
+    gain = np.asarray(best.errors, np.float64) - np.asarray(errors, np.float64)
+    noise = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    replaces = gain.mean() > noise
+    if np.isnan(np.mean(best.errors)):
+        replaces = not np.isnan(np.mean(errors))
+    if not replaces:
         return best
-    return _best(params, step, error, start, mesh)
+    return _best(params, step, errors, np.asarray(best.start), mesh)
 
 
-def _best(params: Flat, step: int, error: float, start: float, mesh: Mesh) -> Best:
-    numbers = {"step": np.int32(step), "error": np.float32(error), "start": np.float32(start)}
+def _best(params: Flat, step: int, errors: np.ndarray, start: np.ndarray, mesh: Mesh) -> Best:
+    numbers = {
+        "step": np.int32(step),
+        "errors": np.asarray(errors, np.float32),
+        "start": np.asarray(start, np.float32),
+    }
     whole = dict.fromkeys(numbers, parallel.replicated(mesh))
     # A copy, because the next step donates its parameters.
     params = {k: jnp.array(v, copy=True) for k, v in params.items()}

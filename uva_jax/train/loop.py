@@ -139,8 +139,8 @@ def lower_step(
     moments = jax.eval_shape(loop_optimizer(options).init, params)
     moments = parallel.shapes_on_mesh(moments, parallel.shardings_for(moments, mesh))
     whole = parallel.replicated(mesh)
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    best = Best(params, number, number, number) if keep else None
+    numbers = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=whole)
+    best = Best(params, numbers, numbers, numbers) if keep else None
     state = LoopState(params, params, moments, best)
     steps = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -218,7 +218,7 @@ def run_loop(
       desc: name of what is trained.
       judge: (averaged parameters, steps done) -> scalars, called with every resumable state.
       keep: keeps the best averaged parameters in the state, which resumable states include, and
-        logs the errors as "held_out_error".
+        logs the mean errors as "held_out_error".
 
     Returns:
       the state after the last step.
@@ -236,12 +236,12 @@ def run_loop(
     step, running, recent = steps.start, [], []
 
     def check(state: LoopState) -> LoopState:
-        error = keep.error(state.ema)
-        metrics.log(step, **{f"{prefix}held_out_error": error})
-        return state._replace(best=better(state.best, state.ema, step, error, mesh))
+        errors = keep.errors(state.ema)
+        metrics.log(step, **{f"{prefix}held_out_error": float(np.mean(errors))})
+        return state._replace(best=better(state.best, state.ema, step, errors, mesh))
 
     if keep is not None and state.best is None:
-        state = state._replace(best=unchecked(state.ema, mesh))
+        state = state._replace(best=unchecked(state.ema, keep, mesh))
     with Checkpoints(folder) as checkpoints:
         if (restored := checkpoints.restore(state)) is not None:
             step, state = restored
