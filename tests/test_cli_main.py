@@ -82,13 +82,12 @@ def test_the_evaluation_compares_the_policies_on_the_same_seeds(finished):
 
 
 def test_a_policy_that_equals_an_earlier_one_is_not_evaluated_again(finished, tmp_path, capsys):
-    stage1, graft = (
+    teacher, stage1, again = (
         policy_folder.load_policy(finished.workdir / folder / "policy")
-        for folder in ("grafted", "finetune")
+        for folder in ("teacher", "grafted", "grafted")
     )
-    again = policy_folder.load_policy(finished.workdir / "grafted" / "policy")
     options = EvaluateOptions(num_seeds=2, max_steps=8, sampling_steps="4", videos=1, workers=1)
-    policies = {"teacher": graft, "graft_stage1": stage1, "graft": again}
+    policies = {"teacher": teacher, "graft_stage1": stage1, "graft": again}
     with MetricsWriter(tmp_path, "evaluate") as metrics:
         found = evaluate.evaluate(policies, None, options, tmp_path, metrics)
     assert "graft is the same policy as graft_stage1" in capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_a_damaged_chunk_is_an_error(folder, damage):
     with pytest.raises(UserError, match="damaged: z cannot be read .*c.2.0.0"):
         cache.read("z")
     with pytest.raises(UserError, match="damaged: z cannot be read"):
-        list(cache.batches(["z"], 8, seed=0, epoch=0))
+        cache.read_rows(["z"], np.arange(N))
 
 
 def test_a_damaged_description_is_an_error(folder):
@@ -256,33 +256,6 @@ def test_two_writers_share_one_cache(tmp_path):
     write(second, [1, 3, 5])
     first.finish()
     np.testing.assert_array_equal(SampleStore.open(tmp_path / "c").read("t"), np.arange(N))
-
-
-@pytest.mark.parametrize("memory_bytes", [2**30, 2000, 1])  # one group; a few; a chunk each
-def test_an_epoch_holds_every_sample_once_in_whole_batches(folder, memory_bytes):
-    cache = SampleStore.open(folder)
-    kept = {"memory_bytes": memory_bytes, "seed": 3}
-    epoch = list(cache.batches(["t", "z"], 10, epoch=0, **kept))
-    assert [len(b["t"]) for b in epoch] == [10] * 4
-    seen = np.concatenate([b["t"] for b in epoch])
-    assert len(set(seen.tolist())) == 40
-    assert not np.array_equal(seen, np.sort(seen))
-    np.testing.assert_array_equal(np.concatenate([b["z"] for b in epoch]), values()["z"][seen])
-    again = [b["t"] for b in cache.batches(["t", "z"], 10, epoch=0, **kept)]
-    np.testing.assert_array_equal(np.concatenate(again), seen)
-    other = [b["t"] for b in cache.batches(["t", "z"], 10, epoch=1, **kept)]
-    assert not np.array_equal(np.concatenate(other), seen)
-
-
-def test_batches_keep_to_the_rows_given(folder):
-    rows = np.arange(1, N, 2)
-    for memory_bytes in (2**30, 1):
-        batches = SampleStore.open(folder).batches(
-            ["t"], 7, seed=0, epoch=0, rows=rows, memory_bytes=memory_bytes
-        )
-        seen = np.concatenate([b["t"] for b in batches])
-        np.testing.assert_array_equal(np.sort(seen), rows)
-    assert not list(SampleStore.open(folder).batches(["t"], 7, seed=0, epoch=0, rows=rows[:0]))
 
 
 def test_what_is_not_there_is_told(folder):

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from configs import pusht, pusht_tiny
-from uva_jax.cli import plan, programs
+from uva_jax.cli import plan, plan_costs, programs
 from uva_jax.models import surgery
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.settings import check
@@ -177,7 +177,7 @@ HLO = """
 
 
 def test_collectives_are_counted_by_kind_with_the_bytes_of_their_results():
-    assert plan.collectives(HLO) == {
+    assert plan_costs.collectives(HLO) == {
         "all-reduce": (2, 4 * 4096 + 2 * 64 * 32 + 4 * 8),
         "all-gather": (1, 4 * 16 * 8),
         "collective-permute": (1, 100),
@@ -193,9 +193,9 @@ def test_all_rounds_of_a_loop_count():
 
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     body = jax.jit(square).lower(x)
-    once = plan.measure(jax.jit(rounds).lower(x))
-    found = plan.with_loop(once, programs.Loop(body, 9))
-    assert found.flops == pytest.approx(10 * plan.measure(body).flops, rel=0.01)
+    once = plan_costs.measure(jax.jit(rounds).lower(x))
+    found = plan_costs.with_loop(once, programs.Loop(body, 9))
+    assert found.flops == pytest.approx(10 * plan_costs.measure(body).flops, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_program_that_does_not_fit_comes_with_what_to_change(message):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     program = programs.Program("Stage 2", "", 16, Lowered(), 50, ("--config.mesh.fsdp=4",))
-    cost = plan.measure(program.lowered)
+    cost = plan_costs.measure(program.lowered)
     assert cost.total == 30.5 * 2**30
     (hint,) = plan.hints([(program, cost)], hbm=16)
     assert "does not fit: it needs 30.5 of 16 GiB" in hint and "--config.mesh.fsdp=4" in hint

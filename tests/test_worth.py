@@ -8,6 +8,7 @@ import pytest
 from conftest import silently
 
 from uva_jax.cli import worth as command
+from uva_jax.eval.evaluate import rollout_seeds
 from uva_jax.graft import record
 from uva_jax.models import policy_folder, surgery
 from uva_jax.pipeline.engine import Context
@@ -15,7 +16,8 @@ from uva_jax.pipeline.stages import stages
 from uva_jax.pipeline.worth import RECIPES, Cell, cell_config, cell_stages
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
-from uva_jax.runtime.settings import check, leaves
+from uva_jax.runtime.sections import EvaluateOptions
+from uva_jax.runtime.settings import check, leaves, section
 from uva_jax.storage.sample_store import SampleStore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -134,6 +136,15 @@ def test_bad_input_is_answered_in_one_sentence(given, said, tmp_path, capsys):
     assert command.main([*where, *given]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "count"), [(0, 0), (3, 3)])
+def test_no_seeds_mean_no_rollouts(given, count, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "run", lambda config, *rest: seen.append(check(config)))
+    where = ["--config", "configs/pusht_tiny.py", "--workdir", "run"]
+    assert command.main([*where, f"--num_seeds={given}"]) == 0
+    assert len(rollout_seeds(section(seen[0].evaluate, EvaluateOptions))) == count
 
 
 def test_a_configuration_without_a_graft_is_refused(make_config, tmp_path):

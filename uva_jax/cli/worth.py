@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, default, text in (
         ("finalists", 3, "Fine-tuned policies to roll out, those with the smallest errors."),
         ("start_seed", 400_000, "The first seed of the rollouts."),
-        ("num_seeds", 200, "Seeds of the rollouts."),
+        ("num_seeds", 200, "Seeds of the rollouts (0: no rollouts)."),
     ):
         flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
 
@@ -219,7 +219,11 @@ def main(argv: list[str] | None = None) -> int:
         if config.value is None or values.workdir is None:
             raise UserError("say which run to measure: --config FILE --workdir DIR")
         given = config.value
-        given.evaluate.update(start_seed=values.start_seed, num_seeds=values.num_seeds, videos=0)
+        given.evaluate.update(start_seed=values.start_seed, videos=0)
+        if values.num_seeds:
+            given.evaluate.num_seeds = values.num_seeds
+        else:
+            given.evaluate.simulator = ""
         cells = _cells(values.heads, values.recipes, values.fractions)
         run(given, Path(values.workdir), cells, values.finalists)
         return 0

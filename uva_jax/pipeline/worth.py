@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from uva_jax.eval import actions, evaluate
 from uva_jax.graft import finetune
 from uva_jax.graft.energy import energy_scores
-from uva_jax.pipeline import stages
+from uva_jax.pipeline import graft_stages, stages
 from uva_jax.pipeline.engine import Context, Stage
 from uva_jax.pipeline.inputs import graft_data, load_policy
 from uva_jax.runtime.errors import UserError
@@ -112,7 +112,7 @@ def cell_stages(base, config, cell: Cell) -> list[Stage]:
     if config.finetune.reuse_cache and cell.fraction < 1:
         found["tokens"] = _stored("tokens", _run_tokens, cell.fraction)
     elif cell.recipe in _TRUNK and config.finetune.cache_latents:
-        found["latents"] = _stored("latents", stages.run_latents, cell.fraction)
+        found["latents"] = _stored("latents", graft_stages.run_latents, cell.fraction)
     (base,) = (s for s in stages.stages(config) if s.name == "finetune")
     own = dataclasses.replace(
         base,
@@ -151,7 +151,7 @@ def shared_stages(config) -> list[Stage]:
 def _run_tokens(context: Context) -> dict:
     config = context.config
     options = section(config.finetune, FinetuneOptions)
-    return stages.run_capture(
+    return graft_stages.run_capture(
         context,
         blocks=False,
         episodes=lambda reader: finetune.chosen_episodes(
@@ -164,7 +164,7 @@ def _run_finetune(context: Context) -> dict:
     inputs = dict(context.inputs)
     if "tokens" in inputs:
         inputs["capture"] = inputs["tokens"]
-    return stages.run_finetune(dataclasses.replace(context, inputs=inputs))
+    return graft_stages.run_finetune(dataclasses.replace(context, inputs=inputs))
 
 
 def judged(source: str, name: str) -> Stage:

@@ -17,8 +17,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +273,14 @@ class SampleStore:
           UserError: an array is missing, or a chunk is missing or damaged.
           ValueError: a row is out of range.
         """
-        return self._gather(names, rows)()
+        rows = np.asarray(rows, np.int64)
+        self._check(rows.min(initial=0), rows.max(initial=0) + 1)
+        shapes = {name: (*rows.shape, *self._array(name)[0]) for name in names}
+        pending = {name: self._stores[name][rows.reshape(-1)].read() for name in names}
+        return {
+            name: self._finish(name, future).view(self.dtype(name)).reshape(shapes[name])
+            for name, future in pending.items()
+        }
 
     def load(
         self, names: Sequence[str] | None = None, max_bytes: int | None = None
@@ -289,71 +295,6 @@ class SampleStore:
         """Returns arrays to look up rows in: in memory if they fit in `max_bytes`, else `Rows`."""
         held = self.load(names, max_bytes)
         return {name: Rows(self, name) for name in names} if held is None else held
-
-    def batches(
-        self,
-        names: Sequence[str],
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        rows: np.ndarray | None = None,
-        memory_bytes: int = 2**31,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields one epoch of shuffled batches from disk; every chunk is read once.
-
-        Chunks are shuffled, then the samples of as many chunks as fit in half of `memory_bytes`
-        (the other half is for reading ahead). If all chunks fit, this is a full shuffle. The order
-        depends only on seed, epoch, `rows`, `names` and `memory_bytes`. An incomplete last batch
-        is dropped.
-
-        Args:
-          names: of the arrays.
-          batch_size: samples per batch.
-          seed, epoch: of the order.
-          rows: samples of the epoch, (n,) without repetition; all by default.
-          memory_bytes: limit of what is in memory.
-
-        Yields:
-          for each name an array (batch_size, *item).
-        """
-        rows = np.arange(self.num_samples) if rows is None else np.asarray(rows, np.int64)
-        group_rows = memory_bytes // 2 // max(self.nbytes(names) // self.num_samples, 1)
-        groups = self._shuffled_groups(rows, seed, epoch, max(group_rows, self.chunk))
-        ahead, left, n_left = self._gather(names, groups[0]), {}, 0
-        for following in [*groups[1:], None]:
-            held = ahead()
-            ahead = None if following is None else self._gather(names, following)
-            if n_left:
-                held = {n: np.concatenate([left[n], held[n]]) for n in names}
-            n_held = len(held[names[0]])
-            n_left = n_held % batch_size
-            for at in range(0, n_held - n_left, batch_size):
-                yield {n: held[n][at : at + batch_size] for n in names}
-            left = {n: held[n][n_held - n_left :].copy() for n in names}
-
-    def _shuffled_groups(self, rows: np.ndarray, seed: int, epoch: int, size: int) -> list:
-        """Splits shuffled rows into groups of whole chunks, up to `size` rows each."""
-        rng = np.random.default_rng([seed, epoch])
-        place = rng.permutation(self.num_chunks)[rows // self.chunk]  # position of each row's chunk
-        chunk_ends = np.cumsum(np.bincount(place, minlength=self.num_chunks))
-        bounds = [0]
-        for begin, end in pairwise([0, *chunk_ends]):
-            if end - bounds[-1] > size:
-                bounds.append(begin)
-        by_chunk = rows[np.argsort(place, kind="stable")]
-        return [rng.permutation(group) for group in np.split(by_chunk, bounds[1:])]
-
-    def _gather(self, names: Sequence[str], rows: np.ndarray) -> Callable[[], dict]:
-        """Starts to read rows; the returned function waits for them."""
-        rows = np.asarray(rows, np.int64)
-        self._check(rows.min(initial=0), rows.max(initial=0) + 1)
-        shapes = {name: (*rows.shape, *self._array(name)[0]) for name in names}
-        pending = {name: self._stores[name][rows.reshape(-1)].read() for name in names}
-        return lambda: {
-            name: self._finish(name, future).view(self.dtype(name)).reshape(shapes[name])
-            for name, future in pending.items()
-        }
 
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_samples:
