@@ -194,6 +194,9 @@ class PolicyCall:
         fresh = self._fresh
         kept = total - fresh
         moments = self._moments(before)
+        if not self._kept and fresh < new_frames(self._config):
+            # Compiles it before the first action and not while something moves.
+            self._see(self.variables, moments, {name: x[:, -1:] for name, x in frames.items()})
         continues = self._continues(before, frames, kept)
         # At the start of an episode all frames are equal.
         starts = np.all([_same(x, x[:, :1]) for x in frames.values()], axis=0)
