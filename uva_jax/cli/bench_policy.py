@@ -1,16 +1,14 @@
 """`bench policy`: times a policy's call, whole and by parts, here and in PyTorch.
 
-The whole call is that of an actor (`models/actor.py`) at a step at which it calls the policy, from
-a frame in the host's memory to an action there. The other frames of the window were encoded when
-they were observed. PyTorch's call is upstream's, which encodes all frames of the window, or one
-that has also encoded all but the last frame before. The parts are separate programs, so they need
-not add up to the whole. "VAE" encodes the last frame.
+The whole call is that of an actor (`models/policy_call.py`), from a window in the host's memory to
+actions there; the frames before the last one were encoded when they were observed. PyTorch's call
+is upstream's, which encodes all frames of the window, or one that has also encoded all but the last
+frame before. The parts are separate programs, so they need not add up to the whole. "VAE" encodes
+the last frame.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +21,6 @@ from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
 CALL, UPSTREAM = "call", "call, all frames"
-_PAUSE = 0.02  # seconds before a timed call, in which the frame before it is encoded
 
 
 def windows(config: PolicyConfig, batch: int) -> Callable[[], np.ndarray]:
@@ -68,22 +65,28 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
     from flax import nnx
 
     from uva_jax.cli.flops import flops
+    from uva_jax.models.policy_call import PolicyCall
 
     policy = random_policy(config, dtype)
     graph, state = nnx.split(policy)
     variables, tree = jax.tree.flatten(state)  # as in the call, because jax.jit is slow on a State
-    actor = policy.actor(sampling_steps=steps)
-    frames = itertools.cycle(np.swapaxes(random_frames(batch, 3 * config.n_action_steps), 0, 1))
+    call, following = PolicyCall(policy, steps, sees=True), windows(config, batch)
+    fresh, ahead = new_frames(config), len(steps_before(config))
+    window, numbers, count = following(), np.arange(batch, dtype=np.int32), 0
 
-    def step():
-        return actor({"image": next(frames)})
+    def before():
+        nonlocal window
+        window = following()
+        for number in range(-fresh, ahead - fresh):
+            jax.block_until_ready(call.see({"image": window[:, number]}))
 
-    def other_steps():
-        for _ in range(config.n_action_steps - 1):
-            step()
-        time.sleep(_PAUSE)
+    def whole():
+        nonlocal count
+        actions = call({"image": window}, numbers, count)
+        count += 1
+        return actions
 
-    step()
+    whole()
 
     functions = {
         "resize": lambda policy, frames: policy.preprocess(frames),
@@ -103,15 +106,14 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
         for name, function in functions.items()
     }
     key, action_head = jax.random.key(0), config.action_head
-    encoded = new_frames(config) - len(steps_before(config))
-    fresh = jnp.asarray(random_frames(batch * encoded))
+    frames = jnp.asarray(random_frames(batch * (fresh - ahead)))
     latents = jax.random.normal(key, policy.latent_shape(batch))
     z = jitted["transformer"](variables, latents)
     draws = len(space_timesteps(TRAIN_STEPS, steps)) + 1
     noise = jax.random.normal(key, (draws, batch, action_head.n_actions, action_head.channels))
     arguments = {
-        "resize": (fresh,),
-        "VAE": (jitted["resize"](variables, fresh),),
+        "resize": (frames,),
+        "VAE": (jitted["resize"](variables, frames),),
         "transformer": (latents,),
         "condition": (z,),
         "loop": (jitted["condition"](variables, z), noise),
@@ -123,8 +125,8 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
         )
         for name, given in arguments.items()
     }
-    whole = Work(step, sum(part.flops for part in parts.values()), before=other_steps)
-    return {CALL: whole} | parts
+    total = sum(part.flops for part in parts.values())
+    return {CALL: Work(whole, total, before=before)} | parts
 
 
 def bench_policy(

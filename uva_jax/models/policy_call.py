@@ -217,11 +217,14 @@ class PolicyCall:
         self._kept |= {slot: _Kept(frames, moments, row) for row, slot in enumerate(numbers)}
         return np.asarray(actions)
 
-    def see(self, frames: Mapping[str, np.ndarray]) -> None:
+    def see(self, frames: Mapping[str, np.ndarray]) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Encodes frames before the call whose window they are in, without waiting for the result.
 
         Args:
           frames: (n, h, w, 3) by camera, of slots 0 to n - 1, all of which have had a call.
+
+        Returns:
+          the moments of each slot's last frames, by camera, which the next call uses.
         """
         before = [self._kept[slot] for slot in range(len(frames["image"]))]
         new = {name: np.asarray(x)[:, None] for name, x in frames.items()}
@@ -231,6 +234,7 @@ class PolicyCall:
             for name, x in new.items()
         }
         self._kept |= {slot: _Kept(last, moments, slot) for slot in range(len(before))}
+        return moments
 
     def _moments(self, before: Sequence[_Kept | None]) -> dict:
         """Returns the moments of the call before for these rows, by camera."""
