@@ -129,7 +129,8 @@ def fine_tune(
     tuned, best = trainer.run(batches, folder=folder, metrics=metrics, held_out=windows)
     found = {"trainable_parameters": count, "steps": options.steps}
     if best is not None:
-        kept, error, before = int(best.step), *map(float, map(np.mean, (best.errors, best.start)))
+        kept = int(best.step)
+        error, before = (float(np.mean(x)) for x in (best.errors, best.start))
         found |= {"kept_step": kept, "held_out_error": error, "held_out_error_before": before}
         metrics.say(
             f"kept the state of step {kept} of {options.steps}: its error of action samples on "
