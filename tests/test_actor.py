@@ -85,7 +85,7 @@ def test_an_actor_calls_the_policy_on_the_windows_of_training(calls):
     actions = np.stack([actor(obs) for obs in given])
     np.testing.assert_array_equal(actions[:, 0], np.arange(40))
     offsets = WindowSpec.of(config).offsets()
-    assert len(calls) == 5 and "past_action" not in calls[0]
+    assert len(calls) == 5 and np.isnan(calls[0]["past_action"]).all()
     for current, window in zip(range(0, 40, 8), calls, strict=True):
 
         def rows(name, offsets, current=current):
@@ -107,7 +107,7 @@ def test_a_new_episode_starts_without_the_last_ones_history(calls):
         actor(obs)
     actor.reset()
     actor(given[3])
-    assert len(calls) == 2 and "past_action" not in calls[1]
+    assert len(calls) == 2 and np.isnan(calls[1]["past_action"]).all()
     assert (calls[1]["image"] == given[3]["image"]).all()
 
 
@@ -130,6 +130,19 @@ def test_a_frame_is_encoded_once(quick_compilation):
         wanted = encode(window[name][0])
         for found, moment in zip(kept, wanted, strict=True):
             np.testing.assert_allclose(found[0], moment, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_nothing_is_compiled_after_the_first_action(quick_compilation, bound):
+    """A policy that was loaded from a folder is bound to its device."""
+    policy = make_policy(SMALL)
+    if bound:
+        arrays = jax.device_put(surgery.flatten(policy), jax.devices()[0])
+        policy = surgery.replace(surgery.abstract_policy(SMALL), arrays)
+    actor, given = policy.actor(sampling_steps=2), observations(17)
+    for obs in given:
+        actor(obs)
+    assert actor._call._see._cache_size() == actor._call._call._cache_size() == 1
 
 
 @pytest.mark.parametrize(

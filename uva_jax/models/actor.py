@@ -105,9 +105,12 @@ class Actor:
             else:
                 steps = picks if name in cameras(config) else range(config.n_obs_steps)
                 found[name] = np.stack([history[i][name] for i in steps], axis=1)
-        if config.mar.history_action and self._done:
-            missing = config.mar.n_actions - len(self._done)
-            found["past_action"] = np.stack([self._done[0]] * missing + list(self._done), axis=1)
+        if config.mar.history_action:
+            # NaN: no past actions yet. Without the array the first call would be another program.
+            none = np.full((len(found["image"]), config.action_dim), np.nan, np.float32)
+            done = list(self._done) or [none]
+            missing = config.mar.n_actions - len(done)
+            found["past_action"] = np.stack([done[0]] * missing + done, axis=1)
         return found
 
     def _checked(self, obs: Mapping[str, np.ndarray], single: bool) -> dict[str, np.ndarray]:

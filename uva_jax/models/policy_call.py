@@ -147,6 +147,11 @@ class PolicyCall:
         """Uses the parameters of another policy of the same architecture."""
         # A list, because jax.jit takes a millisecond to flatten an nnx.State.
         self.variables = jax.tree.leaves(nnx.state(policy))
+        # Calls return moments that are bound to a device if the parameters are. Were the first ones
+        # not, the second call would be compiled again, in the middle of an episode.
+        first = self.variables[0]
+        bound = getattr(first, "committed", False) and len(first.devices()) == 1
+        self._place = first.sharding if bound else None
         self._latents = policy.latent_shape
         self._kept: dict[int, _Kept] = {}  # by slot
 
@@ -247,8 +252,9 @@ class PolicyCall:
                 return first.moments  # the batch is that of the call before
         empty = np.zeros(self._latents(1)[1:], np.float32)
 
-        def rows(name: str, part: int) -> np.ndarray:
-            return np.stack([empty if x is None else x.moment(name, part) for x in before])
+        def rows(name: str, part: int) -> jax.Array:
+            found = np.stack([empty if x is None else x.moment(name, part) for x in before])
+            return jax.device_put(found, self._place)
 
         return {name: (rows(name, 0), rows(name, 1)) for name in cameras(self._config)}
 
