@@ -16,7 +16,7 @@ from uva_jax.envs.pusht import PushT
 from uva_jax.eval.rollout import RolloutPool, spec_of
 from uva_jax.models import surgery
 from uva_jax.models.actor import Actor
-from uva_jax.models.policy_call import PolicyCall, new_frames, steps_before
+from uva_jax.models.policy_call import PolicyCall, ahead_steps, new_frames
 from uva_jax.models.policy_config import VAEConfig
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
@@ -74,7 +74,7 @@ def calls(monkeypatch):
         return np.repeat(steps[None].astype(np.float32), len(seed_index), axis=0)
 
     monkeypatch.setattr(PolicyCall, "__call__", call)
-    monkeypatch.setattr(PolicyCall, "see", lambda self, frames: None)
+    monkeypatch.setattr(PolicyCall, "encode_ahead", lambda self, frames: None)
     return seen
 
 
@@ -114,11 +114,11 @@ def test_a_new_episode_starts_without_the_last_ones_history(calls):
 def test_a_frame_is_encoded_once(quick_compilation):
     policy = make_policy(SMALL)
     actor, given, encoded = policy.actor(sampling_steps=2), observations(17), []
-    call, see = actor._call._call, actor._call._see
+    call, encode_ahead = actor._call._call, actor._call._encode_ahead
     actor._call._call = lambda *args: encoded.append((step, args[2])) or call(*args)
-    actor._call._see = lambda *args: encoded.append((step, args[2])) or see(*args)
-    for step, obs in enumerate(given):  # noqa: B007
-        actor(obs)
+    actor._call._encode_ahead = lambda *args: encoded.append((step, args[2])) or encode_ahead(*args)
+    for step in range(len(given)):
+        actor(given[step])
     assert new_frames(policy.config) == 2  # 4 frames, 4 steps apart; 8 actions between the calls
     assert [(step, {k: v.shape[1] for k, v in x.items()}) for step, x in encoded] == [
         (step, {"image": 1, "wrist_image": 1})
@@ -132,26 +132,26 @@ def test_a_frame_is_encoded_once(quick_compilation):
             np.testing.assert_allclose(found[0], moment, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("bound", [False, True])
-def test_nothing_is_compiled_after_the_first_action(quick_compilation, bound):
-    """A policy that was loaded from a folder is bound to its device."""
+@pytest.mark.parametrize("committed", [False, True])
+def test_nothing_is_compiled_after_the_first_action(quick_compilation, committed):
+    """A policy that was loaded from a folder is committed to its device."""
     policy = make_policy(SMALL)
-    if bound:
+    if committed:
         arrays = jax.device_put(surgery.flatten(policy), jax.devices()[0])
         policy = surgery.replace(surgery.abstract_policy(SMALL), arrays)
     actor, given = policy.actor(sampling_steps=2), observations(17)
     for obs in given:
         actor(obs)
-    assert actor._call._see._cache_size() == actor._call._call._cache_size() == 1
+    assert actor._call._encode_ahead._cache_size() == actor._call._call._cache_size() == 1
 
 
 @pytest.mark.parametrize(
     ("executed", "ahead"), [(8, {4}), (16, {4, 8, 12}), (4, set()), (10, set())]
 )
-def test_new_frames_are_seen_before_the_call(executed, ahead):
+def test_new_frames_are_encoded_before_the_call(executed, ahead):
     """With 10 actions a call's frames lie between those of the call before."""
     config = dataclasses.replace(SMALL, n_action_steps=executed)
-    assert steps_before(config) == ahead
+    assert ahead_steps(config) == ahead
 
 
 def test_each_environment_of_a_batch_gets_what_it_gets_alone(quick_compilation):

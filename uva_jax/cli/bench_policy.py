@@ -16,7 +16,7 @@ import numpy as np
 from uva_jax.cli import bench_turns
 from uva_jax.cli.bench_models import HEADS, policy_config, random_frames, random_policy
 from uva_jax.cli.bench_turns import COMPILED, OURS, TORCH, Row, Work
-from uva_jax.models.policy_call import new_frames, steps_before
+from uva_jax.models.policy_call import ahead_steps, new_frames
 from uva_jax.models.policy_config import PolicyConfig, steps_of
 from uva_jax.runtime.respacing import TRAIN_STEPS, space_timesteps
 
@@ -52,7 +52,7 @@ def build(backend: str, *, head: str, size: str, dtype: str, batch: int, samplin
         return _ours(config, dtype, batch, steps)
     from convert.torch import acting
 
-    fresh, ahead = new_frames(config), len(steps_before(config))
+    fresh, ahead = new_frames(config), len(ahead_steps(config))
     found = acting.parts(
         config, dtype, batch, steps, fresh, ahead, windows(config, batch), backend == COMPILED
     )
@@ -70,15 +70,15 @@ def _ours(config: PolicyConfig, dtype: str, batch: int, steps: str) -> dict[str,
     policy = random_policy(config, dtype)
     graph, state = nnx.split(policy)
     variables, tree = jax.tree.flatten(state)  # as in the call, because jax.jit is slow on a State
-    call, following = PolicyCall(policy, steps, sees=True), windows(config, batch)
-    fresh, ahead = new_frames(config), len(steps_before(config))
+    call, following = PolicyCall(policy, steps, encodes_ahead=True), windows(config, batch)
+    fresh, ahead = new_frames(config), len(ahead_steps(config))
     window, numbers, count = following(), np.arange(batch, dtype=np.int32), 0
 
     def before():
         nonlocal window
         window = following()
         for number in range(-fresh, ahead - fresh):
-            jax.block_until_ready(call.see({"image": window[:, number]}))
+            jax.block_until_ready(call.encode_ahead({"image": window[:, number]}))
 
     def whole():
         nonlocal count

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from uva_jax.models.frames import frame_indices
-from uva_jax.models.policy_call import PolicyCall, cameras, steps_before
+from uva_jax.models.policy_call import PolicyCall, ahead_steps, cameras
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.respacing import SAMPLERS
 
@@ -56,8 +56,8 @@ class Actor:
         if sampler not in SAMPLERS:
             raise UserError(f"the sampler is {sampler!r}, but it can be {', '.join(SAMPLERS)}")
         self._config = policy.config
-        self._call = PolicyCall(policy, str(sampling_steps), seed, sampler, sees=True)
-        self._ahead = steps_before(policy.config)
+        self._call = PolicyCall(policy, str(sampling_steps), seed, sampler, encodes_ahead=True)
+        self._ahead = ahead_steps(policy.config)
         self._calls = 0
         self.reset()
 
@@ -88,7 +88,7 @@ class Actor:
             self._calls += 1
             self._planned.extend(np.moveaxis(actions, 1, 0))
         elif len(self._planned) in self._ahead:
-            self._call.see({name: self._seen[-1][name] for name in cameras(self._config)})
+            self._call.encode_ahead({name: self._seen[-1][name] for name in cameras(self._config)})
         action = self._planned.popleft()
         self._done.append(action)
         return action[0] if single else action

@@ -34,11 +34,11 @@ def new_frames(config: PolicyConfig) -> int:
     return sum(pick + config.n_action_steps not in picks for pick in picks)
 
 
-def steps_before(config: PolicyConfig) -> frozenset[int]:
-    """Returns how many steps before a call the new frames of its window are observed.
+def ahead_steps(config: PolicyConfig) -> frozenset[int]:
+    """Returns the numbers of steps before a call at which new frames of its window are observed.
 
-    Such a frame can be encoded when it is observed (`PolicyCall.see`). The current step's is left
-    out. Nothing is returned if a call encodes frames again that an earlier step has observed.
+    Such a frame can be encoded when it is observed (`PolicyCall.encode_ahead`). The call's own step
+    is left out. The set is empty if a call encodes frames again that an earlier step has observed.
     """
     last = config.n_obs_steps - 1
     picks = frame_indices(config.n_obs_steps, config.mar.n_frames)
@@ -76,7 +76,7 @@ class PolicyCall:
         noise_seed: int = 0,
         sampler: str = "ancestral",
         *,
-        sees: bool = False,
+        encodes_ahead: bool = False,
     ):
         """Compiles nothing yet.
 
@@ -85,13 +85,13 @@ class PolicyCall:
           sampling_steps: diffusion steps of the action head; "": the policy's own.
           noise_seed: of all noise.
           sampler: see `diffusion.sample_loop`.
-          sees: frames are given to `see` when they are observed, `steps_before` a call, so that
-            the call has fewer to encode.
+          encodes_ahead: new frames are given to `encode_ahead` when they are observed, at the
+            `ahead_steps`, so that a call has only the last one to encode.
         """
         self.load(policy)
         graph, tree = nnx.graphdef(policy), jax.tree.structure(nnx.state(policy))
         self._config = policy.config
-        ahead = steps_before(self._config) if sees else ()
+        ahead = ahead_steps(self._config) if encodes_ahead else ()
         self._fresh = new_frames(self._config) - len(ahead)  # frames that a call encodes
         head = self._config.action_head
         steps = steps_of(head, sampling_steps)
@@ -110,7 +110,7 @@ class PolicyCall:
             return nnx.merge(graph, jax.tree.unflatten(tree, variables))
 
         @jax.jit
-        def see(variables, moments, frames):
+        def encode_new(variables, moments, frames):
             found = {}
             for camera, new in frames.items():
                 encoded = zip(moments[camera], encode(merge(variables), new), strict=True)
@@ -141,17 +141,17 @@ class PolicyCall:
             actions = policy.unnormalize("action", nactions)
             return actions[:, : policy.config.n_action_steps], moments
 
-        self._call, self._see = call, see
+        self._call, self._encode_ahead = call, encode_new
 
     def load(self, policy: nnx.Module) -> None:
         """Uses the parameters of another policy of the same architecture."""
         # A list, because jax.jit takes a millisecond to flatten an nnx.State.
         self.variables = jax.tree.leaves(nnx.state(policy))
-        # Calls return moments that are bound to a device if the parameters are. Were the first ones
-        # not, the second call would be compiled again, in the middle of an episode.
+        # Calls return moments that are committed to a device if the parameters are. Were the first
+        # ones not, the second call would be compiled again, in the middle of an episode.
         first = self.variables[0]
-        bound = getattr(first, "committed", False) and len(first.devices()) == 1
-        self._place = first.sharding if bound else None
+        committed = getattr(first, "committed", False) and len(first.devices()) == 1
+        self._sharding = first.sharding if committed else None
         self._latents = policy.latent_shape
         self._kept: dict[int, _Kept] = {}  # by slot
 
@@ -201,7 +201,9 @@ class PolicyCall:
         moments = self._moments(before)
         if not self._kept and fresh < new_frames(self._config):
             # Compiles it before the first action and not while something moves.
-            self._see(self.variables, moments, {name: x[:, -1:] for name, x in frames.items()})
+            self._encode_ahead(
+                self.variables, moments, {name: x[:, -1:] for name, x in frames.items()}
+            )
         continues = self._continues(before, frames, kept)
         # At the start of an episode all frames are equal.
         starts = np.all([_same(x, x[:, :1]) for x in frames.values()], axis=0)
@@ -222,7 +224,9 @@ class PolicyCall:
         self._kept |= {slot: _Kept(frames, moments, row) for row, slot in enumerate(numbers)}
         return np.asarray(actions)
 
-    def see(self, frames: Mapping[str, np.ndarray]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def encode_ahead(
+        self, frames: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Encodes frames before the call whose window they are in, without waiting for the result.
 
         Args:
@@ -233,7 +237,7 @@ class PolicyCall:
         """
         before = [self._kept[slot] for slot in range(len(frames["image"]))]
         new = {name: np.asarray(x)[:, None] for name, x in frames.items()}
-        moments = self._see(self.variables, self._moments(before), new)
+        moments = self._encode_ahead(self.variables, self._moments(before), new)
         last = {
             name: np.concatenate([[kept.frames[name][kept.row, 1:] for kept in before], x], axis=1)
             for name, x in new.items()
@@ -254,7 +258,7 @@ class PolicyCall:
 
         def rows(name: str, part: int) -> jax.Array:
             found = np.stack([empty if x is None else x.moment(name, part) for x in before])
-            return jax.device_put(found, self._place)
+            return jax.device_put(found, self._sharding)
 
         return {name: (rows(name, 0), rows(name, 1)) for name in cameras(self._config)}
 

@@ -57,6 +57,13 @@ def better(best: Best, params: Flat, step: int, errors: np.ndarray, mesh: Mesh) 
     Smaller means that the mean of the paired differences exceeds its standard error, so that noise
     does not replace a state by one that is as good (the one-standard-error rule of Breiman et al.,
     Classification and Regression Trees, 1984, 3.4.3). Errors that are not numbers are the largest.
+
+    Args:
+      best: so far.
+      params: the averaged parameters after `step` steps.
+      step: steps done.
+      errors: (n,) theirs, in the order of `best.errors`.
+      mesh: on which the result is placed.
     """
     if best.step < 0:
         return _best(params, step, errors, errors, mesh)
