@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,27 @@ def test_windows_are_those_of_the_policy_and_go_on_into_the_future(teacher, buff
     assert steps.max() == 4 and steps.min() >= 0
 
 
+def test_the_best_windows_have_the_largest_gains(teacher, buffer):
+    all_windows, _ = windows(buffer, teacher, state_key="state")
+    gains = np.random.default_rng(0).normal(size=buffer.n_steps).astype(np.float32)
+    best = all_windows.best(gains, 0.25)
+    assert len(best) == round(len(all_windows) / 4)
+
+    def current(found):
+        batch = found.read(np.arange(len(found)))
+        return np.stack([batch["frames"][:, 3] % buffer.n_steps, batch["frames"][:, 3]])
+
+    (steps, _), (chosen, frames) = current(all_windows), current(best)
+    assert gains[chosen].min() >= np.quantile(gains[steps], 0.74)
+    # A window and its mirror image make the same progress.
+    assert len(set(frames)) == len(frames) >= 2 * len(set(chosen)) - 1
+
+
+def test_progress_needs_states():
+    with pytest.raises(UserError, match="progress_share is 0.5, but config.pretrain.readout names"):
+        joint.PretrainOptions(progress_share=0.5)
+
+
 def test_views_are_copies_with_one_crop_and_blur_an_episode(teacher, buffer):
     copies = latents.Copies(mirror=True, views=2, seed=3)
     n, start = buffer.n_steps, int(buffer.episode_ends[0])
@@ -379,9 +401,11 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
     # Another setting of the policy's training does not rerun the VAE and its latents.
     stage_config = stage_config.copy_and_resolve_references()
-    stage_config.pretrain.lr = 5e-4
+    stage_config.pretrain.update(lr=5e-4, progress_share=0.5, progress_start=1)
     _, told = silently(run, stage_config, str(tmp_path), ["pretrain"])
     assert "vae: skipped" in told and "encode: skipped" in told
+    count = int(re.search(r"(\d+) windows, \d+ held out", told)[1])
+    assert f"from step 1 on, training uses the {count // 2} windows" in told
     assert "pretrain: was finished with other settings" in told and "pretrain.lr" in told
     # Another run may start from the VAE's file.
     stage_config.pretrain.vae = str(tmp_path / "vae" / "vae.ckpt")

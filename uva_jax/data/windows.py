@@ -195,7 +195,11 @@ class Strips:
 
     def first(self, count: int) -> Strips:
         """Returns the first `count` strips, or all if there are fewer."""
-        return Strips(self.episode[:count], self.current[:count], self.mirror[:count])
+        return self.at(slice(count))
+
+    def at(self, index) -> Strips:
+        """Returns the strips at an index of the first axis: a slice, numbers or booleans."""
+        return Strips(self.episode[index], self.current[index], self.mirror[index])
 
 
 def plan_strips(

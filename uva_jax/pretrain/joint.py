@@ -156,6 +156,7 @@ def pretrain(
     windows: Windows,
     held_out: Windows,
     *,
+    best: Windows | None = None,
     options: PretrainOptions,
     mesh: Mesh,
     seed: int,
@@ -171,6 +172,7 @@ def pretrain(
       policy: the initial policy.
       moments: latents of every frame.
       windows, held_out: training and validation windows.
+      best: the training windows from step `options.progress_start` on; None: `windows`.
       options: of modes, losses and the loop.
       mesh, seed, folder, metrics: see `run_loop`.
       wrist: latents of the wrist camera, if the policy has one.
@@ -178,7 +180,13 @@ def pretrain(
       score: a policy with averaged parameters -> scalars to log; called every
         `options.score.every` steps and at the end.
     """
-    batch_size = min(options.batch, len(windows) // options.accumulate * options.accumulate)
+    fewest = len(windows if best is None else best)
+    batch_size = min(options.batch, fewest // options.accumulate * options.accumulate)
+    if best is not None:
+        metrics.say(
+            f"from step {options.progress_start} on, training uses the {len(best)} windows that "
+            "make the most progress"
+        )
     shares = options.shares(policy.config.task_modes)
     modes, mode_at = task_modes(shares, options, seed)
     metrics.say(
@@ -199,12 +207,15 @@ def pretrain(
         return batch | {"mode": np.full(len(rows), mode, np.int32)}
 
     def batches(step: int) -> dict[str, np.ndarray]:
-        rows = epoch_rows(seed, len(windows), batch_size, step, step + 1)[0]
+        used, first = windows, 0
+        if best is not None and step >= options.progress_start:
+            used, first = best, options.progress_start
+        rows = epoch_rows(seed, len(used), batch_size, step - first, step - first + 1)[0]
         rng = np.random.default_rng((seed, 2, step))
         views = rng.integers(windows.copies.views + 1, size=len(rows))
         past = None if pasts is None else pasts[rng.integers(len(pasts))]
         own = np.array_split(np.arange(len(rows)), jax.process_count())[jax.process_index()]
-        return read(windows, rows[own], mode_at(step), views=views[own], past=past)
+        return read(used, rows[own], mode_at(step), views=views[own], past=past)
 
     arrays = surgery.flatten(policy)
     (phase,) = training_phases(arrays, task_modes=modes)

@@ -5,6 +5,7 @@ All windows are planned once, and a batch is a few array look-ups, so that no st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.windows import WindowSpec, buffer_rows, history_combinations, plan_strips
 from uva_jax.models.policy import Policy
 from uva_jax.pretrain.latents import Copies
+from uva_jax.pretrain.progress import best_share
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
 
@@ -69,6 +71,13 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self._strips)
+
+    def best(self, gains: np.ndarray, share: float) -> Windows:
+        """Returns the share of the windows whose current steps have the largest gains (steps,)."""
+        rows = self._starts[self._strips.episode] + self._strips.current[:, 0]
+        found = copy.copy(self)
+        found._strips = self._strips.at(best_share(gains[rows], share))
+        return found
 
     def read(
         self, windows: np.ndarray, views: np.ndarray | int = 0, past: np.ndarray | None = None

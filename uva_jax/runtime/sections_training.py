@@ -200,6 +200,21 @@ class PretrainOptions(LoopOptions):
     readout_weight: float = setting(
         1.0, "first weight of the readout head's loss; it falls to a tenth", least=0
     )
+    progress_share: float = setting(
+        1.0,
+        "share of the training windows that is used from pretrain.progress_start on: those whose "
+        "actions shorten their episode the most, compared with other episodes from similar states "
+        "of pretrain.readout; for recordings that end when the task is done",
+        above=0,
+        most=1,
+        added=True,
+    )
+    progress_start: int = setting(
+        0, "steps on all windows, before that selection", least=0, added=True
+    )
+    progress_steps: int = setting(
+        32, "steps over which the progress of a window is counted", above=0, added=True
+    )
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     different_history_freq: bool = setting(
         False, "random spacing of the past frames, drawn per batch (upstream's name)"
@@ -242,6 +257,12 @@ class PretrainOptions(LoopOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.progress_share < 1 and not self.readout:
+            raise UserError(
+                f"{self.key('progress_share')} is {self.progress_share}, but {self.key('readout')} "
+                "names no array of states by which windows are compared: name one, or set the "
+                "share to 1"
+            )
         if self.score.every % self.checkpoint_every:
             raise UserError(
                 f"{self.score.key('every')} is {self.score.every}, but must be a multiple of "
