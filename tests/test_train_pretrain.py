@@ -245,6 +245,35 @@ def test_the_best_windows_have_the_largest_gains(teacher, buffer):
     assert len(set(frames)) == len(frames) >= 2 * len(set(chosen)) - 1
 
 
+def test_training_reads_the_best_windows_from_their_step_on(
+    tmp_path, teacher, buffer, cache, monkeypatch
+):
+    all_windows, held_out = windows(buffer, teacher)
+    best = all_windows.best(np.arange(buffer.n_steps, dtype=np.float32), 0.5)
+    read, sources = Windows.read, []
+
+    def spied(self, *args, **how):
+        sources.append(len(self))
+        return read(self, *args, **how)
+
+    monkeypatch.setattr(Windows, "read", spied)
+    with MetricsWriter(tmp_path, "pretrain") as metrics:
+        joint.pretrain(
+            teacher,
+            latents.Latents.open(cache, 2**30),
+            all_windows,
+            held_out,
+            best=best,
+            options=dataclasses.replace(OPTIONS, steps=5, warmup=1, progress_start=2),
+            mesh=parallel.make_mesh(),
+            seed=0,
+            folder=tmp_path / "states",
+            metrics=metrics,
+        )
+    trained = [n for n in sources if n != len(held_out)]
+    assert trained == [len(all_windows)] * 2 + [len(best)] * 3
+
+
 def test_progress_needs_states():
     with pytest.raises(UserError, match="progress_share is 0.5, but config.pretrain.readout names"):
         joint.PretrainOptions(progress_share=0.5)

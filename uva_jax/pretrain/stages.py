@@ -200,7 +200,7 @@ def run_policy(
             for mask in masks
         )
         best = None
-        if how.progress_share < 1:
+        if how.progress_share < 1 and how.progress_start < how.steps:
             gains = _gains(reader, how, scale, masks[0])
             best = windows.best(gains, how.progress_share)
         trained = joint.pretrain(
