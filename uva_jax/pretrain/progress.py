@@ -10,6 +10,7 @@ done.
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 _NEIGHBOURS = 64
 _SPARE = 4  # times as many are looked up, because those of the same episode do not count
@@ -44,10 +45,10 @@ def advantages(
     return (expected - following - (later - rows)).astype(np.float32)
 
 
-def _expected(states, episode, left, mirrored) -> np.ndarray:
+def _expected(
+    states: np.ndarray, episode: np.ndarray, left: np.ndarray, mirrored: np.ndarray | None
+) -> np.ndarray:
     """Returns the mean of `left` over the nearest states of other episodes, (n,) float32."""
-    from scipy.spatial import cKDTree  # only this needs it
-
     count = len(states)
     known = states if mirrored is None else np.concatenate([states, mirrored])
     tree = cKDTree(known)
