@@ -35,7 +35,7 @@ def get_config():
     p.modes = {"policy_model": 0.6, "full_dynamic_model": 0.4}
     p.noise_draws = 2
     p.steps, p.batch, p.lr, p.warmup = 16_000, 64, 1e-3, 300
-    p.progress_share, p.progress_start = 0.35, 8000
+    p.progress_share, p.progress_start = 0.35, 0.5
     p.matmul_precision, p.ema.max_value = "bfloat16", 0.9995
     p.score.every, p.checkpoint_every = 4000, 1000
     return config

@@ -17,9 +17,11 @@ from convert.from_torch import convert_checkpoint
 from convert.partial import start_from
 from convert.to_torch import torch_arrays
 from uva_jax.data import source
+from uva_jax.data.augment import mirror_pusht
 from uva_jax.data.windows import WindowSpec, plan_strips
 from uva_jax.models import policy_folder, surgery
 from uva_jax.pretrain import joint, latents, stages
+from uva_jax.pretrain.progress import advantages
 from uva_jax.pretrain.windows import StateScale, Windows, past_choices
 from uva_jax.runtime import parallel
 from uva_jax.runtime.errors import UserError
@@ -229,10 +231,11 @@ def test_windows_are_those_of_the_policy_and_go_on_into_the_future(teacher, buff
     assert steps.max() == 4 and steps.min() >= 0
 
 
-def test_the_best_windows_have_the_largest_gains(teacher, buffer):
+def test_the_best_windows_make_the_most_progress(teacher, buffer):
     all_windows, _ = windows(buffer, teacher, state_key="state")
-    gains = np.random.default_rng(0).normal(size=buffer.n_steps).astype(np.float32)
-    best = all_windows.best(gains, 0.25)
+    states = buffer.read("state")
+    scale = StateScale.fit(states, (4,))
+    best = all_windows.best(0.25, 32, scale)
     assert len(best) == round(len(all_windows) / 4)
 
     def current(found):
@@ -240,6 +243,12 @@ def test_the_best_windows_have_the_largest_gains(teacher, buffer):
         return np.stack([batch["frames"][:, 3] % buffer.n_steps, batch["frames"][:, 3]])
 
     (steps, _), (chosen, frames) = current(all_windows), current(best)
+    train, _ = source.split(buffer, DATA)
+    lengths = np.diff(buffer.episode_ends, prepend=0)
+    used = np.repeat(train, lengths)
+    mirrored = scale(mirror_pusht({"state": states[used]})["state"])
+    gains = np.full(len(used), np.nan)
+    gains[used] = advantages(scale(states[used]), np.cumsum(lengths[train]), mirrored, steps=32)
     assert gains[chosen].min() >= np.quantile(gains[steps], 0.74)
     # A window and its mirror image make the same progress.
     assert len(set(frames)) == len(frames) >= 2 * len(set(chosen)) - 1
@@ -248,8 +257,8 @@ def test_the_best_windows_have_the_largest_gains(teacher, buffer):
 def test_training_reads_the_best_windows_from_their_step_on(
     tmp_path, teacher, buffer, cache, monkeypatch
 ):
-    all_windows, held_out = windows(buffer, teacher)
-    best = all_windows.best(np.arange(buffer.n_steps, dtype=np.float32), 0.5)
+    all_windows, held_out = windows(buffer, teacher, state_key="state")
+    best = all_windows.best(0.5, 32, StateScale.fit(buffer.read("state"), (4,)))
     read, sources = Windows.read, []
 
     def spied(self, *args, **how):
@@ -264,7 +273,7 @@ def test_training_reads_the_best_windows_from_their_step_on(
             all_windows,
             held_out,
             best=best,
-            options=dataclasses.replace(OPTIONS, steps=5, warmup=1, progress_start=2),
+            options=dataclasses.replace(OPTIONS, steps=5, warmup=1, progress_start=0.4),
             mesh=parallel.make_mesh(),
             seed=0,
             folder=tmp_path / "states",
@@ -430,7 +439,7 @@ def test_the_stage_makes_a_policy_that_can_be_a_teacher(stage_config, tmp_path):
     assert done["metrics"]["bytes"] < 3 * done["metrics"]["parameters"]
     # Another setting of the policy's training does not rerun the VAE and its latents.
     stage_config = stage_config.copy_and_resolve_references()
-    stage_config.pretrain.update(lr=5e-4, progress_share=0.5, progress_start=1)
+    stage_config.pretrain.update(lr=5e-4, progress_share=0.5, progress_start=0.5)
     _, told = silently(run, stage_config, str(tmp_path), ["pretrain"])
     assert "vae: skipped" in told and "encode: skipped" in told
     count = int(re.search(r"(\d+) windows, \d+ held out", told)[1])

@@ -172,7 +172,7 @@ def pretrain(
       policy: the initial policy.
       moments: latents of every frame.
       windows, held_out: training and validation windows.
-      best: the training windows from step `options.progress_start` on; None: `windows`.
+      best: the training windows after `options.progress_start` of the steps; None: `windows`.
       options: of modes, losses and the loop.
       mesh, seed, folder, metrics: see `run_loop`.
       wrist: latents of the wrist camera, if the policy has one.
@@ -182,10 +182,11 @@ def pretrain(
     """
     fewest = len(windows if best is None else best)
     batch_size = min(options.batch, fewest // options.accumulate * options.accumulate)
+    selected_from = options.steps if best is None else int(options.progress_start * options.steps)
     if best is not None:
         metrics.say(
-            f"from step {options.progress_start} on, training uses the {len(best)} windows that "
-            "make the most progress"
+            f"from step {selected_from} on, training uses the {len(best)} windows that make the "
+            "most progress"
         )
     shares = options.shares(policy.config.task_modes)
     modes, mode_at = task_modes(shares, options, seed)
@@ -208,8 +209,8 @@ def pretrain(
 
     def batches(step: int) -> dict[str, np.ndarray]:
         used, first = windows, 0
-        if best is not None and step >= options.progress_start:
-            used, first = best, options.progress_start
+        if step >= selected_from:
+            used, first = best, selected_from
         rows = epoch_rows(seed, len(used), batch_size, step - first, step - first + 1)[0]
         rng = np.random.default_rng((seed, 2, step))
         views = rng.integers(windows.copies.views + 1, size=len(rows))

@@ -30,7 +30,6 @@ from uva_jax.models.policy import Policy
 from uva_jax.models.vae import VAE
 from uva_jax.pretrain import joint, latents, vae
 from uva_jax.pretrain.architecture import ModelOptions, fit_normalizer, model_config
-from uva_jax.pretrain.progress import advantages
 from uva_jax.pretrain.windows import StateScale, Windows, readout_scale
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.metrics import MetricsWriter
@@ -189,7 +188,6 @@ def run_policy(
             )
             for name in _cameras(policy, data)
         }
-        masks = source.split(reader.buffer, data)
         windows, held_out = (
             Windows(
                 *(reader.buffer, mask, policy, data, seed),
@@ -197,12 +195,11 @@ def run_policy(
                 text=reader.text,
                 copies=_copies(options, data),
             )
-            for mask in masks
+            for mask in source.split(reader.buffer, data)
         )
         best = None
-        if how.progress_share < 1 and how.progress_start < how.steps:
-            gains = _gains(reader, how, scale, masks[0])
-            best = windows.best(gains, how.progress_share)
+        if how.progress_share < 1:
+            best = windows.best(how.progress_share, how.progress_steps, scale)
         trained = joint.pretrain(
             policy,
             caches["main"],
@@ -325,21 +322,6 @@ def _readout_scale(settings, reader: source.WindowReader) -> StateScale | None:
     return readout_scale(
         reader.buffer, settings.readout, settings.readout_angles, mirrored=mirrored
     )
-
-
-def _gains(
-    reader: source.WindowReader, how: joint.PretrainOptions, scale: StateScale, train: np.ndarray
-) -> np.ndarray:
-    """Returns the progress at every step (n,), compared with that of the training episodes (e,)."""
-    lengths = np.diff(reader.buffer.episode_ends, prepend=0)
-    used = np.repeat(train, lengths)
-    states = np.asarray(reader.buffer.read(how.readout))[used]
-    mirrored = scale(mirror_pusht({"state": states})["state"]) if reader.options.mirror else None
-    gains = np.full(len(used), -np.inf, np.float32)  # of held-out episodes
-    gains[used] = advantages(
-        scale(states), np.cumsum(lengths[train]), mirrored, steps=how.progress_steps
-    )
-    return gains
 
 
 def _train_vae(

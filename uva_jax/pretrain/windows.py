@@ -17,7 +17,7 @@ from uva_jax.data.replay_buffer import ReplayBuffer
 from uva_jax.data.windows import WindowSpec, buffer_rows, history_combinations, plan_strips
 from uva_jax.models.policy import Policy
 from uva_jax.pretrain.latents import Copies
-from uva_jax.pretrain.progress import best_share
+from uva_jax.pretrain.progress import advantages, best_share
 from uva_jax.runtime.errors import UserError
 from uva_jax.runtime.sections import DataOptions
 
@@ -72,11 +72,22 @@ class Windows:
     def __len__(self) -> int:
         return len(self._strips)
 
-    def best(self, gains: np.ndarray, share: float) -> Windows:
-        """Returns the share of the windows whose current steps have the largest gains (steps,)."""
-        rows = self._starts[self._strips.episode] + self._strips.current[:, 0]
+    def best(self, share: float, steps: int, scale: StateScale) -> Windows:
+        """Returns the share of the windows that make the most progress over a number of steps.
+
+        They need a `state_key`, whose states `scale` makes comparable; see `progress.advantages`.
+        """
+        strips = self._strips
+        episodes = np.unique(strips.episode)
+        rows = np.concatenate([np.arange(self._starts[e], self._ends[e]) for e in episodes])
+        states = self._states[rows]
+        mirrored = scale(mirror_pusht({"state": states})["state"]) if self.copies.mirror else None
+        ends = np.cumsum(self._ends[episodes] - self._starts[episodes])
+        gains = np.empty(self._n_steps, np.float32)
+        gains[rows] = advantages(scale(states), ends, mirrored, steps=steps)
         found = copy.copy(self)
-        found._strips = self._strips.at(best_share(gains[rows], share))
+        current = self._starts[strips.episode] + strips.current[:, 0]
+        found._strips = strips.at(best_share(gains[current], share))
         return found
 
     def read(

@@ -202,15 +202,19 @@ class PretrainOptions(LoopOptions):
     )
     progress_share: float = setting(
         1.0,
-        "share of the training windows that is used from pretrain.progress_start on: those whose "
-        "actions shorten their episode the most, compared with other episodes from similar states "
-        "of pretrain.readout; for recordings that end when the task is done",
+        "share of the training windows that is used after pretrain.progress_start of the steps: "
+        "those whose actions shorten their episode the most, compared with other episodes from "
+        "similar states of pretrain.readout; for recordings that end when the task is done",
         above=0,
         most=1,
         added=True,
     )
-    progress_start: int = setting(
-        0, "steps on all windows, before that selection", least=0, added=True
+    progress_start: float = setting(
+        0.5,
+        "share of the steps on all windows, before that selection",
+        least=0,
+        below=1,
+        added=True,
     )
     progress_steps: int = setting(
         32, "steps over which the progress of a window is counted", above=0, added=True
